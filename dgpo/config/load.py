@@ -1,0 +1,70 @@
+"""Composes `configs/` and the command line's Hydra overrides into one typed `Config`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dgpo.config.schema import Config
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run: the message says what is wrong, the value seen, and what to do."""
+
+
+def load_config(overrides: Sequence[str] = ()) -> Config:
+    """Composes `configs/config.yaml` with Hydra overrides such as `world=tiny train.num_steps=20`.
+
+    Raises:
+        ConfigError: unknown key (with the nearest valid one), wrong type, or unknown group choice.
+    """
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
+            composed = compose(config_name="config", overrides=list(overrides))
+        return OmegaConf.to_object(composed)  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, overrides)) from error
+
+
+def config_keys(node: DictConfig | None = None, prefix: str = "") -> list[str]:
+    """All dotted keys of the schema, leaves only."""
+    node = OmegaConf.structured(Config) if node is None else node
+    keys: list[str] = []
+    for name in node:
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and len(child):
+            keys += config_keys(child, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, as written into every run folder."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """One line from Hydra's chain of exceptions, with the nearest valid key where a key is unknown."""
+    text = " ".join(str(error).split())
+    cause = error.__cause__
+    if isinstance(error, ConfigCompositionException) and cause is not None:
+        text = f"{text} {' '.join(str(cause).split())}"
+    for override in overrides:
+        key = re.split(r"=", override.lstrip("+~"), maxsplit=1)[0]
+        if key and f"'{key}'" in text.replace('"', "'") and key not in config_keys():
+            near = difflib.get_close_matches(key, [*config_keys(), "world", "hardware", "experiment", "pair"], n=1)
+            hint = f"did you mean {near[0]}?" if near else "`python -m dgpo train --help` lists the keys."
+            return f"unknown config key {key!r}: {hint}"
+    return f"bad configuration: {text}"

@@ -1,0 +1,178 @@
+"""The typed configuration of every command. Each default lives here; `configs/` states only differences.
+
+One tree serves all commands: a stage reads the sections that it needs, so that one `world=` or `hardware=` choice
+means the same thing to collection, distillation, training and evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# Coefficient of the teacher term when `train.teacher_term.coef` is not set. The paper's beta for `reward`; for `exact`
+# the loss is a mean over gated tokens, and 1 was the value that learned in the tiny world.
+DEFAULT_TEACHER_COEF = {"reward": 0.001, "exact": 1.0}
+
+
+@dataclass
+class ModelConfig:
+    path: str | None = None  # a Hugging Face folder or hub name
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DataConfig:
+    collect_file: str | None = None  # parquet: questions on which the teacher demonstrates
+    train_file: str | None = None  # parquet: questions for RL
+    validation_file: str | None = None  # parquet: scored during RL every `train.validate_every` steps
+    test_files: dict[str, str] = field(default_factory=dict)  # name of the set -> parquet
+
+
+@dataclass
+class EpisodeConfig:
+    """Rules of one episode (method.md section 1); lengths in tokens of the policy's tokenizer."""
+
+    max_turns: int = 4  # turns that may search; one last turn without search follows
+    max_turn_tokens: int = 500
+    max_prompt_tokens: int = 2048
+    max_response_tokens: int = 4096  # all turns and all observations of the episode
+    min_turn_tokens: int = 32  # an observation that leaves less than this for the next turn is not appended
+    topk: int = 3
+    max_passage_tokens: int = 160
+    max_query_chars: int = 1000  # E5 reads 256 tokens; longer queries are cut and counted
+
+
+@dataclass
+class RetrieverConfig:
+    url: str = "http://127.0.0.1:8000"
+    timeout_s: float = 30.0
+    max_retries: int = 4
+    max_concurrency: int = 64
+    max_failed_share: float = 0.05  # a step with a larger share of failed episodes stops the run, resumable
+
+
+@dataclass
+class EngineConfig:
+    """vLLM, as used by rollouts, collection and evaluation."""
+
+    dtype: str = "bfloat16"
+    enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.5
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    concurrency: int = 512  # episodes in flight per engine
+    worker_extension: str | None = None
+
+
+@dataclass
+class HardwareConfig:
+    """Everything that differs between a laptop and a cluster."""
+
+    platform: str = "cuda"  # cuda | cpu
+    num_nodes: int = 1
+    gpus_per_node: int = 8
+    dtype: str = "bfloat16"  # of parameters in the forward pass; the optimiser always keeps float32
+    attention: str = "flash_attention_2"
+    remove_padding: bool = True  # sequence packing
+    gradient_checkpointing: bool = True
+    micro_batch_size: int = 8  # sequences per GPU and forward
+    num_agent_workers: int = 8  # Ray processes that run episode loops
+    num_reward_workers: int = 8
+    logical_cpus: int | None = None  # CPUs announced to Ray; None: Ray counts them
+    replay_poll_s: float = 0.05  # how often the trainer looks for finished episodes
+    env: dict[str, str] = field(default_factory=dict)  # exported before any engine is imported
+    verl: dict[str, Any] = field(default_factory=dict)  # raw veRL keys ("a.b.c": value), laid over everything else
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass
+class CollectConfig:
+    """Phase 1a: episodes of the teacher."""
+
+    max_questions: int | None = None
+    samples_per_question: int = 1
+    temperature: float = 1.0
+
+
+@dataclass
+class DistillConfig:
+    """Phase 1b: the student learns the teacher's correct episodes (paper: 5 epochs, batch 64, lr 1e-4, r = 1)."""
+
+    loss: str = "kd"  # kd | seqkd
+    kl_ratio: float = 1.0  # r in L = (1 - r) CE + r KL(teacher || student)
+    epochs: int = 5
+    max_steps: int | None = None
+    batch_size: int = 64
+    micro_batch_size: int | None = None  # None: the whole batch at once
+    learning_rate: float = 1e-4
+    warmup_ratio: float = 0.1
+    chunk_tokens: int = 1024  # tokens whose full-vocabulary logits exist at once
+
+
+@dataclass
+class TeacherTermConfig:
+    form: str = "reward"  # reward (the paper: sampled k1 inside the reward) | exact (full-vocabulary reverse KL loss)
+    gate: str = "failed"  # failed | all | none: the episodes to which the term applies
+    coef: float | None = None  # None: the default of the form
+    num_monitored: int = 8  # correct episodes per step that the teacher scores for monitoring only (`reward` form)
+    chunk_tokens: int = 512  # gated tokens whose teacher logits exist at once (`exact` form)
+
+
+@dataclass
+class TrainConfig:
+    """Phase 2: PPO with the gated teacher (paper: 1000 steps of 512 questions, mini-batch 256)."""
+
+    init: str | None = None  # the student's checkpoint to start from; None: student.path (no cold start)
+    num_steps: int = 1000
+    batch_size: int = 512
+    mini_batch_size: int = 256
+    samples_per_question: int = 1
+    temperature: float = 1.0
+    actor_learning_rate: float = 1e-6
+    actor_warmup_ratio: float = 0.285
+    critic_learning_rate: float = 1e-5
+    critic_warmup_ratio: float = 0.015
+    max_grad_norm: float = 1.0
+    clip_ratio: float = 0.2
+    value_clip: float = 0.5
+    entropy_coef: float = 0.001
+    gamma: float = 1.0
+    gae_lambda: float = 1.0
+    init_kl_coef: float = 0.0  # PPO's penalty to the frozen initial policy, in the reward (Search-R1: 0.001)
+    teacher_term: TeacherTermConfig = field(default_factory=TeacherTermConfig)
+    save_every: int = 50
+    keep_checkpoints: int = 2
+    validate_every: int = 200
+    generation_concurrency: int | None = None  # episodes in flight; 1 makes a CPU run repeatable to the last bit
+    loggers: list[str] = field(default_factory=lambda: ["console", "file"])
+
+
+@dataclass
+class TestConfig:
+    """Evaluation of checkpoints on held-out questions, greedy by default."""
+
+    __test__ = False  # not a pytest class
+
+    models: dict[str, str] = field(default_factory=dict)  # name in the table -> checkpoint
+    max_questions: int | None = None  # per set
+    temperature: float = 0.0
+    baseline: str | None = None  # the model against which paired differences are shown
+
+
+@dataclass
+class Config:
+    run_dir: str = "runs/default"  # every stage writes to a folder of its own below
+    seed: int = 1
+    resume: bool = False
+    dry_run: bool = False
+    student: ModelConfig = field(default_factory=ModelConfig)
+    teacher: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    episode: EpisodeConfig = field(default_factory=EpisodeConfig)
+    retriever: RetrieverConfig = field(default_factory=RetrieverConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    test: TestConfig = field(default_factory=TestConfig)
