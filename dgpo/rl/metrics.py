@@ -1,0 +1,57 @@
+"""What a training step reports about its episodes and its teacher. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def episode_metrics(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the step's episodes under `episode/`: EM, searches, hits, how they ended, what was cut."""
+    names = sorted(set().union(*scores))
+    return {f"episode/{name}": sum(score.get(name, 0.0) for score in scores) / len(scores) for name in names}
+
+
+def choose_monitored(
+    correct: torch.Tensor, *, already: torch.Tensor, num_monitored: int, multiple: int
+) -> torch.Tensor:
+    """Episodes that the teacher scores for monitoring only: the first correct ones of the batch.
+
+    Args:
+        correct: [B] 1 where the answer was right.
+        already: [B] bool, episodes that the teacher scores anyway.
+        num_monitored: how many correct ones to add.
+        multiple: the total is filled up to a multiple of this many ranks, with any episode, where it would not divide.
+
+    Returns:
+        [B] bool, disjoint from `already`.
+    """
+    chosen = torch.zeros(len(correct), dtype=torch.bool)
+    candidates = torch.nonzero((correct > 0.5) & ~already)[:, 0]
+    chosen[candidates[:num_monitored]] = True
+    missing = -int((already | chosen).sum()) % multiple
+    chosen[torch.nonzero(~already & ~chosen)[:missing, 0]] = True
+    return chosen
+
+
+def teacher_kl_metrics(
+    log_ratio: torch.Tensor, *, response_mask: torch.Tensor, correct: torch.Tensor, scored: torch.Tensor
+) -> dict[str, float]:
+    """Mean k1 estimate of KL(student || teacher) per policy token (nats): failed, correct, and all scored episodes.
+
+    Apart, because the mean over all rows mixes a changing share of the two. A group without scored tokens is left out.
+
+    Args:
+        log_ratio: [B, T] log p_student - log p_teacher of the sampled tokens.
+        response_mask: [B, T] 1 on policy tokens.
+        correct: [B] 1 where the answer was right.
+        scored: [B] bool, where `log_ratio` was measured.
+    """
+    groups = {"failed": scored & (correct < 0.5), "correct": scored & (correct > 0.5), "all": scored}
+    metrics = {}
+    for name, rows in groups.items():
+        mask = response_mask * rows[:, None]
+        if mask.sum() > 0:
+            metrics[f"teacher/kl_{name}"] = ((log_ratio * mask).sum() / mask.sum()).item()
+    return metrics

@@ -1,0 +1,125 @@
+"""Phase 2, from the command line: checks, veRL's configuration, Ray, and the final checkpoint as a Hugging Face folder.
+
+python -m dgpo train experiment=dgpo pair=qwen3b_05b retriever.url=http://node0:8000 run_dir=runs/dgpo
+python -m dgpo train world=tiny hardware=cpu dry_run=true ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from dgpo.artifacts import prepare_run_folder, write_manifest
+from dgpo.config.checks import check_train
+from dgpo.config.load import to_yaml
+from dgpo.config.schema import Config
+from dgpo.engines.environment import export_environment
+from dgpo.platforms.shared_memory import remove_abandoned_segments
+from dgpo.protocol import STOP_STRINGS
+
+
+class TrainingFailedError(RuntimeError):
+    """The trainer stopped; the message is the cause in one line."""
+
+
+def train(config: Config) -> Path | None:
+    """Runs the RL stage.
+
+    Returns:
+        The folder of the final Hugging Face checkpoint, or None for a dry run.
+
+    Raises:
+        ConfigError: from the checks, before Ray starts.
+        TrainingFailedError: the run stopped; it can be resumed from its last checkpoint.
+    """
+    check_train(config)
+    if config.dry_run:
+        print(f"dry run: the configuration is valid.\n{to_yaml(config)}")
+        return None
+    folder = Path(config.run_dir) / "train"
+    prepare_run_folder(folder, resume=config.resume)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    export_environment(config.hardware)
+    _use_private_ray(folder)
+    remove_abandoned_segments()
+    _run_verl(config, folder)
+    return _export(config, folder)
+
+
+def _use_private_ray(folder: Path) -> None:
+    """A token of the run's own: Ray listens on ports that every user of the machine can reach."""
+    token = folder / "ray_token"
+    if not token.exists():
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token.resolve()))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _run_verl(config: Config, folder: Path) -> None:
+    import ray
+    from verl.trainer import main_ppo
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    from dgpo.rl.verl_config import to_verl
+
+    verl = to_verl(config, folder)
+    validate_config(config=verl, use_reference_policy=need_reference_policy(verl), use_critic=need_critic(verl))
+    try:
+        main_ppo.run_ppo(verl, task_runner_class=ray.remote(task_runner_class()))
+    except ray.exceptions.RayTaskError as error:
+        from dgpo.rl.trainer import TooManyFailedSearchesError
+
+        if isinstance(error.cause, TooManyFailedSearchesError):
+            raise TrainingFailedError(str(error.cause)) from None
+        raise
+    finally:
+        ray.shutdown()
+        remove_abandoned_segments()
+
+
+def task_runner_class() -> type:
+    """veRL's task runner, with our trainer registered in its process."""
+    from verl.trainer import main_ppo
+
+    class TaskRunner(main_ppo.TaskRunnerV1.__ray_metadata__.modified_class):
+        def run(self, config: Any) -> None:
+            import dgpo.rl.trainer  # noqa: F401  registers the trainer
+
+            super().run(config)
+
+    return TaskRunner
+
+
+def _export(config: Config, folder: Path) -> Path:
+    """The last checkpoint as `train/model`: a Hugging Face folder whose generation config carries the stop strings."""
+    checkpoints = folder / "checkpoints"
+    step = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
+    target = folder / "model"
+    temporary = folder / "model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(checkpoints / f"global_step_{step}" / "actor" / "huggingface", temporary)
+    path = temporary / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**generation, "stop_strings": list(STOP_STRINGS)}, indent=2))
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    write_manifest(
+        target,
+        stage="train",
+        inputs={"init": config.train.init or config.student.path, "teacher": config.teacher.path},
+        config=to_yaml(config),
+        counts={"steps": step},
+        seed=config.seed,
+    )
+    print(f"checkpoint after step {step}: {target}", file=sys.stderr)
+    return target

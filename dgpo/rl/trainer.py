@@ -1,0 +1,248 @@
+"""veRL's synchronous PPO trainer with a teacher on the episodes that the student got wrong.
+
+The trainer decides who is scored by what; the mathematics is in `dgpo.algorithms`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl import DataProto
+from verl.trainer.ppo.ray_trainer import apply_kl_penalty
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+from verl.workers.utils.padding import response_from_nested, response_to_nested
+
+from dgpo.algorithms.selective_kl import compute_gate, selective_kl_rewards
+from dgpo.rl.metrics import choose_monitored, episode_metrics, teacher_kl_metrics
+from dgpo.rl.verl_config import TRAINER_NAME
+from dgpo.rl.worker import TeacherGuidedWorker
+
+
+class TooManyFailedSearchesError(RuntimeError):
+    """More episodes lost their search than `retriever.max_failed_share` allows; the run was saved and can resume."""
+
+
+@register_trainer(TRAINER_NAME)
+class DGPOTrainer(PPOTrainerSync):
+    """PPO with GAE and a critic; the teacher term as `config.actor_rollout_ref.teacher` describes it."""
+
+    # veRL takes asynchronous paths for every mode that is not called "sync".
+    trainer_mode = property(lambda self: "sync", lambda self, value: None)
+
+    def __init__(self, config: Any) -> None:
+        self.term = config.actor_rollout_ref.teacher
+        super().__init__(config)
+        self.use_reference_policy = self.term.path is not None or self.term.needs_initial_policy
+        self.metrics_path = Path(self.term.metrics_path)
+        # Of the step in progress:
+        self.scores: list[dict[str, float]] = []  # one per episode, in batch order
+        self.teacher_log_probs: dict[str, torch.Tensor] = {}  # key -> [T] of the episodes that the teacher scored
+        self.dataloader_state: dict[str, Any] | None = None  # before this step's questions were drawn
+
+    # ---- set-up -----------------------------------------------------------------------------------------------------
+
+    def _build_replay_buffer(self) -> Any:
+        buffer = super()._build_replay_buffer()
+        buffer.poll_interval = self.term.replay_poll_s  # veRL's 2 s is a floor under every step
+        return buffer
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        for role in (Role.ActorRollout, Role.ActorRolloutRef):
+            self.role_worker_mapping.pop(role, None)
+            self.mapping.pop(role, None)
+        role = Role.ActorRolloutRef if self.use_reference_policy else Role.ActorRollout
+        self.role_worker_mapping[role] = ray.remote(TeacherGuidedWorker)
+        self.mapping[role] = "global_pool"
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        _drop_metrics_after(self.metrics_path, self.global_steps)
+
+    # ---- order and identity of episodes -----------------------------------------------------------------------------
+
+    def _fetch_one_gen_batch(self) -> TensorDict:
+        """Questions with ids made of step and row, so that a batch has one order whatever finishes first."""
+        self.dataloader_state = self.train_dataloader.state_dict()
+        batch = super()._fetch_one_gen_batch()
+        for row in range(len(batch)):
+            batch["uid"][row] = f"{self.global_steps:07d}-{row:06d}"
+        return batch
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs: Any) -> KVBatchMeta:
+        batch.reorder(sorted(range(len(batch)), key=lambda index: batch.keys[index]))
+        batch = super()._balance_batch(batch, metrics, **kwargs)
+        fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
+        self.scores = [extra["reward_extra_info"] for extra in fields["extra_fields"].tolist()]
+        self._stop_on_failed_searches()
+        return batch
+
+    def _stop_on_failed_searches(self) -> None:
+        share = float(np.mean([score["search_failed"] for score in self.scores]))
+        if share <= self.term.max_failed_share:
+            return
+        self.global_steps -= 1  # the last step whose update was made; 0 leaves nothing to save
+        if self.global_steps > 0:
+            self._save_checkpoint()
+            folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+            torch.save(self.dataloader_state, folder / "data.pt")
+        raise TooManyFailedSearchesError(
+            f"{share:.0%} of this step's episodes lost a search (retriever.max_failed_share="
+            f"{self.term.max_failed_share}): the retriever is down or overloaded. Saved after step "
+            f"{self.global_steps}; start it again and continue with resume=true"
+        )
+
+    # ---- the teacher ------------------------------------------------------------------------------------------------
+
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Lets the initial policy score every episode where its penalty is on, and the teacher only chosen ones."""
+        if self.term.needs_initial_policy:
+            batch = super()._compute_ref_log_prob(batch, metrics)
+        self.teacher_log_probs = {}
+        if self.term.path is None:
+            return batch
+        correct = torch.tensor([score["em"] for score in self.scores])
+        gate = compute_gate(correct, self.term.gate)
+        scored = gate.bool() if self.term.form == "reward" else torch.zeros(len(gate), dtype=torch.bool)
+        monitored = choose_monitored(
+            correct, already=scored, num_monitored=self.term.num_monitored, multiple=self._teacher_ranks()
+        )
+        keys = [batch.keys[index] for index in torch.nonzero(scored | monitored)[:, 0].tolist()]
+        metrics["teacher/num_scored"] = len(keys)
+        metrics["teacher/num_monitored"] = int(monitored.sum())
+        if keys:
+            self._score_by_teacher(batch.select_keys(keys))
+        if self.term.form == "exact":
+            tq.kv_batch_put(
+                keys=batch.keys,
+                partition_id=batch.partition_id,
+                fields=TensorDict({"teacher_gate": gate.float()}, batch_size=len(batch)),
+            )
+        return batch
+
+    def _score_by_teacher(self, chosen: KVBatchMeta) -> None:
+        chosen.extra_info.update(
+            calculate_entropy=False,
+            compute_loss=False,
+            temperature=self.config.actor_rollout_ref.rollout.temperature,
+        )
+        self.actor_rollout_wg.compute_teacher_log_prob(chosen)
+        data = tq.kv_batch_get(
+            keys=chosen.keys, partition_id=chosen.partition_id, select_fields=["log_probs", "response_mask"]
+        )
+        rows = response_from_nested(data["log_probs"], data["response_mask"]).unbind()
+        self.teacher_log_probs = dict(zip(chosen.keys, rows, strict=True))
+
+    def _teacher_ranks(self) -> int:
+        return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
+
+    # ---- rewards and advantages -------------------------------------------------------------------------------------
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Rewards (task, initial-policy penalty, gated teacher term), then GAE; environment tokens count nowhere."""
+        fields = ["uid", "response_mask", "rm_scores", "old_log_probs", "ref_log_prob", "values"]
+        nested = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        response_mask = nested["response_mask"]
+        data = DataProto(batch=nested.to_padded_tensor())
+        data.non_tensor_batch["uid"] = np.array(data.batch.pop("uid").tolist(), dtype=object)
+        data.batch["token_level_scores"] = data.batch["rm_scores"] * data.batch["response_mask"]
+        data.batch["token_level_rewards"] = data.batch["token_level_scores"]
+        if self.config.algorithm.use_kl_in_reward:
+            data, kl_metrics = apply_kl_penalty(
+                data, kl_ctrl=self.kl_ctrl_in_reward, kl_penalty=self.config.algorithm.kl_penalty
+            )
+            metrics.update(kl_metrics)
+        self._add_teacher_term(batch, data, metrics)
+        data = compute_advantage_for_multi_trajectories(
+            data,
+            batch_keys=batch.keys,
+            adv_estimator=self.config.algorithm.adv_estimator,
+            gamma=self.config.algorithm.gamma,
+            lam=self.config.algorithm.lam,
+            num_repeat=self.config.actor_rollout_ref.rollout.n,
+            norm_adv_by_std_in_grpo=self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
+            config=self.config.algorithm,
+        )
+        output = {
+            name: response_to_nested(data.batch[name], response_mask)
+            for name in ("advantages", "returns", "token_level_rewards")
+        }
+        return tq.kv_batch_put(
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch))
+        )
+
+    def _add_teacher_term(self, batch: KVBatchMeta, data: DataProto, metrics: dict) -> None:
+        if self.term.path is None:
+            return
+        correct = torch.tensor([score["em"] for score in self.scores])
+        gate = compute_gate(correct, self.term.gate)
+        metrics["teacher/gate_fraction"] = gate.float().mean().item()
+        student = data.batch["old_log_probs"]
+        teacher = student.clone()  # the difference is 0 where the teacher was not asked
+        for row, key in enumerate(batch.keys):
+            if key in self.teacher_log_probs:
+                values = self.teacher_log_probs[key]
+                teacher[row, : len(values)] = values
+        metrics.update(
+            teacher_kl_metrics(
+                student - teacher,
+                response_mask=data.batch["response_mask"],
+                correct=correct,
+                scored=torch.tensor([key in self.teacher_log_probs for key in batch.keys]),
+            )
+        )
+        if self.term.form == "reward":
+            data.batch["token_level_rewards"] = selective_kl_rewards(
+                data.batch["token_level_rewards"],
+                student_log_probs=student,
+                teacher_log_probs=teacher,
+                response_mask=data.batch["response_mask"],
+                gate=gate,
+                kl_coef=self.term.coef,
+            )
+
+    # ---- records ----------------------------------------------------------------------------------------------------
+
+    def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, **kwargs: Any) -> None:
+        super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
+        metrics.update(episode_metrics(self.scores))
+        lengths = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"])
+        mask = lengths["response_mask"].values().float()
+        metrics["episode/trained_token_share"] = mask.mean().item()
+        _append_metrics(self.metrics_path, {"step": self.global_steps, **_plain(metrics)})
+
+
+def _plain(metrics: dict[str, Any]) -> dict[str, float]:
+    """Numbers only, as Python floats: what JSON can hold."""
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if isinstance(value, int | float | np.number) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    }
+
+
+def _append_metrics(path: Path, record: dict[str, float]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _drop_metrics_after(path: Path, last_step: int) -> None:
+    """A resumed run repeats the steps after its checkpoint: their old records go."""
+    if not path.exists():
+        return
+    kept: Iterable[str] = (line for line in path.read_text().splitlines() if json.loads(line)["step"] <= last_step)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(path)

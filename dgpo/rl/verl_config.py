@@ -1,0 +1,242 @@
+"""Our configuration in veRL's words: the one place that knows veRL's keys."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from dgpo.config.schema import DEFAULT_TEACHER_COEF, Config
+from dgpo.rl.agent_loop import AGENT_NAME
+
+TRAINER_NAME = "dgpo"
+
+
+def to_verl(config: Config, folder: Path) -> DictConfig:
+    """Composes veRL's `ppo_trainer` with our settings laid over it.
+
+    Args:
+        config: a checked configuration.
+        folder: the stage's folder; the agent loop's settings are written there for veRL's workers.
+    """
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        verl = compose("ppo_trainer")
+    values = {
+        **_data(config),
+        **_model(config),
+        **_rollout(config, _write_agent_loop(config, folder)),
+        **_actor(config),
+        **_critic(config),
+        **_algorithm(config),
+        **_trainer(config, folder),
+        **config.hardware.verl,
+    }
+    with open_dict(verl):
+        for key, value in values.items():
+            OmegaConf.update(verl, key, value, force_add=True)
+        verl.actor_rollout_ref.teacher = _teacher(config)
+    return verl
+
+
+def _write_agent_loop(config: Config, folder: Path) -> str:
+    retriever = asdict(config.retriever)
+    entry = {
+        "name": AGENT_NAME,
+        "_target_": "dgpo.rl.agent_loop.SearchAgentLoop",
+        "episode": asdict(config.episode),
+        "retriever": retriever,
+        "seed": config.seed,
+        "concurrency": config.train.generation_concurrency,
+    }
+    path = folder / "agent_loop.yaml"
+    path.write_text(yaml.safe_dump([entry], sort_keys=False))
+    return str(path.resolve())
+
+
+def _data(config: Config) -> dict[str, Any]:
+    return {
+        "data.train_files": config.data.train_file,
+        "data.val_files": config.data.validation_file or config.data.train_file,
+        "data.train_batch_size": config.train.batch_size,
+        "data.max_prompt_length": config.episode.max_prompt_tokens,
+        "data.max_response_length": config.episode.max_response_tokens,
+        "data.dataloader_num_workers": 0,
+        "data.seed": config.seed,
+        "data.trust_remote_code": config.student.trust_remote_code,
+    }
+
+
+def _model(config: Config) -> dict[str, Any]:
+    hardware = config.hardware
+    path = config.train.init or config.student.path
+    shared = {
+        "path": path,
+        "trust_remote_code": config.student.trust_remote_code,
+        "use_remove_padding": hardware.remove_padding,
+        "enable_gradient_checkpointing": hardware.gradient_checkpointing,
+        "override_config.attn_implementation": hardware.attention,
+    }
+    return {
+        f"{prefix}.{key}": value
+        for prefix in ("actor_rollout_ref.model", "critic.model")
+        for key, value in shared.items()
+    }
+
+
+def _rollout(config: Config, agent_loop_path: str) -> dict[str, Any]:
+    hardware, engine = config.hardware, config.hardware.engine
+    cpu = hardware.platform == "cpu"
+    rollout = {
+        "name": "vllm",
+        "dtype": engine.dtype,
+        "temperature": config.train.temperature,
+        "n": config.train.samples_per_question,
+        "seed": config.seed,
+        "enforce_eager": engine.enforce_eager,
+        "tensor_model_parallel_size": engine.tensor_parallel_size,
+        "gpu_memory_utilization": engine.gpu_memory_utilization,
+        "max_num_seqs": engine.max_num_seqs,
+        "max_num_batched_tokens": engine.max_num_batched_tokens,
+        "max_model_len": config.episode.max_prompt_tokens + config.episode.max_response_tokens,
+        "log_prob_micro_batch_size_per_gpu": hardware.micro_batch_size,
+        "skip_tokenizer_init": False,  # stop strings are found in detokenised text
+        "agent.num_workers": hardware.num_agent_workers,
+        "agent.default_agent_loop": AGENT_NAME,
+        "agent.agent_loop_config_path": agent_loop_path,
+        # vLLM's CPU build has no sleep mode: weights are loaded over the old ones.
+        "free_cache_engine": not cpu,
+        "checkpoint_engine.update_weights_bucket_megabytes": 64 if cpu else 2048,
+    }
+    if cpu:
+        rollout["enable_sleep_mode"] = False
+    if engine.worker_extension:
+        rollout["engine_kwargs.vllm.worker_extension_cls"] = engine.worker_extension
+    return {f"actor_rollout_ref.rollout.{key}": value for key, value in rollout.items()}
+
+
+def _mixed_precision(dtype: str) -> dict[str, str]:
+    """Forward and backward in `dtype`, gradients reduced in float32; parameters and optimiser stay float32."""
+    return {"param_dtype": "fp32" if dtype == "float32" else "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+
+
+def _actor(config: Config) -> dict[str, Any]:
+    train, hardware = config.train, config.hardware
+    actor = {
+        "strategy": "fsdp2",
+        "ppo_mini_batch_size": train.mini_batch_size,
+        "ppo_micro_batch_size_per_gpu": hardware.micro_batch_size,
+        "clip_ratio": train.clip_ratio,
+        "clip_ratio_low": train.clip_ratio,
+        "clip_ratio_high": train.clip_ratio,
+        "entropy_coeff": train.entropy_coef,
+        # The exact teacher term reads the logits in its backward pass; without entropy veRL's log-prob kernel writes
+        # its gradient over them.
+        "calculate_entropy": _uses_exact_teacher(config),
+        "grad_clip": train.max_grad_norm,
+        "optim.lr": train.actor_learning_rate,
+        "optim.lr_warmup_steps_ratio": train.actor_warmup_ratio,
+        "optim.weight_decay": 0.0,
+        "data_loader_seed": config.seed,
+        "checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
+        "checkpoint.load_contents": ["model", "optimizer", "extra"],
+        "fsdp_config.use_torch_compile": hardware.platform != "cpu",
+        "use_torch_compile": hardware.platform != "cpu",
+        "fsdp_config.mixed_precision": _mixed_precision(hardware.dtype),
+    }
+    ref = {
+        "log_prob_micro_batch_size_per_gpu": hardware.micro_batch_size,
+        "fsdp_config.use_torch_compile": hardware.platform != "cpu",
+        "use_torch_compile": hardware.platform != "cpu",
+        "fsdp_config.mixed_precision": _mixed_precision(hardware.dtype),
+    }
+    return {f"actor_rollout_ref.actor.{k}": v for k, v in actor.items()} | {
+        f"actor_rollout_ref.ref.{k}": v for k, v in ref.items()
+    }
+
+
+def _critic(config: Config) -> dict[str, Any]:
+    train, hardware = config.train, config.hardware
+    critic = {
+        "strategy": "fsdp2",
+        "ppo_micro_batch_size_per_gpu": hardware.micro_batch_size,
+        "cliprange_value": train.value_clip,
+        "grad_clip": train.max_grad_norm,
+        "optim.lr": train.critic_learning_rate,
+        "optim.lr_warmup_steps_ratio": train.critic_warmup_ratio,
+        "optim.weight_decay": 0.0,
+        "data_loader_seed": config.seed,
+        "fsdp.use_torch_compile": hardware.platform != "cpu",
+        "fsdp.mixed_precision": _mixed_precision(hardware.dtype),
+    }
+    return {f"critic.{key}": value for key, value in critic.items()}
+
+
+def _algorithm(config: Config) -> dict[str, Any]:
+    train = config.train
+    return {
+        "algorithm.adv_estimator": "gae",
+        "algorithm.gamma": train.gamma,
+        "algorithm.lam": train.gae_lambda,
+        "algorithm.use_kl_in_reward": train.init_kl_coef > 0,
+        "algorithm.kl_ctrl.kl_coef": train.init_kl_coef,
+        "reward.num_workers": config.hardware.num_reward_workers,
+    }
+
+
+def _trainer(config: Config, folder: Path) -> dict[str, Any]:
+    train, hardware = config.train, config.hardware
+    ray_init: dict[str, Any] = {
+        "ray_kwargs.ray_init.num_cpus": hardware.logical_cpus,
+        "ray_kwargs.ray_init.include_dashboard": False,
+        "ray_kwargs.ray_init.runtime_env.env_vars": dict(hardware.env),
+    }
+    if hardware.platform == "cpu":
+        ray_init["ray_kwargs.ray_init.num_gpus"] = hardware.gpus_per_node
+        ray_init["ray_kwargs.ray_init.object_store_memory"] = 1_000_000_000
+        ray_init["transfer_queue.backend.SimpleStorage.num_data_storage_units"] = 1
+    return {
+        "trainer.use_v1": True,
+        "trainer.v1.trainer_mode": TRAINER_NAME,
+        "trainer.device": "cpu" if hardware.platform == "cpu" else "cuda",
+        "trainer.n_gpus_per_node": hardware.gpus_per_node,
+        "trainer.nnodes": hardware.num_nodes,
+        "trainer.logger": [name for name in train.loggers if name != "file"],
+        "trainer.project_name": "dgpo",
+        "trainer.experiment_name": Path(config.run_dir).name,
+        "trainer.total_training_steps": train.num_steps,
+        "trainer.total_epochs": 1_000_000,  # num_steps ends the run; the data is repeated as often as that takes
+        "trainer.save_freq": train.save_every,
+        "trainer.test_freq": train.validate_every if config.data.validation_file else -1,
+        "trainer.val_before_train": False,
+        "trainer.default_local_dir": str((folder / "checkpoints").resolve()),
+        "trainer.max_actor_ckpt_to_keep": train.keep_checkpoints,
+        "trainer.max_critic_ckpt_to_keep": train.keep_checkpoints,
+        "trainer.resume_mode": "auto" if config.resume else "disable",
+        **ray_init,
+    }
+
+
+def _uses_exact_teacher(config: Config) -> bool:
+    return config.train.teacher_term.form == "exact" and config.train.teacher_term.gate != "none"
+
+
+def _teacher(config: Config) -> dict[str, Any]:
+    """What the worker and the trainer need to know of the teacher; veRL itself never reads this node."""
+    term = config.train.teacher_term
+    return {
+        "path": None if term.gate == "none" else config.teacher.path,
+        "trust_remote_code": config.teacher.trust_remote_code,
+        "form": term.form,
+        "gate": term.gate,
+        "coef": term.coef if term.coef is not None else DEFAULT_TEACHER_COEF[term.form],
+        "num_monitored": term.num_monitored,
+        "chunk_tokens": term.chunk_tokens,
+        "needs_initial_policy": config.train.init_kl_coef > 0,
+        "replay_poll_s": config.hardware.replay_poll_s,
+        "max_failed_share": config.retriever.max_failed_share,
+        "metrics_path": str((Path(config.run_dir) / "train" / "metrics.jsonl").resolve()),
+    }

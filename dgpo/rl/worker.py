@@ -1,0 +1,74 @@
+"""The actor's Ray worker with a frozen teacher of its own beside it.
+
+veRL 0.9.1 can only put a copy of the actor's own model behind its reference policy. Its `ref_worker_cls` hook is
+called with the complete settings of that frozen model, which is the place to build one with the teacher's weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
+from dgpo.rl.exact_loss import ExactTeacherLoss
+
+
+class TeacherGuidedWorker(ActorRolloutRefWorker):
+    """Actor, rollout and one or two frozen models: the teacher, and the initial policy where a penalty asks for it.
+
+    `config.teacher` (written by `dgpo.rl.verl_config`) says what is needed. With the `exact` form the actor's loss
+    reads the teacher in this process; with the `reward` form the trainer asks for its log-probs of chosen episodes.
+    """
+
+    teacher: TrainingWorker | None = None
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        self.ref_worker_cls = self._build_frozen_models
+        super().init_model()
+        term = self.config.teacher
+        if self.teacher is not None and term.form == "exact":
+            self.actor.set_loss_fn(
+                ExactTeacherLoss(
+                    self.loss_fn, teacher=self.teacher.engine, coef=term.coef, chunk_tokens=term.chunk_tokens
+                )
+            )
+
+    def _build_frozen_models(self, config: Any) -> TrainingWorker:
+        """Builds the teacher, and returns the model that veRL is to use as its reference policy."""
+        term = self.config.teacher
+        if term.path is not None:
+            self.teacher = TrainingWorker(
+                config=dataclasses.replace(config, model_config=_teacher_model(self.config.model, term))
+            )
+            if not term.needs_initial_policy:
+                return self.teacher
+            self.teacher.reset()
+        return TrainingWorker(config=config)
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="ref"))
+    def compute_teacher_log_prob(self, data: Any) -> Any:
+        """Teacher log-probs of the sampled tokens of the given episodes, under the key `log_probs`."""
+        output = self.teacher.infer_batch(data=data)
+        return output.cpu() if output is not None else None
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def update_actor(self, data: Any) -> Any:
+        if self.teacher is not None and self.config.teacher.form == "exact":
+            # veRL's name for "also call the loss function with the logits" (engine/fsdp/transformer_impl.py).
+            tu.assign_non_tensor(data, distillation_use_topk=True)
+        output = self.actor.train_mini_batch(data=data)
+        return output.cpu() if output is not None else None
+
+
+def _teacher_model(model: DictConfig, term: DictConfig) -> Any:
+    """The actor's model settings with the teacher's weights."""
+    settings = OmegaConf.create(OmegaConf.to_container(model, resolve=True))
+    return omega_conf_to_dataclass(
+        OmegaConf.merge(settings, {"path": term.path, "trust_remote_code": term.trust_remote_code})
+    )
