@@ -1,0 +1,1 @@
+"""The mathematics: pure functions of tensors. No engine, no configuration, no state."""

@@ -1,0 +1,1 @@
+"""Data rows in the ecosystem's parquet schema."""

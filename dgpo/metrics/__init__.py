@@ -1,0 +1,1 @@
+"""Answer and search metrics, and their uncertainty."""
