@@ -1,0 +1,100 @@
+"""Phase 1a: the teacher plays episodes (TGOs) on the questions of `data.collect_file`; the correct ones are kept.
+
+python -m dgpo collect pair=qwen3b_05b data.collect_file=data/train.parquet run_dir=runs/dgpo
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dgpo.artifacts import MANIFEST, prepare_run_folder, write_manifest
+from dgpo.coldstart.filter import keep_correct
+from dgpo.config.checks import check_collect
+from dgpo.config.load import to_yaml
+from dgpo.config.schema import Config
+from dgpo.data.rows import read_rows, row_golds
+from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes, play_episodes
+from dgpo.engines.vllm_policy import VllmPolicy
+from dgpo.trajectory import Trajectory, write_trajectories
+
+# Not `</answer>`: the teacher's own end token then follows its answer, and the cold start trains the student to end.
+COLLECT_STOP_STRINGS = ("</search>",)
+
+
+def collect(config: Config) -> Path | None:
+    """Runs the stage; writes `collect/{trajectories,episodes}.jsonl` and a manifest.
+
+    Returns:
+        The stage's folder, or None for a dry run.
+
+    Raises:
+        ConfigError: from the checks, before the engine starts.
+        SearchOutageError: the retriever failed too often; `resume=true` continues.
+    """
+    check_collect(config)
+    rows = read_rows(config.data.collect_file or "")[: config.collect.max_questions]
+    if config.dry_run:
+        samples = config.collect.samples_per_question
+        print(f"dry run: {config.teacher.path} would play {len(rows)} questions, {samples} times each.")
+        return None
+    folder = prepare_run_folder(Path(config.run_dir) / "collect", resume=config.resume)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    tokenizer = _load_tokenizer(config)
+    planned = plan_episodes(rows, tokenizer, config=config, samples=config.collect.samples_per_question)
+    trajectories = asyncio.run(_play(config, planned, tokenizer, folder / "trajectories.jsonl"))
+    golds = {episode.episode_id: row_golds(episode.row) for episode in planned}
+    kept, counts = keep_correct(trajectories, golds)
+    write_trajectories(folder / "episodes.jsonl", kept)
+    write_manifest(
+        folder,
+        stage="collect",
+        inputs={"teacher": config.teacher.path, "questions": config.data.collect_file},
+        config=to_yaml(config),
+        counts={"episodes": len(trajectories), **counts},
+        seed=config.seed,
+    )
+    _print_table(trajectories, counts)
+    return folder
+
+
+def _load_tokenizer(config: Config) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(config.teacher.path, trust_remote_code=config.teacher.trust_remote_code)
+
+
+async def _play(config: Config, planned: list[PlannedEpisode], tokenizer: Any, path: Path) -> list[Trajectory]:
+    policy = VllmPolicy(
+        config.teacher.path or "",
+        hardware=config.hardware,
+        max_model_len=config.episode.max_prompt_tokens + config.episode.max_response_tokens,
+        temperature=config.collect.temperature,
+        seed=config.seed,
+        trust_remote_code=config.teacher.trust_remote_code,
+    )
+    async with policy:
+        return await play_episodes(
+            planned,
+            policy=policy,
+            tokenizer=tokenizer,
+            config=config,
+            path=path,
+            settings={"model": config.teacher.path, "temperature": config.collect.temperature},
+            stop=COLLECT_STOP_STRINGS,
+            name="collect",
+        )
+
+
+def _print_table(trajectories: list[Trajectory], counts: dict[str, int]) -> None:
+    table = Table(title="Teacher episodes", title_justify="left")
+    table.add_column("outcome")
+    table.add_column("episodes", justify="right")
+    table.add_column("share", justify="right")
+    for reason, count in counts.items():
+        table.add_row(reason, str(count), f"{count / max(len(trajectories), 1):.1%}")
+    Console().print(table)

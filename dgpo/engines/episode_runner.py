@@ -1,0 +1,229 @@
+"""Plays many questions through the one episode loop: bounded concurrency, progress, and a file to resume from."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dgpo.artifacts import atomic_write_text
+from dgpo.config.schema import Config
+from dgpo.data.rows import DataError, row_id
+from dgpo.episode import EpisodeLimits, Policy, run_episode
+from dgpo.protocol import STOP_STRINGS, encode_prompt
+from dgpo.search import SearchClient
+from dgpo.seeds import derive_seed
+from dgpo.trajectory import Trajectory, write_trajectories
+
+# Failures are judged against at least this many episodes, so that one early failure among many does not stop a run.
+MIN_EPISODES_FOR_SHARE = 50
+REPORT_EVERY_S = 10.0
+
+
+class SearchOutageError(RuntimeError):
+    """Too many episodes lost a search; what was finished is kept and the stage can be resumed."""
+
+
+class ResumeMismatchError(ValueError):
+    """The episodes in the folder were played under other settings."""
+
+
+@dataclass(frozen=True)
+class PlannedEpisode:
+    """One episode to play: `episode_id` is unique in its file and decides its seed."""
+
+    episode_id: str
+    row: Mapping[str, Any]
+    prompt_ids: list[int]
+
+    @property
+    def corpus(self) -> str | None:
+        return self.row["extra_info"].get("corpus")
+
+
+def plan_episodes(
+    rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, config: Config, samples: int = 1, prefix: str = ""
+) -> list[PlannedEpisode]:
+    """Episodes for `rows`, `samples` of each, in row order.
+
+    Raises:
+        DataError: two rows share an id, or a prompt is longer than `episode.max_prompt_tokens`.
+    """
+    planned, seen = [], set()
+    limit = config.episode.max_prompt_tokens
+    for row in rows:
+        name = prefix + row_id(row)
+        if name in seen:
+            raise DataError(f"two rows have the id {name!r}: give each an extra_info.id of its own")
+        seen.add(name)
+        prompt_ids = encode_prompt(tokenizer, row["prompt"])
+        if len(prompt_ids) > limit:
+            raise DataError(
+                f"question {name!r} has a prompt of {len(prompt_ids)} tokens, more than "
+                f"episode.max_prompt_tokens={limit}: raise the limit or drop the question"
+            )
+        ids = [name] if samples == 1 else [f"{name}#{sample}" for sample in range(samples)]
+        planned += [PlannedEpisode(episode_id, row, prompt_ids) for episode_id in ids]
+    return planned
+
+
+async def play_episodes(
+    planned: Sequence[PlannedEpisode],
+    *,
+    policy: Policy,
+    tokenizer: Any,
+    config: Config,
+    path: Path,
+    settings: Mapping[str, Any],
+    stop: Sequence[str] = STOP_STRINGS,
+    name: str = "episodes",
+) -> list[Trajectory]:
+    """Plays every planned episode that `path`'s partial file does not hold yet, and writes `path` when all are done.
+
+    Finished episodes go to `<path>.partial` at once; episodes whose search failed do not, so resuming plays them again.
+
+    Args:
+        path: the jsonl file that holds all trajectories in the end, in the order of `planned`.
+        settings: what the trajectories depend on (model, temperature, ..); resuming under others is refused.
+        stop: strings that end a turn.
+        name: of the progress line.
+
+    Raises:
+        SearchOutageError: the share of episodes with a failed search exceeds `retriever.max_failed_share`.
+        ResumeMismatchError: the partial file was made under other settings.
+    """
+    partial = _Partial(path, {**settings, "episode": asdict(config.episode), "seed": config.seed, "stop": list(stop)})
+    finished = {t.episode_id: t for t in partial.read()}
+    pending = iter([episode for episode in planned if episode.episode_id not in finished])
+    progress = _Progress(name, total=len(planned), done=len(finished))
+    limits = EpisodeLimits(**{k: v for k, v in asdict(config.episode).items() if k != "max_prompt_tokens"})
+    num_failed = 0
+    retriever = config.retriever
+    client = SearchClient(
+        retriever.url,
+        timeout_s=retriever.timeout_s,
+        max_retries=retriever.max_retries,
+        max_concurrency=retriever.max_concurrency,
+    )
+
+    async def play_pending(search: SearchClient) -> None:
+        nonlocal num_failed
+        for episode in pending:  # one iterator shared by all workers
+            trajectory = await run_episode(
+                episode_id=episode.episode_id,
+                prompt_ids=episode.prompt_ids,
+                policy=policy,
+                search=search,
+                tokenizer=tokenizer,
+                limits=limits,
+                stop=stop,
+                corpus=episode.corpus,
+                seed=derive_seed(config.seed, episode.episode_id),
+            )
+            finished[episode.episode_id] = trajectory
+            progress.advance()
+            if trajectory.status != "search_failed":
+                partial.append(trajectory)
+                continue
+            num_failed += 1
+            allowed = retriever.max_failed_share * max(len(finished), min(len(planned), MIN_EPISODES_FOR_SHARE))
+            if num_failed > allowed:
+                raise SearchOutageError(
+                    f"{num_failed} of {len(finished)} episodes lost a search at {retriever.url} "
+                    f"(retriever.max_failed_share={retriever.max_failed_share}): start the retriever again and repeat "
+                    f"the command with resume=true; {len(finished) - num_failed} finished episodes are kept"
+                )
+
+    try:
+        async with client as search, asyncio.TaskGroup() as workers:
+            for _ in range(config.hardware.engine.concurrency):
+                workers.create_task(play_pending(search))
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None  # the others are its echoes
+    finally:
+        progress.close()
+        partial.close()
+    trajectories = [finished[episode.episode_id] for episode in planned]
+    write_trajectories(path, trajectories)
+    partial.remove()
+    return trajectories
+
+
+class _Partial:
+    """The growing file beside the final one, with the settings under which it grew."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = Path(f"{path}.partial")
+        self.settings_path = Path(f"{path}.settings.json")
+        text = json.dumps(settings, indent=1, sort_keys=True, default=str)
+        if self.path.exists() and self.settings_path.exists() and self.settings_path.read_text() != text:
+            before, now = json.loads(self.settings_path.read_text()), json.loads(text)
+            changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+            raise ResumeMismatchError(
+                f"{self.path} was made with other settings ({', '.join(changed)}): go back to them, delete the file, "
+                "or choose another run_dir"
+            )
+        atomic_write_text(self.settings_path, text)
+        self._drop_torn_line()
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def _drop_torn_line(self) -> None:
+        """A run that was killed in the middle of a write leaves a line without its end."""
+        if self.path.exists():
+            data = self.path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data):
+                self.path.write_bytes(whole)
+
+    def read(self) -> Iterator[Trajectory]:
+        with self.path.open(encoding="utf-8") as file:
+            for line in file:
+                yield Trajectory.from_json(line)
+
+    def append(self, trajectory: Trajectory) -> None:
+        self._file.write(trajectory.to_json() + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.settings_path.unlink(missing_ok=True)
+
+
+class _Progress:
+    """A bar on a terminal; a plain line every 10 s in a log file."""
+
+    def __init__(self, name: str, *, total: int, done: int) -> None:
+        self.name, self.total, self.done = name, total, done
+        self.first = done
+        self.started = self.reported = time.monotonic()
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=done, desc=name, unit="episode", smoothing=0.05)
+
+    def advance(self) -> None:
+        self.done += 1
+        if self.bar is not None:
+            self.bar.update()
+        elif time.monotonic() - self.reported > REPORT_EVERY_S:
+            self._line()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        else:
+            self._line()
+
+    def _line(self) -> None:
+        self.reported = time.monotonic()
+        rate = (self.done - self.first) / max(self.reported - self.started, 1e-9)
+        print(f"{self.name}: {self.done}/{self.total} episodes, {rate:.1f} a second", file=sys.stderr, flush=True)

@@ -1,0 +1,128 @@
+"""vLLM's asynchronous engine as an episode `Policy`: token ids in, sampled token ids and their log-probs out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from dgpo.config.schema import HardwareConfig
+from dgpo.engines.environment import export_environment
+from dgpo.episode import Generation
+
+# A shorter wait leaves engine processes behind on a busy machine; a longer one delays every exit after a crash.
+SHUTDOWN_TIMEOUT_S = 20.0
+
+
+class VllmPolicy:
+    """One vLLM engine with one model. Use as `async with VllmPolicy(...) as policy`.
+
+    Args:
+        model_path: Hugging Face folder or hub name; its tokenizer only detokenises here, to find stop strings.
+        hardware: `hardware.engine` sizes the engine, `hardware.env` is exported before vllm is imported.
+        max_model_len: longest sequence in tokens, prompt and response together.
+        temperature: 0 decodes greedily.
+        seed: of the engine; a request that brings its own seed does not depend on it.
+
+    The log-probs are the model's own (before temperature), in nats, one per sampled token.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        hardware: HardwareConfig,
+        max_model_len: int,
+        temperature: float,
+        seed: int,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.model_path = model_path
+        self.hardware = hardware
+        self.max_model_len = max_model_len
+        self.temperature = temperature
+        self.seed = seed
+        self.trust_remote_code = trust_remote_code
+        self._engine: Any = None
+
+    async def __aenter__(self) -> VllmPolicy:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Loads the model into a new engine (about 20 s on a CPU). Does nothing when it runs already."""
+        if self._engine is not None:
+            return
+        export_environment(self.hardware)
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        settings = self.hardware.engine
+        self._engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=self.model_path,
+                dtype=settings.dtype,
+                enforce_eager=settings.enforce_eager,
+                tensor_parallel_size=settings.tensor_parallel_size,
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=max(settings.max_num_batched_tokens, self.max_model_len),
+                max_model_len=self.max_model_len,
+                enable_prefix_caching=True,  # every turn of an episode repeats the tokens of the turns before
+                seed=self.seed,
+                disable_log_stats=True,
+                trust_remote_code=self.trust_remote_code,
+            )
+        )
+
+    async def stop(self) -> None:
+        """Ends the engine and waits for its processes; the policy may be started again."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+
+    async def generate(
+        self, token_ids: list[int], *, max_tokens: int, stop: Sequence[str], seed: int | None, request_id: str
+    ) -> Generation:
+        """Continues `token_ids` by at most `max_tokens` tokens, through a stop string or the end-of-sequence token.
+
+        Args:
+            token_ids: everything so far, prompt and earlier turns, exactly as sampled.
+            max_tokens: more than 0; `len(token_ids) + max_tokens` fits into `max_model_len`.
+            stop: strings after which the turn ends; the token that completes one is kept.
+            seed: of this request alone; None samples from the engine's stream. Ignored when greedy.
+            request_id: unique among the requests in flight.
+
+        Raises:
+            RuntimeError: the policy was not started.
+
+        Cancelling the call aborts the request in the engine.
+        """
+        if self._engine is None:
+            raise RuntimeError("VllmPolicy is not started: use `async with VllmPolicy(...) as policy`")
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            temperature=self.temperature,
+            max_tokens=max_tokens,
+            stop=list(stop),
+            include_stop_str_in_output=True,
+            detokenize=True,
+            skip_special_tokens=False,  # a tokenizer may hold the tags as special tokens: they still stop a turn
+            logprobs=0,  # of the sampled token only
+            seed=seed if self.temperature > 0 else None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        final = None
+        async for output in self._engine.generate(TokensPrompt(prompt_token_ids=token_ids), sampling, request_id):
+            final = output
+        completion = final.outputs[0]
+        sampled = list(completion.token_ids)
+        log_probs = [table[token].logprob for token, table in zip(sampled, completion.logprobs or [], strict=True)]
+        return Generation(sampled, log_probs, completion.finish_reason or "abort")

@@ -1,0 +1,114 @@
+"""vLLM as an episode policy, on a tiny random model: ids verbatim, log-probs of the model, seeds, stop strings."""
+
+import asyncio
+
+import psutil
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from dgpo.config.load import load_config
+from dgpo.engines.vllm_policy import VllmPolicy
+
+pytestmark = pytest.mark.engine
+
+PROMPT = [5, 17, 42, 60, 7]
+
+
+def make_model(folder):
+    """A random Qwen2 of 40 thousand parameters that speaks printable ASCII, one character a token."""
+    vocabulary = {symbol: index for index, symbol in enumerate(["<eos>", *map(chr, range(33, 127))])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=0,
+        initializer_range=0.3,
+    )
+    Qwen2ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def generations(tmp_path_factory):
+    """One engine for all tests: what it generated for a set of requests, and the model's folder."""
+    folder = tmp_path_factory.mktemp("model")
+    make_model(folder)
+    hardware = load_config(["hardware=cpu"]).hardware
+    before = children()
+
+    async def main():
+        async with VllmPolicy(str(folder), hardware=hardware, max_model_len=128, temperature=1.0, seed=1) as policy:
+
+            async def ask(name, seed, stop=(), max_tokens=12):
+                return await policy.generate(
+                    PROMPT, max_tokens=max_tokens, stop=stop, seed=seed, request_id=f"{name}-{seed}"
+                )
+
+            cancelled = asyncio.create_task(ask("cancelled", 9, max_tokens=120))
+            await asyncio.sleep(0.05)
+            cancelled.cancel()
+            results = await asyncio.gather(ask("a", 1), ask("b", 1), ask("c", 2), cancelled, return_exceptions=True)
+            stop = chr(32 + results[0].token_ids[10])
+            return [
+                *results,
+                await ask("stopped", 1, (stop,)),
+            ], policy._engine.output_processor.get_num_unfinished_requests()
+
+    results, unfinished = asyncio.run(main())
+    return folder, results, unfinished, children() - before
+
+
+def children():
+    """Command lines by process id; multiprocessing's own tracker lives as long as this process."""
+    found = {(process.pid, " ".join(process.cmdline())) for process in psutil.Process().children(recursive=True)}
+    return {(pid, command) for pid, command in found if "resource_tracker" not in command}
+
+
+def test_log_probs_are_those_of_the_model_on_the_ids_that_were_sampled(generations):
+    folder, (first, _, other, *_), *_ = generations
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for generation in (first, other):
+        assert len(generation.token_ids) == len(generation.log_probs) > 0
+        ids = torch.tensor([PROMPT + generation.token_ids])
+        with torch.no_grad():
+            log_probs = model(ids).logits.log_softmax(-1)[0, len(PROMPT) - 1 : -1]
+        expected = log_probs.gather(-1, torch.tensor(generation.token_ids)[:, None])[:, 0]
+        assert torch.tensor(generation.log_probs) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_request_is_repeatable_by_its_own_seed(generations):
+    _, (first, again, other, *_), *_ = generations
+    assert first.token_ids == again.token_ids
+    assert first.token_ids != other.token_ids
+
+
+def test_a_stop_string_ends_the_turn_and_is_kept(generations):
+    _, (first, _, _, _, stopped), *_ = generations
+    last = first.token_ids.index(first.token_ids[10])
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == first.token_ids[: last + 1]
+
+
+def test_the_token_limit_is_reported(generations):
+    _, (first, *_), *_ = generations
+    assert (first.finish_reason, len(first.token_ids)) == ("length", 12)
+
+
+def test_cancelling_aborts_the_request(generations):
+    _, results, unfinished, _ = generations
+    assert isinstance(results[3], asyncio.CancelledError)
+    assert unfinished == 0
+
+
+def test_stopping_leaves_no_engine_behind(generations):
+    assert not generations[3]
