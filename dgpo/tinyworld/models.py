@@ -1,4 +1,7 @@
-"""Tiny teacher and student: Qwen2 architecture in float32, as Hugging Face folders that transformers and vLLM load.
+"""Tiny teacher and student in float32, as Hugging Face folders that transformers and vLLM load.
+
+The architecture is Llama's with biases in attention, which is Qwen2's by another name: for `model_type: qwen2`
+transformers 5 ignores a checkpoint's own tokenizer class and splits words by Qwen's rule instead.
 
 The weights start from a *disclosed* initialisation that stands in for pretraining; without it the teacher reaches
 an exact match of .16 instead of about .9 in the same time:
@@ -17,7 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dgpo.protocol import STOP_STRINGS
 
@@ -36,9 +39,9 @@ TEACHER_SIZE = ModelSize(hidden_size=128, num_layers=3, num_heads=4)
 STUDENT_SIZE = ModelSize(hidden_size=64, num_layers=2, num_heads=2)
 
 
-def make_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen2ForCausalLM:
+def make_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
     """Return a freshly initialised model whose vocabulary and special ids are the tokenizer's."""
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden_size,
         intermediate_size=5 * size.hidden_size // 2,
@@ -48,12 +51,13 @@ def make_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, *, seed: int
         max_position_embeddings=tokenizer.model_max_length,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=True,
+        attention_bias=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         dtype="float32",
     )
-    model = Qwen2ForCausalLM(config)
+    model = LlamaForCausalLM(config)
     initialize(model, generator=torch.Generator().manual_seed(seed))
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, stop_strings=list(STOP_STRINGS)
@@ -62,7 +66,7 @@ def make_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, *, seed: int
 
 
 @torch.no_grad()
-def initialize(model: Qwen2ForCausalLM, *, generator: torch.Generator) -> None:
+def initialize(model: LlamaForCausalLM, *, generator: torch.Generator) -> None:
     """Apply the disclosed initialisation of this module's docstring in place."""
     config = model.config
     residual_scale = 1 / math.sqrt(2 * config.num_hidden_layers)
@@ -100,7 +104,7 @@ def _bias_to_previous_token(attention: nn.Module, *, head_dim: int) -> None:
     attention.k_proj.bias[half : half + used] = strength * torch.sin(frequencies[:used])
 
 
-def save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write weights, config, generation config and tokenizer to `folder`."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
