@@ -85,7 +85,7 @@ class DGPOTrainer(PPOTrainerSync):
         batch.reorder(sorted(range(len(batch)), key=lambda index: batch.keys[index]))
         batch = super()._balance_batch(batch, metrics, **kwargs)
         fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
-        self.scores = [extra["reward_extra_info"] for extra in fields["extra_fields"].tolist()]
+        self.scores = [extra["reward_extra_info"] for extra in fields["extra_fields"]]
         self._stop_on_failed_searches()
         return batch
 

@@ -101,7 +101,8 @@ def _rollout(config: Config, agent_loop_path: str) -> dict[str, Any]:
         "gpu_memory_utilization": engine.gpu_memory_utilization,
         "max_num_seqs": engine.max_num_seqs,
         "max_num_batched_tokens": engine.max_num_batched_tokens,
-        "max_model_len": config.episode.max_prompt_tokens + config.episode.max_response_tokens,
+        "enable_chunked_prefill": engine.chunked_prefill,
+        "max_model_len": _context_length(config),
         "log_prob_micro_batch_size_per_gpu": hardware.micro_batch_size,
         "skip_tokenizer_init": False,  # stop strings are found in detokenised text
         "agent.num_workers": hardware.num_agent_workers,
@@ -149,6 +150,9 @@ def _actor(config: Config) -> dict[str, Any]:
     }
     ref = {
         "log_prob_micro_batch_size_per_gpu": hardware.micro_batch_size,
+        # By tokens: the number of episodes that the teacher scores divides by nothing in particular.
+        "log_prob_use_dynamic_bsz": True,
+        "log_prob_max_token_len_per_gpu": hardware.micro_batch_size * _context_length(config),
         "fsdp_config.use_torch_compile": hardware.platform != "cpu",
         "use_torch_compile": hardware.platform != "cpu",
         "fsdp_config.mixed_precision": _mixed_precision(hardware.dtype),
@@ -218,6 +222,10 @@ def _trainer(config: Config, folder: Path) -> dict[str, Any]:
         "trainer.resume_mode": "auto" if config.resume else "disable",
         **ray_init,
     }
+
+
+def _context_length(config: Config) -> int:
+    return config.episode.max_prompt_tokens + config.episode.max_response_tokens
 
 
 def _uses_exact_teacher(config: Config) -> bool:
