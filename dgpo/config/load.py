@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dgpo.config.schema import Config
 
+GROUPS = ("world", "hardware", "pair", "experiment")
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -32,7 +32,9 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
     try:
         with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
             composed = compose(config_name="config", overrides=list(overrides))
-        return OmegaConf.to_object(composed)  # type: ignore[return-value]
+        # Plain values merged once more into the schema: `+key=value` gets past Hydra's own check.
+        plain = OmegaConf.to_container(composed, resolve=True)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
 
@@ -50,6 +52,11 @@ def config_keys(node: DictConfig | None = None, prefix: str = "") -> list[str]:
     return keys
 
 
+def group_choices(group: str) -> list[str]:
+    """The presets of one group (`world`, `hardware`, `pair`, `experiment`); empty for a name that is no group."""
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml")) if group in GROUPS else []
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, as written into every run folder."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -62,9 +69,12 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     if isinstance(error, ConfigCompositionException) and cause is not None:
         text = f"{text} {' '.join(str(cause).split())}"
     for override in overrides:
-        key = re.split(r"=", override.lstrip("+~"), maxsplit=1)[0]
-        if key and f"'{key}'" in text.replace('"', "'") and key not in config_keys():
-            near = difflib.get_close_matches(key, [*config_keys(), "world", "hardware", "experiment", "pair"], n=1)
+        key, _, value = override.lstrip("+~").partition("=")
+        choices = group_choices(key)
+        if choices and value not in choices:
+            return f"unknown choice {override!r}: {key} is one of {', '.join(choices)}"
+        if key and key.rsplit(".", 1)[-1] in text and key not in config_keys():
+            near = difflib.get_close_matches(key, [*config_keys(), *GROUPS], n=1)
             hint = f"did you mean {near[0]}?" if near else "`python -m dgpo train --help` lists the keys."
             return f"unknown config key {key!r}: {hint}"
     return f"bad configuration: {text}"

