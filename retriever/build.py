@@ -160,8 +160,13 @@ def _installed_versions(packages: Sequence[str]) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m retriever.build", description=__doc__.splitlines()[0])
     defaults = EncoderConfig()
-    parser.add_argument("--corpus", required=True, type=Path, help='jsonl of {"id", "contents": "\\"Title\\"\\ntext"}')
-    parser.add_argument("--out", required=True, type=Path, help="index folder to make")
+    parser.add_argument(
+        "--corpus",
+        required=True,
+        type=Path,
+        help='jsonl of {"id", "contents": "\\"Title\\"\\ntext"}, or a folder of such files',
+    )
+    parser.add_argument("--out", required=True, type=Path, help="index folder to make; of a folder, one below it each")
     parser.add_argument("--method", choices=get_args(Method), default="dense")
     parser.add_argument(
         "--encoder",
@@ -191,9 +196,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     started = time.perf_counter()
     try:
+        corpora, out_root = {options.out.name: options.corpus}, options.out.parent
+        if options.corpus.is_dir():
+            corpora, out_root = {path.stem: path for path in sorted(options.corpus.glob("*.jsonl"))}, options.out
         build_indexes(
-            {options.out.name: options.corpus},
-            options.out.parent,
+            corpora,
+            out_root,
             config,
             options.method,
             num_threads=options.num_threads,

@@ -1,0 +1,32 @@
+"""The two steps that make a tiny world: `python -m dgpo.tinyworld build|teacher --out FOLDER --seed N`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m dgpo.tinyworld", description=__doc__)
+    parser.add_argument("step", choices=("build", "teacher"), help="write the world, or train its teacher")
+    parser.add_argument("--out", type=Path, required=True, help="the world's folder")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    if options.step == "build":
+        from dgpo.tinyworld.build import WorldSettings, build_world
+
+        for name, count in build_world(options.out, WorldSettings(seed=options.seed)).items():
+            print(f"{name}: {count}")
+        return
+    from dgpo.config.load import load_config
+    from dgpo.engines.environment import export_environment
+
+    hardware = load_config(["hardware=cpu"]).hardware
+    export_environment(hardware)
+    from dgpo.tinyworld.teacher import train_teacher
+
+    train_teacher(options.out, options.out / "models" / "teacher", seed=options.seed, hardware=hardware)
+
+
+if __name__ == "__main__":
+    main()
