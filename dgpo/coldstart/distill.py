@@ -1,274 +1,52 @@
-"""Distillation: train a student on recorded episodes, on policy tokens only (method.md section 2).
+"""Phase 1b: the student learns the teacher's correct episodes, on policy tokens only.
 
     L = (1 - r) * CE + r * KL(teacher || student)        mean over the policy tokens of the whole batch
 
-One Hugging Face `Trainer` serves the cold start and, with `seqkd` on oracle episodes, the tiny teacher's own training.
+python -m dgpo distill pair=qwen3b_05b run_dir=runs/dgpo
 """
 
-import json
 import os
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import Sampler
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dgpo.algorithms.distillation import DISTILLATION_LOSSES
-from dgpo.artifacts import write_manifest
-from dgpo.config.schema import DistillConfig, HardwareConfig
-from dgpo.protocol import STOP_STRINGS
+from dgpo.artifacts import prepare_run_folder, read_manifest, write_manifest
+from dgpo.coldstart.trainer import TrainingExample, train_on_examples
+from dgpo.config.schema import Config, DistillConfig, HardwareConfig
 from dgpo.trajectory import read_trajectories
 
-IGNORE = -100  # the label of a token that is not trained (Hugging Face's convention)
-# Batches whose examples are sorted by length together: less padding, yet every such group is a random sample.
-BATCHES_PER_BUCKET = 8
-MIN_LEARNING_RATE_SHARE = 0.05
-LOG_EVERY_STEPS = 10
+LOSSES_WITHOUT_TEACHER = ("seqkd",)
 
 
-@dataclass(frozen=True)
-class TrainingExample:
-    """One episode: `response_mask` is 1 on the tokens that the policy wrote (EOS included), 0 on observations."""
+def distill(config: Config) -> Path | None:
+    """Run the stage: `{run_dir}/collect/episodes.jsonl` -> `{run_dir}/distill`, a checkpoint with a manifest.
 
-    prompt_ids: list[int]
-    response_ids: list[int]
-    response_mask: list[int]
+    Returns:
+        The stage's folder, or None for a dry run.
 
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
-
-    def features(self) -> dict[str, list[int]]:
-        trained = [i if m else IGNORE for i, m in zip(self.response_ids, self.response_mask, strict=True)]
-        return {
-            "input_ids": self.prompt_ids + self.response_ids,
-            "labels": [IGNORE] * len(self.prompt_ids) + trained,
-        }
-
-
-class BucketSampler(Sampler[int]):
-    """Yields indices so that consecutive groups of `batch_size` have similar lengths, in random order."""
-
-    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        rng = random.Random(f"{self.seed}/{self.epoch}")
-        self.epoch += 1
-        order = rng.sample(range(len(self.lengths)), len(self.lengths))
-        bucket_size = BATCHES_PER_BUCKET * self.batch_size
-        for start in range(0, len(order), bucket_size):
-            bucket = sorted(order[start : start + bucket_size], key=self.lengths.__getitem__)
-            batches = [bucket[i : i + self.batch_size] for i in range(0, len(bucket), self.batch_size)]
-            # A short last batch stays last: the loader cuts the stream every batch_size indices.
-            tail = [batches.pop()] if len(batches[-1]) < self.batch_size else []
-            rng.shuffle(batches)
-            for batch in batches + tail:
-                yield from batch
-
-
-class DistillationTrainer(Trainer):
-    """Trainer whose loss is one of `dgpo.algorithms.distillation`, with a frozen teacher beside the model."""
-
-    def __init__(
-        self,
-        *,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
-        examples: Sequence[TrainingExample],
-        pad_token_id: int,
-        loss: str,
-        kl_ratio: float,
-        chunk_tokens: int,
-        args: TrainingArguments,
-        callbacks: list[TrainerCallback],
-    ):
-        self.pad_token_id = pad_token_id
-        self.lengths = [len(example) for example in examples]
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=[example.features() for example in examples],
-            data_collator=self.collate,
-            callbacks=callbacks,
-        )
-        # The loss below already divides by the number of trained tokens of the whole (accumulated) batch.
-        self.model_accepts_loss_kwargs = True
-        self.teacher = None if teacher is None else teacher.to(args.device).eval().requires_grad_(False)
-        self.distillation_loss = DISTILLATION_LOSSES[loss]
-        self.kl_ratio, self.chunk_tokens = kl_ratio, chunk_tokens
-        for network in filter(None, (model, self.teacher)):
-            network.get_output_embeddings().register_forward_pre_hook(self._keep_policy_positions)
-        self._trained: torch.Tensor | None = None
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return BucketSampler(self.lengths, batch_size=batch_size, seed=self.args.seed)
-
-    def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Pad on the right: causal attention then needs no further care at the trained positions."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        fill = {"input_ids": self.pad_token_id, "labels": IGNORE}
-        batch = {
-            key: torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows])
-            for key, value in fill.items()
-        }
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        return batch | {"attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
-
-    def _keep_policy_positions(self, _head: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        """Hand the output layer only the states that predict a trained token: [B, T, H] -> [N, H].
-
-        A hook, and not a call of the decoder itself, because the model's own forward must run under DDP and FSDP.
-        """
-        return (args[0][:, :-1][self._trained],)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        labels = inputs["labels"][:, 1:]
-        self._trained = labels != IGNORE
-        targets = labels[self._trained]
-        tokens = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
-        outputs = model(**tokens)
-        teacher_logits = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher_logits = self.teacher(**tokens).logits
-        loss = self.distillation_loss(
-            outputs.logits,
-            teacher_logits,
-            targets,
-            kl_ratio=self.kl_ratio,
-            denominator=len(targets) if num_items_in_batch is None else num_items_in_batch,
-            chunk_size=self.chunk_tokens,
-        )
-        # DDP averages the gradients of its ranks, but the denominator already counts the tokens of all of them.
-        if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
-
-
-class LossCurve(TrainerCallback):
-    """Appends what the trainer logs to `metrics.jsonl` and prints a line now and then."""
-
-    def __init__(self, path: Path, *, name: str, num_lines: int = 8):
-        self.path, self.name, self.num_lines = path, name, num_lines
-        path.write_text("")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        every = max(1, state.max_steps // LOG_EVERY_STEPS // self.num_lines) * LOG_EVERY_STEPS
-        if state.global_step % every == 0:
-            print(f"{self.name}: step {state.global_step}/{state.max_steps} loss {logs['loss']:.3f}", flush=True)
-
-
-def train_on_examples(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    examples: Sequence[TrainingExample],
-    tokenizer: PreTrainedTokenizerBase,
-    output: Path,
-    *,
-    settings: DistillConfig,
-    hardware: HardwareConfig,
-    seed: int,
-    name: str,
-) -> None:
-    """Train `model` in place and save a Hugging Face folder (weights, tokenizer, generation config, loss curve).
-
-    Raises ValueError for an unknown loss, a missing teacher, no examples, or batch sizes that do not divide.
+    Raises:
+        ManifestError: the collection is missing or was changed.
+        ValueError: models without a common tokenizer, and what `distill_episodes` refuses.
     """
-    if settings.loss not in DISTILLATION_LOSSES:
-        raise ValueError(f"distill.loss is {settings.loss!r}; expected one of {sorted(DISTILLATION_LOSSES)}")
-    if not examples:
-        raise ValueError("no episodes to distil: collect and filter first, or loosen the filter")
-    micro_batch_size = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
-    if settings.batch_size % micro_batch_size:
-        raise ValueError(
-            f"distill.batch_size ({settings.batch_size}) must be a multiple of "
-            f"distill.micro_batch_size ({micro_batch_size})"
-        )
-    output.mkdir(parents=True, exist_ok=True)
-    on_cpu = hardware.platform == "cpu"
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // micro_batch_size,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_ratio,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": MIN_LEARNING_RATE_SHARE},
-        adam_beta2=0.98,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        seed=seed,
-        use_cpu=on_cpu,
-        bf16=hardware.dtype == "bfloat16" and not on_cpu,
-        gradient_checkpointing=hardware.gradient_checkpointing,
-        logging_steps=LOG_EVERY_STEPS,
-        disable_tqdm=True,
-        report_to="none",
-        save_strategy="no",
-        dataloader_pin_memory=not on_cpu,
-        remove_unused_columns=False,
+    collected = Path(config.run_dir) / "collect"
+    counts = read_manifest(collected, stage="collect")["counts"]
+    if config.dry_run:
+        print(f"dry run: {config.student.path} would learn from {config.teacher.path} on the episodes {counts}.")
+        return None
+    return distill_episodes(
+        student=config.student.path or "",
+        teacher=config.teacher.path,
+        episodes=collected / "episodes.jsonl",
+        output=prepare_run_folder(Path(config.run_dir) / "distill", resume=config.resume),
+        settings=config.distill,
+        hardware=config.hardware,
+        seed=config.seed,
     )
-    trainer = DistillationTrainer(
-        model=model,
-        teacher=teacher,
-        examples=examples,
-        pad_token_id=tokenizer.pad_token_id,
-        loss=settings.loss,
-        kl_ratio=settings.kl_ratio,
-        chunk_tokens=settings.chunk_tokens,
-        args=arguments,
-        callbacks=[LossCurve(output / "metrics.jsonl", name=name)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    if trainer.is_world_process_zero():
-        save_checkpoint(model, tokenizer, output)
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder that vLLM serves as a search agent: its generation config carries the stop strings."""
-    generation = model.generation_config or GenerationConfig()
-    generation.stop_strings = list(STOP_STRINGS)
-    model.generation_config = generation
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def distill(
+def distill_episodes(
     *,
     student: str,
     teacher: str | None,
@@ -277,44 +55,49 @@ def distill(
     settings: DistillConfig,
     hardware: HardwareConfig,
     seed: int,
-) -> dict[str, int]:
+) -> Path:
     """Train the model at `student` on the trajectories in the file `episodes`; write a checkpoint and a manifest.
 
-    `teacher` may be None for losses without one (`seqkd`). Returns counts of episodes and trained tokens.
+    `teacher` may be None for losses without one (`seqkd`). Returns `output`.
     Raises ValueError when the models do not share a tokenizer, and for what `train_on_examples` refuses.
     """
     tokenizer = AutoTokenizer.from_pretrained(student)
-    examples = [
-        TrainingExample(t.prompt_ids, t.response_ids, t.response_mask) for t in read_trajectories(Path(episodes))
-    ]
-    needs_teacher = settings.loss != "seqkd"
-    if needs_teacher:
-        if teacher is None:
-            raise ValueError(f"distill.loss={settings.loss} needs a teacher: set teacher.path, or distill.loss=seqkd")
-        if AutoTokenizer.from_pretrained(teacher).get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
-                f"student {student} and teacher {teacher} have different tokenizers: "
-                "distillation compares their distributions token by token, so choose two of one family"
-            )
+    examples = [TrainingExample(t.prompt_ids, t.response_ids, t.response_mask) for t in read_trajectories(episodes)]
     # The optimiser keeps float32 weights; bfloat16, where asked for, is autocast in the forward pass.
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, attn_implementation=hardware.attention)
     frozen = None
-    if needs_teacher:
-        frozen = AutoModelForCausalLM.from_pretrained(
-            teacher, dtype=getattr(torch, hardware.dtype), attn_implementation=hardware.attention
-        )
-    output = Path(output)
+    if settings.loss not in LOSSES_WITHOUT_TEACHER:
+        frozen = _load_teacher(teacher, student, tokenizer, settings=settings, hardware=hardware)
     train_on_examples(
         model, frozen, examples, tokenizer, output, settings=settings, hardware=hardware, seed=seed, name="distill"
     )
-    counts = {"episodes": len(examples), "trained_tokens": sum(sum(e.response_mask) for e in examples)}
     if int(os.environ.get("RANK", "0")) == 0:
         write_manifest(
             output,
             stage="distill",
             inputs={"student": student, "teacher": teacher, "episodes": str(episodes)},
             config=asdict(settings),
-            counts=counts,
+            counts={"episodes": len(examples), "trained_tokens": sum(sum(e.response_mask) for e in examples)},
             seed=seed,
         )
-    return counts
+    return output
+
+
+def _load_teacher(
+    teacher: str | None,
+    student: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    settings: DistillConfig,
+    hardware: HardwareConfig,
+) -> PreTrainedModel:
+    if teacher is None:
+        raise ValueError(f"distill.loss={settings.loss} needs a teacher: set teacher.path, or distill.loss=seqkd")
+    if AutoTokenizer.from_pretrained(teacher).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"student {student} and teacher {teacher} have different tokenizers: "
+            "distillation compares their distributions token by token, so choose two of one family"
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        teacher, dtype=getattr(torch, hardware.dtype), attn_implementation=hardware.attention
+    )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from dgpo.coldstart.distill import TrainingExample
+from dgpo.coldstart.trainer import TrainingExample
 from dgpo.protocol import build_messages, render_observation, render_passages
 from dgpo.tinyworld.tokenizer import TAGS
 from dgpo.tinyworld.world import (
@@ -76,9 +76,14 @@ def counterfactual_turns(rng: random.Random, world: World, names: Sequence[str])
 
     country, other = made_up_country(), made_up_country()
     (kind,) = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))
-    city, *more_cities = rng.sample(names, 3)
+    city, other_city, same_country_city = rng.sample(names, 3)
     question = make_question(rng, kind=kind, iso="", country=country, city=city)
-    distractors = _distractors(rng, question, country, other, more_cities)
+    distractors = _distractors(
+        rng,
+        question,
+        beside_city=city_passage(other_city, other.name),
+        beside_country=[city_passage(same_country_city, country.name), country_passage(other)],
+    )
     return question, oracle_turns(question, country, distractors=distractors)
 
 
@@ -86,20 +91,24 @@ def real_turns(rng: random.Random, world: World, isos: Sequence[str]) -> tuple[Q
     """Return one real question about the countries `isos` and its ideal episode."""
     question = sample_question(rng, world, isos)
     country = world.countries[question.iso]
-    other_iso = rng.choice([iso for iso in isos if world.cities[iso]])
-    cities = [city for city in (*world.cities[question.iso], *world.cities[other_iso]) if city != question.city]
-    more_cities = [rng.choice(cities or world.cities[other_iso]) for _ in range(2)]
+    other_iso = rng.choice([iso for iso in isos if world.cities[iso] and iso != question.iso])
     other = world.countries[other_iso]
-    distractors = _distractors(rng, question, country, other, more_cities)
+    more_cities = [city for city in world.cities[question.iso] if city != question.city]
+    distractors = _distractors(
+        rng,
+        question,
+        beside_city=city_passage(rng.choice(world.cities[other_iso]), other.name),
+        beside_country=[*(city_passage(city, country.name) for city in more_cities[:1]), country_passage(other)],
+    )
     return question, oracle_turns(question, country, distractors=distractors)
 
 
 def _distractors(
-    rng: random.Random, question: Question, country: Country, other: Country, cities: Sequence[str]
+    rng: random.Random, question: Question, *, beside_city: str, beside_country: Sequence[str]
 ) -> list[list[str]]:
-    beside_city = [city_passage(cities[0], other.name)]
-    beside_country = [rng.choice([city_passage(cities[1], country.name), country_passage(other)])]
-    return ([beside_city] if question.city else []) + ([beside_country] if question.attribute else [])
+    """One more passage for each search of the ideal episode: other cities, the country's cities, other countries."""
+    found = [[beside_city]] if question.city else []
+    return [*found, [rng.choice(beside_country)]] if question.attribute else found
 
 
 def encode_episode(
