@@ -55,3 +55,11 @@ def teacher_kl_metrics(
         if mask.sum() > 0:
             metrics[f"teacher/kl_{name}"] = ((log_ratio * mask).sum() / mask.sum()).item()
     return metrics
+
+
+def log_prob_disagreement(rollout: torch.Tensor, trainer: torch.Tensor, response_mask: torch.Tensor) -> float:
+    """Largest |difference| in nats between what the rollout engine and the trainer say of the same sampled tokens.
+
+    Beyond rounding it means that the two do not see the same tokens or weights. All arguments are [B, T].
+    """
+    return ((rollout - trainer).abs() * response_mask).max().item()

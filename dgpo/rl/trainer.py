@@ -25,7 +25,7 @@ from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from dgpo.algorithms.selective_kl import compute_gate, selective_kl_rewards
-from dgpo.rl.metrics import choose_monitored, episode_metrics, teacher_kl_metrics
+from dgpo.rl.metrics import choose_monitored, episode_metrics, log_prob_disagreement, teacher_kl_metrics
 from dgpo.rl.verl_config import TRAINER_NAME
 from dgpo.rl.worker import TeacherGuidedWorker
 
@@ -152,11 +152,16 @@ class DGPOTrainer(PPOTrainerSync):
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Rewards (task, initial-policy penalty, gated teacher term), then GAE; environment tokens count nowhere."""
-        fields = ["uid", "response_mask", "rm_scores", "old_log_probs", "ref_log_prob", "values"]
+        fields = [
+            "uid", "response_mask", "rm_scores", "rollout_log_probs", "old_log_probs", "ref_log_prob", "values"
+        ]  # fmt: skip
         nested = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         response_mask = nested["response_mask"]
         data = DataProto(batch=nested.to_padded_tensor())
         data.non_tensor_batch["uid"] = np.array(data.batch.pop("uid").tolist(), dtype=object)
+        metrics["rollout/log_prob_diff_max"] = log_prob_disagreement(
+            data.batch["rollout_log_probs"], data.batch["old_log_probs"], data.batch["response_mask"]
+        )
         data.batch["token_level_scores"] = data.batch["rm_scores"] * data.batch["response_mask"]
         data.batch["token_level_rewards"] = data.batch["token_level_scores"]
         if self.config.algorithm.use_kl_in_reward:

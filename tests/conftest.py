@@ -1,0 +1,86 @@
+"""Fixtures for the real engine: one small world, its index, server and models per test session."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMMAND_TIMEOUT_S = 400
+
+
+def run_command(*arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+    """Runs `python ...` in the repository's root, its whole process group ended on a timeout."""
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@contextlib.contextmanager
+def retriever_process(indexes: Path, port_file: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A real retrieval server over every index in the folder, on a free port: (process, url)."""
+    command = [sys.executable, "-m", "retriever.serve", "--port", "0", "--port-file", str(port_file)]
+    for folder in sorted(path for path in indexes.iterdir() if path.is_dir()):
+        command += ["--index", f"{folder.name}={folder}"]
+    process = subprocess.Popen([*command, "--default", "real"], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 120
+        while not port_file.exists():
+            assert process.poll() is None, "the retrieval server ended at its start"
+            assert time.monotonic() < deadline, "the retrieval server did not start in 120 s"
+            time.sleep(0.1)
+        yield process, f"http://127.0.0.1:{port_file.read_text().strip()}"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+@dataclass(frozen=True)
+class TinyWorld:
+    """A world with an index, a teacher that searches, and a student that has begun to."""
+
+    folder: Path
+    indexes: Path
+    url: str
+
+    def overrides(self, run_dir: Path, url: str | None = None) -> list[str]:
+        data, models = self.folder / "data", self.folder / "models"
+        return [
+            "world=tiny",
+            "hardware=cpu",
+            f"run_dir={run_dir}",
+            f"student.path={models / 'student_untrained'}",
+            f"teacher.path={models / 'teacher'}",
+            f"train.init={models / 'student'}",
+            f"data.collect_file={data / 'collect.parquet'}",
+            f"data.train_file={data / 'train.parquet'}",
+            f"retriever.url={url or self.url}",
+        ]
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyWorld]:
+    folder = tmp_path_factory.mktemp("tiny") / "world"
+    indexes = folder / "indexes"
+    for arguments in (
+        ["-m", "dgpo.tinyworld", "build", "--out", str(folder)],
+        ["-m", "dgpo.tinyworld", "teacher", "--out", str(folder)],
+        ["-m", "retriever.build", "--corpus", str(folder / "corpora"), "--out", str(indexes), "--method", "bm25"],
+        [str(ROOT / "tests" / "engine" / "begun_student.py"), str(folder)],
+    ):
+        result = run_command(*arguments)
+        assert result.returncode == 0, result.stderr[-3000:]
+    with retriever_process(indexes, indexes / "port") as (_, url):
+        yield TinyWorld(folder, indexes, url)

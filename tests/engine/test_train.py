@@ -1,0 +1,146 @@
+"""The real trainer, engine, Ray and retrieval server on the CPU, through the command that users run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, TinyWorld, read_metrics, retriever_process, run_command
+
+pytestmark = pytest.mark.engine
+
+SMALL = [
+    "train.batch_size=16",
+    "train.mini_batch_size=8",
+    "hardware.micro_batch_size=8",
+    "train.num_steps=4",
+    "train.save_every=2",
+]
+NOT_REPEATABLE = ("timing", "perf", "actor/perf", "critic/perf", "actor/mfu", "critic/mfu")
+
+
+@pytest.fixture(scope="module")
+def straight_run(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps of the exact form with one episode at a time, never interrupted."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    result = run_command(
+        "-m", "dgpo", "train", *tiny_world.overrides(run_dir), *SMALL, "train.generation_concurrency=1"
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return run_dir / "train"
+
+
+def test_a_few_steps_of_the_exact_form(straight_run: Path):
+    metrics = read_metrics(straight_run / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4]
+    assert any(0 < record["teacher/gate_fraction"] < 1 for record in metrics), "gated and ungated episodes must occur"
+    for record in metrics:
+        # The student failed on gate_fraction of 16; the teacher scored only the monitored correct ones apart.
+        num_correct = round(16 * (1 - record["teacher/gate_fraction"]))
+        assert record["teacher/num_scored"] == record["teacher/num_monitored"] == min(8, num_correct)
+        assert record["actor/teacher_loss"] > 0
+        assert 0 < record["episode/trained_token_share"] < 1
+    assert sum(record["episode/num_searches"] for record in metrics) > 0
+
+
+def test_trained_tokens_are_the_sampled_ones(straight_run: Path):
+    """The trainer's log-probs of the batch are vLLM's of what it sampled: same ids, same positions, same weights."""
+    for record in read_metrics(straight_run / "metrics.jsonl"):
+        assert record["rollout/log_prob_diff_max"] < 1e-3
+
+
+def test_the_final_checkpoint_is_a_hugging_face_folder_with_stop_strings(straight_run: Path):
+    generation = json.loads((straight_run / "model" / "generation_config.json").read_text())
+    assert generation["stop_strings"] == ["</search>", "</answer>"]
+    assert (straight_run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "4"
+
+
+def test_a_run_killed_and_resumed_equals_the_straight_run(
+    tiny_world: TinyWorld, straight_run: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    run_dir = tmp_path_factory.mktemp("killed") / "run"
+    arguments = [*tiny_world.overrides(run_dir), *SMALL, "train.generation_concurrency=1"]
+    _start_and_kill_after_step(arguments, run_dir / "train" / "metrics.jsonl", step=3)
+    result = run_command("-m", "dgpo", "train", *arguments, "resume=true")
+    assert result.returncode == 0, result.stderr[-3000:]
+    resumed = read_metrics(run_dir / "train" / "metrics.jsonl")
+    assert [record["step"] for record in resumed] == [1, 2, 3, 4]
+    for ours, theirs in zip(resumed, read_metrics(straight_run / "metrics.jsonl"), strict=True):
+        assert _repeatable(ours) == pytest.approx(_repeatable(theirs), abs=1e-6)
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run_dir / "train", straight_run))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_a_retriever_killed_in_mid_run_stops_it_resumably(
+    tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory
+):
+    """Also the `reward` form: until the retriever dies, the teacher scores the failed episodes and the sample only."""
+    run_dir = tmp_path_factory.mktemp("outage") / "run"
+    metrics_path = run_dir / "train" / "metrics.jsonl"
+    with retriever_process(tiny_world.indexes, run_dir.with_name("port")) as (retriever, url):
+        arguments = [
+            *tiny_world.overrides(run_dir, url),
+            *SMALL,
+            "train.num_steps=200",
+            "train.save_every=100",
+            "train.teacher_term.form=reward",
+            "train.init_kl_coef=0.001",
+            "retriever.max_retries=1",
+        ]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dgpo", "train", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        _wait_for_step(process, metrics_path, step=2)
+        os.kill(retriever.pid, signal.SIGKILL)
+        _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 2
+    last = stderr.strip().splitlines()[-1]
+    assert "lost a search" in last
+    assert "resume=true" in last
+    metrics = read_metrics(metrics_path)
+    saved = (run_dir / "train" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
+    assert int(saved) == metrics[-1]["step"]
+    for record in metrics:
+        num_failed = round(16 * record["teacher/gate_fraction"])
+        assert record["teacher/num_scored"] == num_failed + record["teacher/num_monitored"]
+
+
+def _repeatable(record: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if not name.startswith(NOT_REPEATABLE)}
+
+
+def _wait_for_step(process: subprocess.Popen[str], metrics_path: Path, *, step: int, timeout_s: float = 300) -> None:
+    deadline = time.monotonic() + timeout_s
+    while len(read_metrics(metrics_path)) < step:
+        assert process.poll() is None, "training ended early"
+        assert time.monotonic() < deadline, f"no step {step} within {timeout_s} s"
+        time.sleep(0.1)
+
+
+def _start_and_kill_after_step(arguments: list[str], metrics_path: Path, *, step: int) -> None:
+    """kill -9 of the driver and all that it started, as a lost node would."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dgpo", "train", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    _wait_for_step(process, metrics_path, step=step)
+    import psutil
+
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.kill()
+    process.wait(timeout=30)
