@@ -1,0 +1,144 @@
+"""`python -m dgpo <command> [key=value ...]`: every stage, one typed configuration, Hydra's override syntax."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from dgpo.config.load import GROUPS, ConfigError, config_keys, group_choices, load_config
+from dgpo.config.schema import Config
+
+USAGE = """usage: python -m dgpo COMMAND [key=value ...]
+
+{commands}
+
+python -m dgpo COMMAND --help lists the configuration.
+"""
+
+
+class CommandFailedError(Exception):
+    """A command that stopped for a reason its user can act on, in one line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0 done, 1 the run stopped, 2 the command or configuration is wrong."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    name, *overrides = arguments
+    if name not in COMMANDS:
+        print(f"unknown command {name!r}: expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    run, summary = COMMANDS[name]
+    if {"-h", "--help"} & set(overrides):
+        print(_help(name, summary))
+        return 0
+    from dgpo.artifacts import ManifestError, RunFolderExistsError
+    from dgpo.data.rows import DataError
+
+    try:
+        run(overrides)
+    except (ConfigError, DataError, RunFolderExistsError, ManifestError) as error:
+        print(f"dgpo {name}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except CommandFailedError as error:
+        print(f"dgpo {name}: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"dgpo {name}: interrupted; resume=true continues where the stage can", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quickstart(overrides: Sequence[str]) -> None:
+    from dgpo.quickstart import StageFailedError, quickstart
+
+    try:
+        quickstart(overrides)
+    except StageFailedError as error:
+        raise CommandFailedError(str(error)) from error
+
+
+def _collect(overrides: Sequence[str]) -> None:
+    from dgpo.coldstart.collect import collect
+
+    _play(collect, load_config(overrides))
+
+
+def _distill(overrides: Sequence[str]) -> None:
+    from dgpo.coldstart.run_distill import run_distill
+
+    run_distill(load_config(overrides))
+
+
+def _train(overrides: Sequence[str]) -> None:
+    from dgpo.rl.train import TrainingFailedError, train
+
+    try:
+        train(load_config(overrides))
+    except TrainingFailedError as error:
+        raise CommandFailedError(str(error)) from error
+
+
+def _test(overrides: Sequence[str]) -> None:
+    from dgpo.evaluation.evaluate import evaluate
+
+    _play(evaluate, load_config(overrides))
+
+
+def _report(overrides: Sequence[str]) -> None:
+    from dgpo.evaluation.report import write_report
+
+    print(write_report(load_config(overrides)))
+
+
+def _play(stage: Callable[[Config], object], config: Config) -> None:
+    """A stage that plays episodes: an outage of the retriever is for its user to mend."""
+    from dgpo.engines.episode_runner import ResumeMismatchError, SearchOutageError
+
+    try:
+        stage(config)
+    except ResumeMismatchError as error:
+        raise ConfigError(str(error)) from error
+    except SearchOutageError as error:
+        raise CommandFailedError(str(error)) from error
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "quickstart": (_quickstart, "the whole method on the tiny world, on a CPU: collect, distil, train, test, report"),
+    "collect": (_collect, "phase 1a: the teacher plays episodes, the correct ones are kept"),
+    "distill": (_distill, "phase 1b: the student learns the kept episodes (cold start)"),
+    "train": (_train, "phase 2: PPO with the teacher on failed episodes (DGPO), and its baselines"),
+    "test": (_test, "greedy episodes of checkpoints on test sets: EM, F1, searches, hits, with intervals"),
+    "report": (_report, "report.html from what is in run_dir"),
+}
+
+
+def _usage() -> str:
+    return USAGE.format(commands="\n".join(f"  {name:<11} {summary}" for name, (_, summary) in COMMANDS.items()))
+
+
+def _help(name: str, summary: str) -> str:
+    """The command, the groups with their choices, and every key with its default."""
+    from omegaconf import OmegaConf
+
+    defaults = OmegaConf.structured(Config)
+    groups = "\n".join(f"  {group}={'|'.join(group_choices(group))}" for group in GROUPS)
+    keys = "\n".join(f"  {key}={_shown(OmegaConf.select(defaults, key))}" for key in config_keys())
+    return (
+        f"usage: python -m dgpo {name} [key=value ...]\n\n{summary}\n\n"
+        f"groups of settings (configs/<group>/<choice>.yaml)\n{groups}\n\nkeys and their defaults\n{keys}"
+    )
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

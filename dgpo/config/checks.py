@@ -1,0 +1,215 @@
+"""Cheap checks before anything expensive starts. Each problem is a `ConfigError`: one line that names the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dgpo.artifacts import RunFolderExistsError
+from dgpo.config.load import ConfigError
+from dgpo.config.model_files import check_model_folder, max_positions, same_weights, tokenizer_difference
+from dgpo.config.schema import Config
+from dgpo.data.rows import DataError, read_rows
+from dgpo.search import RetrieverUnavailableError, check_health
+
+HEALTH_TIMEOUT_S = 5.0
+CHOICES = {
+    "hardware.platform": ("cuda", "cpu"),
+    "hardware.dtype": ("bfloat16", "float32", "float16"),
+    "train.teacher_term.form": ("reward", "exact"),
+    "train.teacher_term.gate": ("failed", "all", "none"),
+    "distill.loss": ("kd", "seqkd"),
+}
+POSITIVE = {  # section -> the keys whose values must be above 0
+    "hardware": "num_nodes gpus_per_node micro_batch_size",
+    "episode": "max_turns max_turn_tokens max_prompt_tokens max_response_tokens min_turn_tokens topk "
+    "max_passage_tokens max_query_chars",
+    "collect": "samples_per_question",
+    "distill": "epochs batch_size learning_rate chunk_tokens",
+    "train": "num_steps batch_size mini_batch_size samples_per_question temperature actor_learning_rate "
+    "critic_learning_rate",
+}
+
+
+def check_collect(config: Config) -> None:
+    """What collection needs: the teacher, questions, a retriever that knows their corpora, lengths, a free folder."""
+    _check_values(config, "hardware", "episode", "collect")
+    _check_stage_folder(config, "collect")
+    rows = _check_rows(config.data.collect_file, key="data.collect_file")
+    check_model_folder(config.teacher.path, key="teacher.path")
+    _check_lengths(config, {"teacher.path": config.teacher.path})
+    if config.collect.samples_per_question > 1 and config.collect.temperature <= 0:
+        raise ConfigError(
+            f"collect.samples_per_question={config.collect.samples_per_question} with collect.temperature=0 samples "
+            "the same episode again: set a temperature above 0"
+        )
+    _check_retriever(config, rows)
+
+
+def check_distill(config: Config) -> None:
+    """What the cold start needs: collected episodes, a student, a different teacher that shares its tokenizer."""
+    _check_values(config, "hardware", "distill")
+    _check_stage_folder(config, "distill")
+    settings = config.distill
+    if not 0 <= settings.kl_ratio <= 1:
+        raise ConfigError(f"distill.kl_ratio={settings.kl_ratio}: expected a share between 0 and 1")
+    _check_divides("distill.batch_size", settings.batch_size, "distill.micro_batch_size", settings.micro_batch_size)
+    check_model_folder(config.student.path, key="student.path")
+    if settings.loss != "seqkd":
+        _check_teacher(config, "student.path", config.student.path or "")
+    episodes = Path(config.run_dir) / "collect" / "episodes.jsonl"
+    if not episodes.is_file():
+        raise ConfigError(f"{episodes} does not exist: run `python -m dgpo collect` with this run_dir first")
+    if not episodes.stat().st_size:
+        raise ConfigError(f"{episodes} is empty: the teacher answered no question; see collect/manifest.json")
+
+
+def check_train(config: Config) -> None:
+    """What RL needs, before Ray starts: models that match, questions, batches that divide, lengths, a retriever."""
+    _check_values(config, "hardware", "episode", "train")
+    _check_stage_folder(config, "train")
+    train, hardware = config.train, config.hardware
+    rows = _check_rows(config.data.train_file, key="data.train_file")
+    if len(rows) < train.batch_size:
+        raise ConfigError(
+            f"data.train_file={config.data.train_file} has {len(rows)} questions, fewer than "
+            f"train.batch_size={train.batch_size}: lower train.batch_size or add questions"
+        )
+    if config.data.validation_file:
+        rows += _check_rows(config.data.validation_file, key="data.validation_file")
+    key = "train.init" if train.init else "student.path"
+    student = train.init or config.student.path or ""
+    check_model_folder(student, key=key)
+    if train.teacher_term.gate != "none":
+        _check_teacher(config, key, student)
+    _check_lengths(config, {key: student})
+    num_gpus = hardware.num_nodes * hardware.gpus_per_node
+    _check_divides("train.batch_size", train.batch_size, "train.mini_batch_size", train.mini_batch_size)
+    _check_divides(
+        "train.batch_size x samples_per_question", train.batch_size * train.samples_per_question, "GPUs", num_gpus
+    )
+    episodes = train.mini_batch_size * train.samples_per_question
+    _check_divides("train.mini_batch_size x samples_per_question", episodes, "GPUs", num_gpus)
+    _check_divides(
+        "episodes of a mini-batch per GPU", episodes // num_gpus, "hardware.micro_batch_size", hardware.micro_batch_size
+    )
+    _check_divides("GPUs", num_gpus, "hardware.engine.tensor_parallel_size", hardware.engine.tensor_parallel_size)
+    if hardware.platform == "cpu" and hardware.num_nodes > 1:
+        raise ConfigError(f"hardware.num_nodes={hardware.num_nodes} on the cpu platform: expected 1")
+    _check_retriever(config, rows)
+
+
+def check_test(config: Config) -> None:
+    """What evaluation needs: checkpoints, test sets, lengths, a retriever, a free folder."""
+    _check_values(config, "hardware", "episode")
+    _check_stage_folder(config, "test")
+    if not config.test.models:
+        raise ConfigError("test.models is empty: name checkpoints, e.g. +test.models.dgpo=runs/dgpo/train/model")
+    if not config.data.test_files:
+        raise ConfigError("data.test_files is empty: name test sets, e.g. +data.test_files.nq=data/nq_test.parquet")
+    baseline = config.test.baseline
+    if baseline is not None and baseline not in config.test.models:
+        raise ConfigError(f"test.baseline={baseline}: expected one of test.models, {', '.join(config.test.models)}")
+    for name, path in config.test.models.items():
+        check_model_folder(path, key=f"test.models.{name}")
+    _check_lengths(config, {f"test.models.{name}": path for name, path in config.test.models.items()})
+    rows: list[dict[str, Any]] = []
+    for name, file in config.data.test_files.items():
+        rows += _check_rows(file, key=f"data.test_files.{name}")
+    _check_retriever(config, rows)
+
+
+def _check_values(config: Config, *sections: str) -> None:
+    for key, choices in CHOICES.items():
+        section, *rest = key.split(".")
+        value: Any = getattr(config, section)
+        for name in rest:
+            value = getattr(value, name)
+        if section in sections and value not in choices:
+            raise ConfigError(f"{key}={value}: expected one of {', '.join(choices)}")
+    for section in sections:
+        for name in POSITIVE[section].split():
+            value = getattr(getattr(config, section), name)
+            if value <= 0:
+                raise ConfigError(f"{section}.{name}={value}: expected more than 0")
+
+
+def _check_stage_folder(config: Config, stage: str) -> None:
+    folder = Path(config.run_dir) / stage
+    if not config.resume and folder.is_dir() and any(folder.iterdir()):
+        raise RunFolderExistsError(f"{folder} exists: continue it with resume=true, or choose another run_dir")
+
+
+def _check_rows(file: str | None, *, key: str) -> list[dict[str, Any]]:
+    if not file:
+        raise ConfigError(f"{key} is not set: name a parquet file of questions")
+    try:
+        return read_rows(file)
+    except DataError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
+def _check_teacher(config: Config, student_key: str, student: str) -> None:
+    teacher = config.teacher.path
+    if not teacher:
+        raise ConfigError(
+            "teacher.path is not set: name the teacher, or train without one (train.teacher_term.gate=none, "
+            "distill.loss=seqkd)"
+        )
+    check_model_folder(teacher, key="teacher.path")
+    if same_weights(student, teacher):
+        raise ConfigError(
+            f"the teacher is the student: {student_key}={student} and teacher.path={teacher} hold the same weights; "
+            "set teacher.path to a stronger model"
+        )
+    difference = tokenizer_difference(student, teacher, keys=(student_key, "teacher.path"))
+    if difference:
+        raise ConfigError(
+            f"{student_key}={student} and teacher.path={teacher} have different tokenizers ({difference}): the teacher "
+            "scores the student's tokens, so choose two models of one family"
+        )
+
+
+def _check_lengths(config: Config, models: Mapping[str, str | None]) -> None:
+    episode = config.episode
+    total = episode.max_prompt_tokens + episode.max_response_tokens
+    for key, path in models.items():
+        positions = max_positions(path or "", key=key)
+        if positions is not None and total > positions:
+            raise ConfigError(
+                f"episode.max_prompt_tokens + max_response_tokens = {total}, but {key}={path} has {positions} "
+                "positions: lower one of them"
+            )
+    if episode.min_turn_tokens > episode.max_turn_tokens:
+        raise ConfigError(
+            f"episode.min_turn_tokens={episode.min_turn_tokens} is above episode.max_turn_tokens="
+            f"{episode.max_turn_tokens}: lower it"
+        )
+    search = episode.max_turn_tokens + episode.topk * episode.max_passage_tokens + episode.min_turn_tokens
+    if search > episode.max_response_tokens:
+        raise ConfigError(
+            f"one turn, its {episode.topk} passages and the next turn take up to {search} tokens, more than "
+            f"episode.max_response_tokens={episode.max_response_tokens}: raise it, or lower episode.max_turn_tokens, "
+            "topk or max_passage_tokens"
+        )
+
+
+def _check_divides(name: str, value: int, divisor_name: str, divisor: int | None) -> None:
+    if divisor and value % divisor:
+        raise ConfigError(f"{name}={value} is not a multiple of {divisor_name}={divisor}: change one of them")
+
+
+def _check_retriever(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
+    try:
+        health = check_health(config.retriever.url, timeout_s=HEALTH_TIMEOUT_S)
+    except RetrieverUnavailableError as error:
+        raise ConfigError(str(error)) from None
+    served = health.get("corpora")
+    wanted = {row["extra_info"].get("corpus") for row in rows} - {None}
+    missing = sorted(wanted - set(served)) if served is not None else []
+    if missing:
+        raise ConfigError(
+            f"the questions search in corpus {missing[0]!r}, but {config.retriever.url} serves {', '.join(served)}: "
+            "start it with an --index for each corpus"
+        )

@@ -1,0 +1,123 @@
+"""What the files of a Hugging Face model say, read without transformers: enough to compare two models in a second."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dgpo.config.load import ConfigError
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_file(path: str, name: str, *, key: str) -> Path | None:
+    """The file `name` of the model at `path` (a folder, or a hub name: fetched or from the cache); None if it has none.
+
+    Raises:
+        ConfigError: no such folder or hub model; `key` is the config key to name.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    if not _HUB_NAME.fullmatch(path) or Path(path.split("/")[0]).is_dir():
+        raise ConfigError(f"{key}={path}: no such folder; expected a Hugging Face model folder or a hub name")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(path, name))
+    except LocalEntryNotFoundError:
+        raise ConfigError(
+            f"{key}={path}: neither a folder nor in the cache, and the hub cannot be reached; "
+            "download the model or set a folder"
+        ) from None
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{key}={path}: the hub refuses it ({reason}); check the name and your login") from None
+
+
+def check_model_folder(path: str | None, *, key: str) -> None:
+    """Raises `ConfigError` unless `path` names a model: a folder with config.json and weights, or a hub name."""
+    if not path:
+        raise ConfigError(f"{key} is not set: name a Hugging Face model folder or a hub model")
+    if model_file(path, "config.json", key=key) is None:
+        raise ConfigError(f"{key}={path}: no config.json there; expected a Hugging Face model folder")
+    if Path(path).is_dir() and not _weight_files(Path(path)):
+        raise ConfigError(f"{key}={path}: no *.safetensors or *.bin weights there; save the model with save_pretrained")
+
+
+def max_positions(path: str, *, key: str) -> int | None:
+    """`max_position_embeddings` in tokens, or None where the configuration has none."""
+    file = model_file(path, "config.json", key=key)
+    config = json.loads(file.read_text()) if file else {}
+    return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether both are the same model: the same hub name or folder, or folders whose weight files are equal."""
+    a, b = Path(one), Path(other)
+    if not (a.is_dir() and b.is_dir()):
+        return one == other
+    if a.resolve() == b.resolve():
+        return True
+    files_a, files_b = _weight_files(a), _weight_files(b)
+    if [file.stat().st_size for file in files_a] != [file.stat().st_size for file in files_b] or not files_a:
+        return False
+    return all(_digest(x) == _digest(y) for x, y in zip(files_a, files_b, strict=True))
+
+
+def tokenizer_difference(one: str, other: str, *, keys: tuple[str, str]) -> str | None:
+    """How two models' tokenizers differ, in a few words; None where token ids mean the same in both.
+
+    Compares vocabulary with added tokens, merges, splitting rules, end token, and chat template where both have one.
+    """
+    a, b = (_describe_tokenizer(path, key=key) for path, key in zip((one, other), keys, strict=True))
+    for name in a:
+        if a[name] != b[name]:
+            if name == "vocabulary" and a[name] and b[name]:
+                num_differing = sum(
+                    a[name].get(token) != b[name].get(token) for token in a[name].keys() | b[name].keys()
+                )
+                return f"vocabularies of {len(a[name])} and {len(b[name])} tokens, {num_differing} of them different"
+            if name == "chat template" and not (a[name] and b[name]):
+                continue
+            return f"different {name}"
+    return None
+
+
+def _describe_tokenizer(path: str, *, key: str) -> dict[str, Any]:
+    file = model_file(path, "tokenizer.json", key=key)
+    if file is None:
+        raise ConfigError(f"{key}={path}: no tokenizer.json there; save its fast tokenizer beside the weights")
+    data = json.loads(file.read_text())
+    vocabulary = data["model"].get("vocab", {})
+    if isinstance(vocabulary, list):  # unigram models: [piece, score]
+        vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
+    added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+    settings_file = model_file(path, "tokenizer_config.json", key=key)
+    settings = json.loads(settings_file.read_text()) if settings_file else {}
+    end = settings.get("eos_token")
+    template_file = None if settings.get("chat_template") else model_file(path, "chat_template.jinja", key=key)
+    template = template_file.read_text() if template_file else settings.get("chat_template")
+    return {
+        "vocabulary": {**vocabulary, **added},
+        # Older files write a merge as "a b", newer ones as ["a", "b"].
+        "merges": [m if isinstance(m, str) else " ".join(m) for m in data["model"].get("merges", [])],
+        "splitting rules": (data.get("normalizer"), data.get("pre_tokenizer")),
+        "end token": end.get("content") if isinstance(end, dict) else end,
+        "chat template": template.strip() if isinstance(template, str) else template,
+    }
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,244 @@
+"""Every wrong input is refused before anything expensive starts, in one line that names the fix."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from dgpo.__main__ import main
+from dgpo.artifacts import RunFolderExistsError
+from dgpo.config.checks import check_collect, check_distill, check_test, check_train
+from dgpo.config.load import ConfigError, load_config
+from dgpo.data.rows import write_rows
+
+
+def make_model(folder, *, weights=b"student", vocabulary=("a", "b"), positions=2048):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": positions}))
+    (folder / "model.safetensors").write_bytes(weights)
+    vocab = {token: index for index, token in enumerate(vocabulary)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab, "merges": []}, "added_tokens": []}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a", "chat_template": "{{ x }}"}))
+    return str(folder)
+
+
+def make_row(index, corpus="real"):
+    return {
+        "data_source": "nq",
+        "prompt": [{"role": "user", "content": "who?"}],
+        "ability": "fact-reasoning",
+        "reward_model": {"style": "rule", "ground_truth": {"target": ["me"]}},
+        "extra_info": {"split": "train", "index": index, "corpus": corpus},
+    }
+
+
+@pytest.fixture(scope="module")
+def retriever():
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"status": "ok", "corpora": {"real": {}}}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture
+def config(tmp_path, retriever):
+    """A configuration that passes every check."""
+    write_rows(tmp_path / "rows.parquet", [make_row(index) for index in range(64)])
+    run = tmp_path / "run"
+    (run / "collect").mkdir(parents=True)
+    (run / "collect" / "episodes.jsonl").write_text("{}\n")
+    config = load_config(["world=tiny", "hardware=cpu"])
+    config.run_dir, config.retriever.url = str(run), retriever
+    config.student.path = make_model(tmp_path / "student")
+    config.teacher.path = make_model(tmp_path / "teacher", weights=b"teacher")
+    config.data.train_file = str(tmp_path / "rows.parquet")
+    config.data.test_files = {"nq": str(tmp_path / "rows.parquet")}
+    config.test.models = {"kd": config.student.path}
+    return config
+
+
+def refused(check, config, *parts, error=ConfigError):
+    with pytest.raises(error) as caught:
+        check(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_a_good_configuration_passes(config, tmp_path):
+    check_train(config)
+    check_distill(config)
+    check_test(config)
+    config.run_dir, config.data.collect_file = str(tmp_path / "other"), config.data.train_file
+    check_collect(config)
+
+
+def test_a_missing_data_file_is_named(config):
+    config.data.train_file = "nowhere.parquet"
+    refused(check_train, config, "data.train_file", "nowhere.parquet", "does not exist")
+
+
+def test_an_unset_data_file_is_named(config):
+    config.data.train_file = None
+    refused(check_train, config, "data.train_file is not set")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [({"prompt": []}, "`prompt`"), ({"reward_model": {"ground_truth": {"target": [""]}}}, "no accepted answer")],
+)
+def test_a_malformed_row_is_named(config, tmp_path, change, part):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([make_row(0), {**make_row(1), **change}]), tmp_path / "bad.parquet")
+    config.data.train_file = str(tmp_path / "bad.parquet")
+    refused(check_train, config, "row 1", part)
+
+
+def test_too_few_questions_for_a_batch(config):
+    config.train.batch_size = 128
+    refused(check_train, config, "64 questions", "train.batch_size=128")
+
+
+def test_the_teacher_may_not_be_the_student(config):
+    config.teacher.path = config.student.path
+    refused(check_train, config, "the teacher is the student", "teacher.path")
+
+
+def test_a_copy_of_the_student_is_no_teacher(config, tmp_path):
+    config.teacher.path = make_model(tmp_path / "copy")
+    refused(check_train, config, "the teacher is the student")
+    refused(check_distill, config, "the teacher is the student")
+
+
+def test_different_tokenizers_are_refused(config, tmp_path):
+    config.teacher.path = make_model(tmp_path / "other", weights=b"other!!", vocabulary=("a", "c"))
+    refused(check_train, config, "different tokenizers", "2 of them different")
+
+
+def test_no_teacher_is_needed_without_a_teacher_term(config):
+    config.teacher.path, config.train.teacher_term.gate = None, "none"
+    check_train(config)
+
+
+def test_a_missing_teacher_is_named(config):
+    config.teacher.path = None
+    refused(check_train, config, "teacher.path is not set", "gate=none")
+
+
+def test_a_missing_model_folder_is_named(config, tmp_path):
+    config.train.init = str(tmp_path / "nothing")
+    refused(check_train, config, "train.init", "no such folder")
+
+
+def test_a_retriever_that_does_not_answer_is_named(config):
+    config.retriever.url = "http://127.0.0.1:9"
+    refused(check_train, config, "http://127.0.0.1:9", "python -m retriever.serve")
+
+
+def test_a_corpus_that_is_not_served_is_named(config, tmp_path):
+    write_rows(tmp_path / "rows.parquet", [make_row(index, corpus="permuted7") for index in range(64)])
+    refused(check_train, config, "'permuted7'", "serves real")
+
+
+def test_episodes_longer_than_the_model_are_refused(config):
+    config.episode.max_response_tokens = 4096
+    refused(check_train, config, "max_response_tokens", "2048 positions")
+
+
+def test_passages_that_can_never_fit_are_refused(config):
+    config.episode.max_passage_tokens = 500
+    refused(check_train, config, "episode.max_response_tokens=320", "max_passage_tokens")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("mini_batch_size", 24, "train.mini_batch_size=24"),
+        ("mini_batch_size", 16, "hardware.micro_batch_size=32"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused(config, key, value, part):
+    setattr(config.train, key, value)
+    refused(check_train, config, "not a multiple", part)
+
+
+def test_batches_that_do_not_divide_over_gpus_are_refused(config):
+    config.hardware.gpus_per_node = 3
+    refused(check_train, config, "GPUs=3")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("teacher_term", "form", "exct"), ("teacher_term", "gate", "wrong"), (None, "num_steps", 0)],
+)
+def test_unknown_choices_and_impossible_values_are_refused(config, section, key, value):
+    setattr(getattr(config.train, section) if section else config.train, key, value)
+    refused(check_train, config, f"{key}={value}", "expected")
+
+
+def test_an_unknown_platform_and_loss_are_refused(config):
+    config.distill.loss = "kl"
+    refused(check_distill, config, "distill.loss=kl", "kd, seqkd")
+    config.hardware.platform = "tpu"
+    refused(check_train, config, "hardware.platform=tpu", "cuda, cpu")
+
+
+@pytest.mark.parametrize(("check", "stage"), [(check_train, "train"), (check_distill, "distill"), (check_test, "test")])
+def test_a_stage_folder_that_exists_needs_resume(config, tmp_path, check, stage):
+    (tmp_path / "run" / stage).mkdir()
+    (tmp_path / "run" / stage / "file").touch()
+    refused(check, config, "resume=true", error=RunFolderExistsError)
+    config.resume = True
+    check(config)
+
+
+def test_distilling_without_collected_episodes_names_the_command(config, tmp_path):
+    (tmp_path / "run" / "collect" / "episodes.jsonl").unlink()
+    refused(check_distill, config, "python -m dgpo collect")
+
+
+def test_a_baseline_that_is_not_tested_is_refused(config):
+    config.test.baseline = "dgpo"
+    refused(check_test, config, "test.baseline=dgpo", "kd")
+
+
+def test_one_question_sampled_greedily_twice_is_refused(config, tmp_path):
+    config.run_dir, config.data.collect_file = str(tmp_path / "other"), config.data.train_file
+    config.collect.samples_per_question, config.collect.temperature = 2, 0.0
+    refused(check_collect, config, "collect.temperature=0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["train", "trian.num_steps=3"], "did you mean train.num_steps?"),
+        (["trian"], "expected one of quickstart"),
+        (["train", "hardware=gpu"], "cpu, h200x8"),
+        (["collect"], "data.collect_file"),
+    ],
+)
+def test_the_command_line_prints_one_line_and_exits_with_2(arguments, part, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert error.count("\n") == 1
+
+
+def test_help_lists_groups_and_keys_with_defaults(capsys):
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "hardware=cpu|h200x8" in text
+    assert "train.num_steps=1000" in text
