@@ -6,7 +6,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,30 +26,44 @@ class ManifestError(ValueError):
     """A stage's input is missing, of another stage, or not what its manifest says."""
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    atomic_write_bytes(path, text.encode("utf-8"))
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A path beside the target to write to. Leaving the block renames it: readers see the old file or the new one.
 
-
-def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Writes beside the target, flushes to disk, then renames: readers see the old file or the new one."""
+    If the block raises, the target stays as it was and nothing is left behind.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # a rename can outlive a crash that the data did not
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def prepare_run_folder(path: Path, *, resume: bool) -> Path:
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Replaces `path` by `data`, whole or not at all; makes its folder."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Replaces `path` by `text` in UTF-8, whole or not at all; makes its folder."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def prepare_run_folder(path: str | Path, *, resume: bool) -> Path:
     """Makes a stage's folder.
 
     Raises:
-        RunFolderExistsError: it exists with content and `resume` is false.
+        RunFolderExistsError: something is there already and `resume` is false.
     """
     path = Path(path)
-    if path.is_dir() and any(path.iterdir()) and not resume:
+    taken = any(path.iterdir()) if path.is_dir() else path.exists()
+    if taken and not resume:
         raise RunFolderExistsError(f"{path} exists: continue it with resume=true, or choose another run_dir")
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -65,13 +80,14 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: str | Path) -> str:
+    """The file's checksum, as hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(
-    folder: Path,
+    folder: str | Path,
     *,
     stage: str,
     inputs: Mapping[str, Any],
@@ -79,7 +95,16 @@ def write_manifest(
     counts: Mapping[str, Any],
     seed: int,
 ) -> None:
-    """Writes `manifest.json`: what made the folder, from what, and the checksum of every file in it."""
+    """Writes `manifest.json`, a stage's last act: what made the folder, from what, and every file's checksum.
+
+    Args:
+        folder: holds the stage's results, complete.
+        stage: the name that `read_manifest` will ask for.
+        inputs: names and paths of what the stage read.
+        config: the settings that it ran with, as plain values.
+        counts: what it kept, dropped and cut.
+        seed: of the run.
+    """
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     manifest = {
@@ -90,24 +115,30 @@ def write_manifest(
         "counts": dict(counts),
         "config": config,
         "versions": package_versions(),
-        "sha256": {str(path.relative_to(folder)): file_sha256(path) for path in files},
+        "sha256": {path.relative_to(folder).as_posix(): file_sha256(path) for path in files},
     }
     atomic_write_text(folder / MANIFEST, json.dumps(manifest, indent=1, default=str) + "\n")
 
 
-def read_manifest(folder: Path, *, stage: str) -> dict[str, Any]:
-    """Reads and verifies a manifest.
+def read_manifest(folder: str | Path, *, stage: str) -> dict[str, Any]:
+    """The manifest, after checking it against the folder.
 
     Raises:
-        ManifestError: absent, of another stage, or a file changed since it was written.
+        ManifestError: absent, unreadable, of another stage, or a file changed since it was written.
     """
     path = Path(folder) / MANIFEST
     if not path.exists():
         raise ManifestError(f"{path} is missing: the stage {stage!r} did not finish there; run it again")
-    manifest = json.loads(path.read_text())
-    if manifest["stage"] != stage:
-        raise ManifestError(f"{folder} was made by stage {manifest['stage']!r}, expected {stage!r}")
-    for name, expected in manifest["sha256"].items():
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        written_by, checksums = manifest["stage"], manifest["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{path} is no manifest ({error!r}): run the stage {stage!r} again") from error
+    if written_by != stage:
+        raise ManifestError(
+            f"{folder} was made by stage {written_by!r}, expected {stage!r}: point to that one's folder"
+        )
+    for name, expected in checksums.items():
         file = Path(folder) / name
         if not file.exists() or file_sha256(file) != expected:
             raise ManifestError(f"{file} is missing or changed since stage {stage!r} wrote it; run the stage again")

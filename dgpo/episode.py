@@ -3,36 +3,65 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
-from dgpo.protocol import INVALID_ACTION_TEXT, STOP_STRINGS, parse_action, render_observation, render_passages
+from dgpo.protocol import (
+    INVALID_ACTION_TEXT,
+    STOP_STRINGS,
+    Action,
+    parse_action,
+    render_observation,
+    render_passages,
+)
 from dgpo.search import SearchFailedError
 from dgpo.seeds import derive_seed
 from dgpo.trajectory import SearchRecord, Status, Trajectory, Turn
 
 
+class EmptyEpisodeError(ValueError):
+    """The policy's first turn has no token, so that there is nothing to score or to train."""
+
+
+class GenerationAbortedError(RuntimeError):
+    """The engine gave up a turn: what came back is not what the policy would have written."""
+
+
 @dataclass(frozen=True)
 class Generation:
-    """One turn as sampled: `log_probs[i]` (nats) belongs to `token_ids[i]`."""
+    """One turn as sampled: `log_probs[i]` (nats) belongs to `token_ids[i]`, a sampled end-of-sequence token included.
+
+    `finish_reason` is `stop` for a stop string or that token, `length` for a used-up budget, `abort` for neither.
+    """
 
     token_ids: list[int]
     log_probs: list[float]
     finish_reason: str
 
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.log_probs):
+            raise ValueError(f"{len(self.token_ids)} sampled tokens but {len(self.log_probs)} log-probs: need one each")
+
 
 class Policy(Protocol):
+    """Continues `token_ids` by one turn of 1 to `max_tokens` tokens. `request_id` is the same for a whole episode."""
+
     async def generate(
         self, token_ids: list[int], *, max_tokens: int, stop: Sequence[str], seed: int | None, request_id: str
     ) -> Generation: ...
 
 
 class Search(Protocol):
+    """Finds documents `{"id", "contents"}`, best first; raises `SearchFailedError` when the server does not answer."""
+
     async def search(self, query: str, *, topk: int, corpus: str | None) -> list[dict[str, Any]]: ...
 
 
 class Tokenizer(Protocol):
+    """The policy's tokenizer; Hugging Face's have these two methods."""
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
@@ -40,7 +69,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class EpisodeLimits:
-    """Counts and token budgets; their defaults live in `dgpo.config.schema.EpisodeConfig`."""
+    """Counts and token budgets, each at least 1. Meanings and defaults: `dgpo.config.schema.EpisodeConfig`."""
 
     max_turns: int
     max_turn_tokens: int
@@ -50,24 +79,36 @@ class EpisodeLimits:
     max_passage_tokens: int
     max_query_chars: int
 
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            if getattr(self, limit.name) < 1:
+                raise ValueError(f"episode.{limit.name} is {getattr(self, limit.name)}, expected at least 1: raise it")
+
 
 @dataclass
 class _Response:
-    """The growing response: token ids with who wrote them."""
+    """The growing response: token ids, and who wrote them."""
 
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
 
-    def append(self, ids: list[int], *, log_probs: list[float] | None) -> None:
-        self.ids += ids
-        self.mask += [int(log_probs is not None)] * len(ids)
-        self.log_probs += log_probs if log_probs is not None else [0.0] * len(ids)
+    def append_turn(self, generation: Generation) -> None:
+        self.ids += generation.token_ids
+        self.mask += [1] * len(generation.token_ids)
+        self.log_probs += generation.log_probs
 
-    def drop_environment_tail(self) -> None:
-        """An episode ends on a policy token: the reward sits on its last token."""
-        while self.mask and not self.mask[-1]:
-            self.ids.pop(), self.mask.pop(), self.log_probs.pop()
+    def append_observation(self, ids: Sequence[int]) -> None:
+        self.ids += ids
+        self.mask += [0] * len(ids)
+        self.log_probs += [0.0] * len(ids)
+
+    def drop_trailing_observations(self) -> None:
+        """The reward sits on the response's last token, which must be the policy's own."""
+        length = len(self.mask)
+        while length and not self.mask[length - 1]:
+            length -= 1
+        del self.ids[length:], self.mask[length:], self.log_probs[length:]
 
 
 async def run_episode(
@@ -83,59 +124,71 @@ async def run_episode(
     seed: int | None = None,
     on_event: Callable[[str, str], None] | None = None,
 ) -> Trajectory:
-    """Plays one question from prompt to end.
+    """Plays one question from prompt to end. Token in, token out: sampled ids are kept, never tokenised again.
 
-    At most `max_turns` turns may search; an invalid action (an empty query is one) uses up a turn. In the one last turn
-    that follows, a search is not executed and the episode ends as `no_answer`. An observation that would leave less
-    than `min_turn_tokens` is not appended and the episode ends as `overflow`. A search that fails for good ends it as
-    `search_failed`. The sampled ids are kept as they are; only what the environment writes is tokenised.
+    At most `max_turns` turns may search; one last turn follows in which a search is not executed. A turn may use
+    min(max_turn_tokens, what is left of max_response_tokens). A turn without a complete action, or with an empty query,
+    is an invalid action: it uses up its turn, and the environment explains the format. The episode ends as
+
+    - `answered`: on the first complete answer;
+    - `no_answer`: after the last turn;
+    - `overflow`: where an observation would leave less than `min_turn_tokens` for the next turn; it is not appended;
+    - `search_failed`: where the server did not answer. That is no fault of the policy: keep it out of the gradient.
 
     Args:
-        prompt_ids: [P] token ids.
-        stop: strings that end a turn; collection leaves out `</answer>`, to keep the teacher's own end token.
-        seed: turns sample with seeds derived from it; None leaves sampling to the engine.
+        episode_id: unique among the episodes in flight; also the request id of all its turns, for the prefix cache.
+        prompt_ids: [P], from `dgpo.protocol.encode_prompt`.
+        stop: strings that end a turn. Collection leaves out `</answer>`, so that the teacher's end-of-sequence token
+            after it is sampled, recorded and later trained.
+        corpus: the retrieval server's named corpus, None for its default.
+        seed: turn t samples with a seed derived from (seed, t); None leaves sampling to the engine.
         on_event: called with ("policy" | "environment", text) as the episode grows.
 
     Raises:
-        ValueError: the policy generated nothing at all, so that there is nothing to record.
+        EmptyEpisodeError: the first turn has no token, nor has any other.
+        GenerationAbortedError: the engine aborted a turn.
+        SearchRefusedError: the server will never answer such a search; from the search function.
     """
-    response, turns, searches = _Response(), [], []
-    counters = dict.fromkeys(("num_cut_passages", "num_cut_queries", "num_invalid_actions", "num_truncated_turns"), 0)
+    response = _Response()
+    turns: list[Turn] = []
+    searches: list[SearchRecord] = []
+    num_truncated_turns = 0
     answer: str | None = None
     status: Status = "no_answer"
-    for number in range(limits.max_turns + 1):
-        budget = min(limits.max_turn_tokens, limits.max_response_tokens - len(response.ids))
+
+    for turn_index in range(limits.max_turns + 1):
         generation = await policy.generate(
             prompt_ids + response.ids,
-            max_tokens=budget,
+            max_tokens=min(limits.max_turn_tokens, limits.max_response_tokens - len(response.ids)),
             stop=stop,
-            seed=None if seed is None else derive_seed(seed, number),
+            seed=None if seed is None else derive_seed(seed, turn_index),
             request_id=episode_id,
         )
+        if generation.finish_reason == "abort":
+            raise GenerationAbortedError(f"episode {episode_id!r}: the engine aborted turn {turn_index}; play it again")
         start = len(response.ids)
-        response.append(list(generation.token_ids), log_probs=list(generation.log_probs))
-        text = tokenizer.decode(list(generation.token_ids), skip_special_tokens=False)
+        response.append_turn(generation)
+        text = tokenizer.decode(generation.token_ids, skip_special_tokens=False)
+        action = _valid_action(text)
+        turns.append(Turn(start, len(response.ids), action.kind, action.content))
+        num_truncated_turns += generation.finish_reason == "length"
         if on_event:
             on_event("policy", text)
-        action = parse_action(text)
-        kind = "invalid" if action.kind == "search" and not action.content else action.kind
-        turns.append(Turn(start, len(response.ids), kind, action.content))
-        counters["num_truncated_turns"] += generation.finish_reason == "length"
-        counters["num_invalid_actions"] += kind == "invalid"
-        if kind == "answer":
+
+        if action.kind == "answer":
             answer, status = action.content, "answered"
             break
-        if number == limits.max_turns:
+        if turn_index == limits.max_turns:
             break
-        if kind == "search":
+        if action.kind == "search":
             try:
-                record = await _search(action.content, number, search, tokenizer, limits, corpus)
+                record = await _execute_search(
+                    action.content, turn=turn_index, search=search, tokenizer=tokenizer, limits=limits, corpus=corpus
+                )
             except SearchFailedError:
                 status = "search_failed"
                 break
             searches.append(record)
-            counters["num_cut_passages"] += record.num_cut_passages
-            counters["num_cut_queries"] += record.query_cut
             observation = render_observation(render_passages(record.documents))
         else:
             observation = INVALID_ACTION_TEXT
@@ -143,12 +196,18 @@ async def run_episode(
         if len(response.ids) + len(observation_ids) + limits.min_turn_tokens > limits.max_response_tokens:
             status = "overflow"
             break
-        response.append(observation_ids, log_probs=None)
+        response.append_observation(observation_ids)
         if on_event:
             on_event("environment", observation)
-    response.drop_environment_tail()
+
+    response.drop_trailing_observations()
     if not response.ids:
-        raise ValueError(f"episode {episode_id!r}: the policy generated no token; is its end token sampled at once?")
+        raise EmptyEpisodeError(
+            f"episode {episode_id!r}: the policy generated no token in {len(turns)} turns: check that the engine "
+            "returns the end-of-sequence token that it samples, and that the prompt leaves room for a turn"
+        )
+    for turn in turns:  # a turn without tokens may have stood behind an observation that was dropped
+        turn.start, turn.end = min(turn.start, len(response.ids)), min(turn.end, len(response.ids))
     return Trajectory(
         episode_id=episode_id,
         prompt_ids=list(prompt_ids),
@@ -159,26 +218,52 @@ async def run_episode(
         searches=searches,
         answer=answer,
         status=status,
-        counters=counters,
+        counters={
+            "num_cut_passages": sum(record.num_cut_passages for record in searches),
+            "num_cut_queries": sum(record.query_cut for record in searches),
+            "num_invalid_actions": sum(turn.kind == "invalid" for turn in turns),
+            "num_truncated_turns": num_truncated_turns,
+        },
         corpus=corpus,
     )
 
 
-async def _search(
-    query: str, turn: int, search: Search, tokenizer: Tokenizer, limits: EpisodeLimits, corpus: str | None
+def _valid_action(text: str) -> Action:
+    """The parsed action, where a search for nothing is none: the server would refuse it, and the policy caused it."""
+    action = parse_action(text)
+    return Action("invalid", "") if action.kind == "search" and not action.content else action
+
+
+async def _execute_search(
+    query: str, *, turn: int, search: Search, tokenizer: Tokenizer, limits: EpisodeLimits, corpus: str | None
 ) -> SearchRecord:
-    """One search with its passages cut to `max_passage_tokens` each."""
+    """Searches with the query cut to its limit, and cuts the passages that come back to theirs."""
+    sent = query[: limits.max_query_chars].rstrip()
     started = time.perf_counter()
-    sent = query[: limits.max_query_chars]
-    documents = await search.search(sent, topk=limits.topk, corpus=corpus)
+    found = await search.search(sent, topk=limits.topk, corpus=corpus)
     latency_s = time.perf_counter() - started
-    cut = [_cut_passage(document, tokenizer, limits.max_passage_tokens) for document in documents]
-    num_cut = sum(before is not after for before, after in zip(documents, cut, strict=True))
-    return SearchRecord(turn, sent, cut, num_cut, sent != query, latency_s)
+    documents = [_cut_passage(document, tokenizer, limits.max_passage_tokens) for document in found]
+    return SearchRecord(
+        turn=turn,
+        query=sent,
+        documents=documents,
+        num_cut_passages=sum(after is not before for before, after in zip(found, documents, strict=True)),
+        query_cut=sent != query,
+        latency_s=latency_s,
+    )
 
 
 def _cut_passage(document: dict[str, Any], tokenizer: Tokenizer, max_tokens: int) -> dict[str, Any]:
-    ids = tokenizer.encode(document["contents"], add_special_tokens=False)
-    if len(ids) <= max_tokens:
+    """The document itself if its contents fit into `max_tokens`, else a copy with the longest beginning that fits.
+
+    Characters are cut, not ids: decoding cut ids could split a character, or change the spaces.
+    """
+    text = document["contents"]
+
+    def num_tokens(num_chars: int) -> int:
+        return len(tokenizer.encode(text[:num_chars], add_special_tokens=False))
+
+    if num_tokens(len(text)) <= max_tokens:
         return document
-    return {**document, "contents": tokenizer.decode(ids[:max_tokens], skip_special_tokens=False)}
+    num_kept = bisect_right(range(len(text)), max_tokens, key=num_tokens) - 1
+    return {**document, "contents": text[:num_kept]}

@@ -1,4 +1,7 @@
-"""The text grammar between policy and environment: prompt, tags, action parse, observation (Search-R1's, byte for byte)."""
+"""The text grammar between policy and environment: prompt, tags, action parse, observation.
+
+The texts are Search-R1's, byte for byte, odd grammar included: its checkpoints were trained on them.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,25 @@ INVALID_ACTION_TEXT = (
     "want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
 )
 STOP_STRINGS = ("</search>", "</answer>")
-TEMPLATE_DATE = "26 Jul 2024"  # Llama's template inserts today's date, which would change prompts from day to day
+TEMPLATE_DATE = "26 Jul 2024"  # Llama's template inserts today's date: prompts would change overnight
 
+ActionKind = Literal["search", "answer", "invalid"]
 _ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Action:
-    kind: Literal["search", "answer", "invalid"]
+    """What one turn asks for: a query to `search`, a final `answer`, or neither."""
+
+    kind: ActionKind
     content: str
 
 
 def parse_action(text: str) -> Action:
-    """The first complete `<search>` or `<answer>` of one turn's generated text; `content` is "" if there is none."""
+    """The first complete `<search>` or `<answer>` in `text`, its content stripped; `invalid` with "" if there is none.
+
+    `text` must be what the policy wrote in one turn: the prompt and the invalid-action text hold both tags themselves.
+    """
     match = _ACTION.search(text)
     if match is None:
         return Action("invalid", "")
@@ -40,7 +49,10 @@ def parse_action(text: str) -> Action:
 
 
 def render_passages(documents: Sequence[Mapping[str, Any]]) -> str:
-    """`Doc {i}(Title: {first line}) {other lines}` per document, stripped. Documents are `{"id", "contents"}`."""
+    """`Doc {i}(Title: {first line}) {other lines}` per document, the whole stripped; "" for no documents.
+
+    Documents are `{"id", "contents"}`, the contents `"Title"\\ntext`; the title keeps its quotes.
+    """
     lines = []
     for number, document in enumerate(documents, start=1):
         title, _, text = document["contents"].partition("\n")
@@ -49,24 +61,35 @@ def render_passages(documents: Sequence[Mapping[str, Any]]) -> str:
 
 
 def render_observation(passages: str) -> str:
+    """What a search appends to the episode, around the output of `render_passages`."""
     return f"\n\n<information>{passages}</information>\n\n"
 
 
 def normalize_question(question: str) -> str:
-    """Stripped, with a question mark at its end."""
+    """The question, stripped and with a question mark at its end."""
     question = question.strip()
     return question if question.endswith("?") else question + "?"
 
 
 def build_messages(question: str, template: str = SEARCH_R1_PROMPT) -> list[dict[str, str]]:
-    """One user message; `template` holds `{question}` once."""
+    """The conversation that asks `question`: one user message.
+
+    Raises:
+        ValueError: `template` has no `{question}`, so that every question would read the same.
+    """
+    if "{question}" not in template:
+        raise ValueError(f"the prompt template {template[:60]!r} has no place for the question: add {{question}} to it")
     return [{"role": "user", "content": template.replace("{question}", normalize_question(question))}]
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Prompt token ids through the model's own chat template."""
-    return list(
-        tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, date_string=TEMPLATE_DATE
-        )
+    """Token ids [P] of the prompt through the model's own chat template, up to where the policy starts to write.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        messages: `[{"role", "content"}]`, as `build_messages` makes them.
+    """
+    ids = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, date_string=TEMPLATE_DATE
     )
+    return list(ids)

@@ -1,7 +1,7 @@
 """Cold-start losses by their published names. A new one is a function here and an entry in `DISTILLATION_LOSSES`.
 
-Each takes logits at the policy positions only, and computes in chunks of rows whose log-probs are recomputed in the
-backward pass, so that memory does not grow with tokens x vocabulary beyond the logits themselves.
+All have one signature and get the logits of the positions that predict a policy token, so no mask. Environment tokens
+and padding never come in.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from dgpo.algorithms.divergences import cross_entropy, forward_kl
+from dgpo.algorithms.reduce import chunked_mean
 
 
 def kd(
@@ -23,15 +23,19 @@ def kd(
     denominator: torch.Tensor | float,
     chunk_size: int,
 ) -> torch.Tensor:
-    """L = (1 - r) CE(y) + r KL(teacher || student), each summed over the full vocabulary per token (method, phase 1).
+    """L_KD = (1 - r) CE(y) + r KL(teacher || student) per token, over the full vocabulary (DGPO's phase 1).
 
     Args:
-        student_logits: [N, V] at the positions that predict a policy token.
-        teacher_logits: [N, V'] the frozen teacher's; the padded tail of the longer vocabulary is cut.
+        student_logits: [N, V], differentiable.
+        teacher_logits: [N, V'] the frozen teacher's at the same positions. A vocabulary that is padded further than the
+            other's is cut to the shared part for the KL.
         targets: [N] the tokens themselves.
         kl_ratio: r, the paper's "KL divergence ratio" (1.0).
-        denominator: what the sum over tokens is divided by: the policy tokens of the whole batch.
-        chunk_size: rows at once.
+        denominator: of the mean: the number of policy tokens in the whole batch.
+        chunk_size: rows whose full-vocabulary log-probs exist at once.
+
+    Returns:
+        The loss, a scalar.
 
     Raises:
         ValueError: no teacher.
@@ -41,10 +45,14 @@ def kd(
     vocab = min(student_logits.shape[-1], teacher_logits.shape[-1])
 
     def token_loss(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        divergence = forward_kl(student[:, :vocab], teacher[:, :vocab])
-        return ((1 - kl_ratio) * cross_entropy(student, target) + kl_ratio * divergence).sum()
+        loss = kl_ratio * forward_kl(student[:, :vocab], teacher[:, :vocab])
+        if kl_ratio == 1:  # the paper's choice, which needs no second pass over the vocabulary
+            return loss
+        return loss + (1 - kl_ratio) * cross_entropy(student, target)
 
-    return _chunked_sum(token_loss, chunk_size, student_logits, teacher_logits, targets) / denominator
+    return chunked_mean(
+        token_loss, student_logits, teacher_logits.detach(), targets, denominator=denominator, chunk_size=chunk_size
+    )
 
 
 def seqkd(
@@ -56,23 +64,11 @@ def seqkd(
     denominator: torch.Tensor | float,
     chunk_size: int,
 ) -> torch.Tensor:
-    """Cross-entropy on the teacher's tokens (SeqKD / SFT, Kim & Rush 2016); needs no teacher logits, reads no ratio."""
+    """CE(y), the cross-entropy on the teacher's tokens (SeqKD, Kim & Rush 2016; the paper's SFT baseline).
 
-    def token_loss(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(student, target).sum()
-
-    return _chunked_sum(token_loss, chunk_size, student_logits, targets) / denominator
+    Arguments and result as in `kd`; `teacher_logits` and `kl_ratio` are not read.
+    """
+    return chunked_mean(cross_entropy, student_logits, targets, denominator=denominator, chunk_size=chunk_size)
 
 
 DISTILLATION_LOSSES: dict[str, Callable[..., torch.Tensor]] = {"kd": kd, "seqkd": seqkd}
-
-
-def _chunked_sum(
-    function: Callable[..., torch.Tensor], chunk_size: int, *rows: torch.Tensor
-) -> torch.Tensor:
-    """Sum of `function` over row chunks, recomputed in the backward pass; 0 with zero gradient for no rows."""
-    total = rows[0].float().sum() * 0.0 if len(rows[0]) == 0 else rows[0].new_zeros((), dtype=torch.float32)
-    for parts in zip(*(tensor.split(chunk_size) for tensor in rows), strict=True):
-        if len(parts[0]):
-            total = total + checkpoint(function, *parts, use_reentrant=False)
-    return total

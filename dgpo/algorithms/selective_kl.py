@@ -16,7 +16,7 @@ def compute_gate(correct: torch.Tensor, mode: str) -> torch.Tensor:
         mode: `failed` (DGPO), `all` (the "w/o selective KL" ablation), `none` (no teacher).
 
     Returns:
-        [B], 1 or 0.
+        [B], 1 or 0, of `correct`'s type.
 
     Raises:
         ValueError: unknown mode.
@@ -41,7 +41,8 @@ def selective_kl_rewards(
 ) -> torch.Tensor:
     """r_t = score_t - beta * gate * I(y_t) * (log p_student(y_t) - log p_teacher(y_t)), before GAE.
 
-    The sampled-token (k1) estimate of KL(student || teacher) inside the reward, with the token mask I(y_t).
+    The sampled-token (k1) estimate of KL(student || teacher) inside the reward, with the token mask I(y_t). Its
+    full-vocabulary counterpart, as a loss, is `dgpo.algorithms.exact_kl`.
 
     Args:
         token_level_scores: [B, T] the task's score, on the last generated token.
@@ -52,8 +53,16 @@ def selective_kl_rewards(
         kl_coef: beta (the paper: 0.001).
 
     Returns:
-        [B, T] rewards; equal to the scores wherever gate or mask is 0.
+        [B, T] rewards; equal to the scores wherever gate or mask is 0. Not reduced.
+
+    Raises:
+        ValueError: shapes that broadcasting would mix up in silence.
     """
+    if gate.shape != token_level_scores.shape[:1] or response_mask.shape != token_level_scores.shape:
+        raise ValueError(
+            f"gate is {tuple(gate.shape)} and response_mask {tuple(response_mask.shape)}, but token_level_scores is "
+            f"{tuple(token_level_scores.shape)}: expected [B], [B, T] and [B, T]"
+        )
     applies = (response_mask * gate[:, None]).bool()
     penalty = kl_coef * (student_log_probs - teacher_log_probs)
     return token_level_scores - torch.where(applies, penalty, torch.zeros_like(penalty))

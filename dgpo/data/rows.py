@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dgpo.artifacts import atomic_path
+
 
 class DataError(ValueError):
     """A data file that cannot be used: names the file, the row, the field, what was seen and what was expected."""
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """All rows, checked.
+    """All rows of a parquet file, checked.
 
     Raises:
         DataError: no such file, no parquet, or a malformed row.
     """
-    if not Path(path).exists():
-        raise DataError(f"data file {path} does not exist: prepare it, or correct its path")
+    if not Path(path).is_file():
+        raise DataError(f"data file {str(path)!r} does not exist: prepare it, or correct its path")
     try:
         rows = pq.read_table(path).to_pylist()
     except pa.ArrowInvalid as error:
@@ -32,13 +33,12 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Checks and writes rows, atomically."""
+    """Checks rows and writes them as parquet, the file whole or not at all. Raises `DataError` as `read_rows` does."""
     validate_rows(rows, path)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), temporary)
-    temporary.replace(path)
+    columns = list(dict.fromkeys(name for row in rows for name in row))  # pyarrow would keep the first row's only
+    table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 def validate_rows(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -59,14 +59,16 @@ def row_question(row: Mapping[str, Any]) -> str:
 
 
 def row_golds(row: Mapping[str, Any]) -> list[str]:
-    """The accepted answers."""
+    """The accepted answers, at least one."""
     return list(row["reward_model"]["ground_truth"]["target"])
 
 
 def row_id(row: Mapping[str, Any]) -> str:
     """An id that is unique over data sources: `extra_info.id`, else source, split and index."""
     info = row["extra_info"]
-    return str(info.get("id") or f"{row['data_source']}-{info.get('split')}-{info['index']}")
+    if info.get("id") is not None:
+        return str(info["id"])
+    return f"{row['data_source']}-{info.get('split')}-{info['index']}"
 
 
 def _problem(row: Mapping[str, Any]) -> str | None:
@@ -75,7 +77,7 @@ def _problem(row: Mapping[str, Any]) -> str | None:
     prompt = row.get("prompt")
     if not (isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt)):
         return f"`prompt` is {prompt!r}, expected [{{'role': 'user', 'content': '...'}}]"
-    target = ((row.get("reward_model") or {}).get("ground_truth") or {}).get("target")
+    target = _field(_field(row.get("reward_model"), "ground_truth"), "target")
     if not (isinstance(target, list) and all(isinstance(gold, str) for gold in target)):
         return f"`reward_model.ground_truth.target` is {target!r}, expected a list of accepted answers"
     if not any(gold.strip() for gold in target):
@@ -84,6 +86,10 @@ def _problem(row: Mapping[str, Any]) -> str | None:
     if not (isinstance(info, Mapping) and isinstance(info.get("index"), int)):
         return f"`extra_info` is {info!r}, expected {{'split': str, 'index': int}}"
     return None
+
+
+def _field(value: object, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else None
 
 
 def _is_message(message: object) -> bool:

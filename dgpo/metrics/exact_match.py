@@ -13,23 +13,23 @@ _CLOSED_ANSWERS = {"yes", "no", "noanswer"}
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces."""
+    """Lower case, no ASCII punctuation, no articles, single spaces; in this order, as SQuAD's script does it."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, golds: Sequence[str]) -> bool:
-    """Whether the normalised prediction equals any normalised gold answer."""
+    """Whether the normalised prediction equals any normalised gold answer. RL's reward, and the paper's metric."""
     return normalize_answer(prediction) in {normalize_answer(gold) for gold in golds}
 
 
 def sub_exact_match(prediction: str, golds: Sequence[str]) -> bool:
-    """Whether any normalised gold answer stands inside the normalised prediction."""
+    """Whether any normalised gold answer stands inside the normalised prediction, inside a word too."""
     normalized = normalize_answer(prediction)
     return any(normalize_answer(gold) in normalized for gold in golds)
 
 
 def f1_score(prediction: str, golds: Sequence[str]) -> float:
-    """Token F1, the best over the golds; yes / no / noanswer must match whole (HotpotQA's rule)."""
+    """Token F1 in [0, 1], the best over the golds; yes, no and noanswer must match whole (HotpotQA's rule)."""
     return max((_f1(normalize_answer(prediction), normalize_answer(gold)) for gold in golds), default=0.0)
 
 

@@ -9,10 +9,14 @@ from dgpo.metrics.exact_match import normalize_answer
 
 
 def answer_in_passages(golds: Sequence[str], documents: Sequence[Mapping[str, Any]], *, raw: bool = False) -> bool:
-    """True if any gold answer stands in any passage, on word boundaries of the normalised texts.
+    """Whether any gold answer stands in any passage, on word boundaries of the normalised texts.
+
+    An answer that normalises to nothing is in no passage.
 
     Args:
-        raw: the authors' release instead: case-sensitive substring.
+        golds: the accepted answers.
+        documents: `{"id", "contents"}`; title and text are both searched.
+        raw: the authors' release instead: a case-sensitive substring, inside words too.
     """
     texts = [str(document["contents"]) for document in documents]
     if raw:
