@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from dgpo.config.load import GROUPS, ConfigError, config_keys, group_choices, load_config
 from dgpo.config.schema import Config
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dgpo {name}: {_one_line(error)}", file=sys.stderr)
         return 2
     except CommandFailedError as error:
-        print(f"dgpo {name}: {_one_line(error)}", file=sys.stderr)
+        print(f"dgpo {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"dgpo {name}: interrupted; resume=true continues where the stage can", file=sys.stderr)
@@ -67,9 +68,9 @@ def _collect(overrides: Sequence[str]) -> None:
 
 
 def _distill(overrides: Sequence[str]) -> None:
-    from dgpo.coldstart.run_distill import run_distill
+    from dgpo.coldstart.distill import distill
 
-    run_distill(load_config(overrides))
+    distill(load_config(overrides))
 
 
 def _train(overrides: Sequence[str]) -> None:
@@ -90,7 +91,10 @@ def _test(overrides: Sequence[str]) -> None:
 def _report(overrides: Sequence[str]) -> None:
     from dgpo.evaluation.report import write_report
 
-    print(write_report(load_config(overrides)))
+    try:
+        print(write_report(Path(load_config(overrides).run_dir)))
+    except FileNotFoundError as error:
+        raise CommandFailedError(str(error)) from error
 
 
 def _play(stage: Callable[[Config], object], config: Config) -> None:
