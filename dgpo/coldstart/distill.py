@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dgpo.artifacts import prepare_run_folder, read_manifest, write_manifest
+from dgpo.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
 from dgpo.coldstart.trainer import TrainingExample, train_on_examples
+from dgpo.config.checks import check_distill
 from dgpo.config.schema import Config, DistillConfig, HardwareConfig
 from dgpo.trajectory import read_trajectories
 
@@ -21,25 +22,28 @@ LOSSES_WITHOUT_TEACHER = ("seqkd",)
 
 
 def distill(config: Config) -> Path | None:
-    """Run the stage: `{run_dir}/collect/episodes.jsonl` -> `{run_dir}/distill`, a checkpoint with a manifest.
+    """Run the stage: `{run_dir}/collect/episodes.jsonl` -> the checkpoint `{run_dir}/distill/model`.
 
     Returns:
         The stage's folder, or None for a dry run.
 
     Raises:
-        ManifestError: the collection is missing or was changed.
-        ValueError: models without a common tokenizer, and what `distill_episodes` refuses.
+        ConfigError: from the checks, before any model is loaded.
+        ManifestError: the collection did not finish, or was changed since.
     """
+    check_distill(config)
     collected = Path(config.run_dir) / "collect"
     counts = read_manifest(collected, stage="collect")["counts"]
     if config.dry_run:
         print(f"dry run: {config.student.path} would learn from {config.teacher.path} on the episodes {counts}.")
         return None
+    output = prepare_run_folder(Path(config.run_dir) / "distill", resume=config.resume)
+    (output / MANIFEST).unlink(missing_ok=True)
     return distill_episodes(
         student=config.student.path or "",
         teacher=config.teacher.path,
         episodes=collected / "episodes.jsonl",
-        output=prepare_run_folder(Path(config.run_dir) / "distill", resume=config.resume),
+        output=output,
         settings=config.distill,
         hardware=config.hardware,
         seed=config.seed,
@@ -56,7 +60,7 @@ def distill_episodes(
     hardware: HardwareConfig,
     seed: int,
 ) -> Path:
-    """Train the model at `student` on the trajectories in the file `episodes`; write a checkpoint and a manifest.
+    """Train the model at `student` on the trajectories in the file `episodes`; write `output`/model and a manifest.
 
     `teacher` may be None for losses without one (`seqkd`). Returns `output`.
     Raises ValueError when the models do not share a tokenizer, and for what `train_on_examples` refuses.
@@ -69,7 +73,16 @@ def distill_episodes(
     if settings.loss not in LOSSES_WITHOUT_TEACHER:
         frozen = _load_teacher(teacher, student, tokenizer, settings=settings, hardware=hardware)
     train_on_examples(
-        model, frozen, examples, tokenizer, output, settings=settings, hardware=hardware, seed=seed, name="distill"
+        model,
+        frozen,
+        examples,
+        tokenizer,
+        checkpoint=output / "model",
+        metrics=output / "metrics.jsonl",
+        settings=settings,
+        hardware=hardware,
+        seed=seed,
+        name="distill",
     )
     if int(os.environ.get("RANK", "0")) == 0:
         write_manifest(

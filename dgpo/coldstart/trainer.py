@@ -172,7 +172,7 @@ class DistillationTrainer(Trainer):
 
 
 class LossCurve(TrainerCallback):
-    """Appends what the trainer logs to `metrics.jsonl` and prints a line now and then."""
+    """Appends what the trainer logs to a jsonl file and prints a line now and then."""
 
     def __init__(self, path: Path, *, name: str, num_lines: int = 8):
         self.path, self.name, self.num_lines = path, name, num_lines
@@ -196,14 +196,15 @@ def train_on_examples(
     teacher: PreTrainedModel | None,
     examples: Sequence[TrainingExample],
     tokenizer: PreTrainedTokenizerBase,
-    output: Path,
     *,
+    checkpoint: Path,
+    metrics: Path,
     settings: DistillConfig,
     hardware: HardwareConfig,
     seed: int,
     name: str,
 ) -> None:
-    """Train `model` in place and save a Hugging Face folder (weights, tokenizer, generation config, loss curve).
+    """Train `model` in place; save a Hugging Face folder to `checkpoint` and the loss curve to the file `metrics`.
 
     Raises ValueError for an unknown loss, a missing teacher, no examples, or batch sizes that do not divide.
     """
@@ -217,10 +218,10 @@ def train_on_examples(
             f"distill.batch_size ({settings.batch_size}) must be a multiple of "
             f"distill.micro_batch_size ({micro_batch_size})"
         )
-    output.mkdir(parents=True, exist_ok=True)
+    checkpoint.mkdir(parents=True, exist_ok=True)
     on_cpu = hardware.platform == "cpu"
     arguments = TrainingArguments(
-        output_dir=str(output),
+        output_dir=str(checkpoint),
         per_device_train_batch_size=micro_batch_size,
         gradient_accumulation_steps=settings.batch_size // micro_batch_size,
         num_train_epochs=settings.epochs,
@@ -253,13 +254,13 @@ def train_on_examples(
         kl_ratio=settings.kl_ratio,
         chunk_tokens=settings.chunk_tokens,
         args=arguments,
-        callbacks=[LossCurve(output / "metrics.jsonl", name=name)],
+        callbacks=[LossCurve(metrics, name=name)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.remove_hooks()
     if trainer.is_world_process_zero():
-        save_checkpoint(model, tokenizer, output)
+        save_checkpoint(model, tokenizer, checkpoint)
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

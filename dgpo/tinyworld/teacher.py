@@ -33,7 +33,16 @@ def train_teacher(
     examples = oracle_examples(world, train_isos, tokenizer, count=count, template=settings.prompt_template, seed=seed)
     model = make_model(TEACHER_SIZE, tokenizer, seed=seed)
     train_on_examples(
-        model, None, examples, tokenizer, output, settings=recipe, hardware=hardware, seed=seed, name="teacher"
+        model,
+        None,
+        examples,
+        tokenizer,
+        checkpoint=output,
+        metrics=output / "metrics.jsonl",
+        settings=recipe,
+        hardware=hardware,
+        seed=seed,
+        name="teacher",
     )
     write_manifest(
         output,

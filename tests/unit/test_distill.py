@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from dgpo.coldstart.distill import distill_episodes
+from dgpo.artifacts import RunFolderExistsError, write_manifest
+from dgpo.coldstart.distill import distill, distill_episodes
 from dgpo.coldstart.trainer import BucketSampler, DistillationTrainer, TrainingExample, train_on_examples
+from dgpo.config.load import load_config
 from dgpo.config.schema import DistillConfig, HardwareConfig
 from dgpo.tinyworld.models import ModelSize, make_model, save_model
 from dgpo.tinyworld.tokenizer import build_tokenizer
@@ -131,11 +133,34 @@ def test_stage_learns_and_leaves_a_checkpoint_a_curve_and_a_manifest(tokenizer, 
     assert curve[-1]["loss"] < curve[0]["loss"]
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["counts"] == {"episodes": 16, "trained_tokens": 48}
-    model = AutoModelForCausalLM.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
     assert model.generation_config.stop_strings == ["</search>", "</answer>"]
-    assert AutoTokenizer.from_pretrained(out).get_vocab() == tokenizer.get_vocab()
+    assert AutoTokenizer.from_pretrained(out / "model").get_vocab() == tokenizer.get_vocab()
     logits = model(torch.tensor([[5, 6]])).logits[0, -1]
     assert F.softmax(logits, -1)[11] > 0.05
+
+
+def test_stage_reads_the_collection_of_its_run_folder(tokenizer, tmp_path, capsys):
+    write_stage_input(tokenizer, tmp_path)
+    collected = tmp_path / "run" / "collect"
+    collected.mkdir(parents=True)
+    (tmp_path / "episodes.jsonl").rename(collected / "episodes.jsonl")
+    write_manifest(collected, stage="collect", inputs={}, config={}, counts={"kept": 16}, seed=0)
+    overrides = [
+        "world=tiny",
+        "hardware=cpu",
+        f"run_dir={tmp_path / 'run'}",
+        f"student.path={tmp_path / 'student'}",
+        f"teacher.path={tmp_path / 'teacher'}",
+        "distill.max_steps=2",
+    ]
+    assert distill(load_config([*overrides, "dry_run=true"])) is None
+    assert "dry run" in capsys.readouterr().out
+    folder = distill(load_config(overrides))
+    assert folder == tmp_path / "run" / "distill"
+    assert (folder / "model" / "model.safetensors").exists()
+    with pytest.raises(RunFolderExistsError, match="resume=true"):
+        distill(load_config(overrides))
 
 
 def test_gradient_accumulation_gives_the_same_weights(tokenizer, tmp_path):
@@ -148,7 +173,8 @@ def test_gradient_accumulation_gives_the_same_weights(tokenizer, tmp_path):
             None,
             EXAMPLES * 4,
             tokenizer,
-            tmp_path / str(micro),
+            checkpoint=tmp_path / f"micro_{micro}",
+            metrics=tmp_path / "metrics.jsonl",
             settings=settings,
             hardware=CPU,
             seed=0,
