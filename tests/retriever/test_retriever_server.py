@@ -1,0 +1,271 @@
+import ast
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import uvicorn
+from conftest import FACTS, QUESTIONS, ROOT, Reply, Server, get, post, run_module, started_server
+
+from retriever.cache import LRUCache
+from retriever.collection import Collection, Hits, SearchJob, load_collection
+from retriever.limits import ServerLimits
+from retriever.server import create_app
+
+Retrieve = Callable[..., Reply]
+TITLES = list(FACTS)
+
+
+def document(title: str) -> dict[str, str]:
+    return {"id": str(TITLES.index(title)), "contents": f'"{title}"\n{FACTS[title]}'}
+
+
+def test_with_scores_every_query_gets_document_and_score(retrieve: Retrieve) -> None:
+    reply = retrieve({"queries": list(QUESTIONS), "topk": 2, "return_scores": True})
+    assert reply.status == 200
+    assert reply.headers["content-type"] == "application/json"
+    result = reply.json["result"]
+    assert [hits[0]["document"] for hits in result] == [document(title) for title in QUESTIONS.values()]
+    for hits in result:
+        assert [list(hit) for hit in hits] == [["document", "score"]] * 2
+        assert 1 >= hits[0]["score"] >= hits[1]["score"] >= -1
+
+
+def test_without_scores_every_query_gets_documents(retrieve: Retrieve) -> None:
+    body = {"queries": list(QUESTIONS), "topk": 1}
+    expected = {"result": [[document(title)] for title in QUESTIONS.values()]}
+    assert retrieve(body).json == retrieve(body | {"return_scores": False}).json == expected
+
+
+def test_a_single_query_and_a_null_topk_are_served(retrieve: Retrieve) -> None:
+    reply = retrieve({"query": "planet with rings", "topk": None, "return_scores": True})
+    [hits] = reply.json["result"]
+    assert hits[0]["document"] == document("Saturn")
+    assert len(hits) == 3
+    assert reply.body == retrieve({"queries": ["planet with rings"], "return_scores": True}).body
+
+
+def test_an_empty_list_gets_an_empty_result(retrieve: Retrieve) -> None:
+    assert retrieve({"queries": [], "topk": 3, "return_scores": True}).body == b'{"result":[]}'
+
+
+def test_named_corpora_answer_from_their_own_passages(retrieve: Retrieve) -> None:
+    def first(corpus: str | None) -> str:
+        return retrieve({"query": "city in Japan", "topk": 1}, corpus).json["result"][0][0]["contents"].split("\n")[0]
+
+    assert (first(None), first("facts"), first("cities"), first("words")) == (
+        '"Osaka"',
+        '"Osaka"',
+        '"Kobe"',
+        '"Osaka"',
+    )
+
+
+def test_topk_beyond_the_corpus_returns_it_whole(retrieve: Retrieve) -> None:
+    [hits] = retrieve({"query": "city", "topk": 20}, "cities").json["result"]
+    assert sorted(hit["id"] for hit in hits) == ["0", "1"]
+
+
+def test_words_without_a_match_get_an_empty_list(retrieve: Retrieve) -> None:
+    assert retrieve({"query": "zzzz", "return_scores": True}, "words").json == {"result": [[]]}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{", 400, "not valid JSON"),
+        (b"", 400, "not valid JSON"),
+        (b'{"query": "\xff"}', 400, "not valid JSON"),
+        (b'{"query": "\\ud800"}', 400, "not valid JSON"),
+        (b"[]", 422, "JSON array"),
+        ({}, 422, 'either "queries"'),
+        ({"queries": ["a"], "query": "a"}, 422, 'either "queries"'),
+        ({"queries": "a"}, 422, '"queries" is a JSON string'),
+        ({"queries": ["a", None]}, 422, "queries[1] is a JSON null"),
+        ({"queries": ["a", " "]}, 422, "queries[1] is empty"),
+        ({"queries": ["a"] * 601}, 422, "601 queries in one request; at most 600"),
+        ({"query": "a" * 1001}, 422, "1001 characters; at most 1000"),
+        ({"query": "a", "topk": 0}, 422, "topk is 0; expected null or an integer from 1 to 20"),
+        ({"query": "a", "topk": -1}, 422, "topk is -1"),
+        ({"query": "a", "topk": 21}, 422, "topk is 21"),
+        ({"query": "a", "topk": 10**12}, 422, "topk is 1000000000000"),
+        ({"query": "a", "topk": 2.5}, 422, "topk is 2.5"),
+        ({"query": "a", "topk": "3"}, 422, "topk is a JSON string"),
+        ({"query": "a", "topk": True}, 422, "topk is"),
+        ({"query": "a", "return_scores": "yes"}, 422, "return_scores is a JSON string"),
+        ({"query": "a" * 100_000}, 413, "larger than 100000 bytes"),
+    ],
+)
+def test_bad_input_gets_a_message_and_the_server_lives_on(
+    retrieve: Retrieve, server: Server, body: object, status: int, message: str
+) -> None:
+    reply = retrieve(body)
+    assert reply.status == status
+    assert message in reply.json["detail"]
+    assert get(server.url + "/health")["status"] == "ok"
+
+
+def test_an_unknown_corpus_gets_404_and_the_names(retrieve: Retrieve) -> None:
+    reply = retrieve({"query": "a"}, "nowhere")
+    assert reply.status == 404
+    assert reply.json["detail"] == "no corpus 'nowhere'; this server has cities, facts, words"
+
+
+def test_health_states_what_is_served(server: Server) -> None:
+    health = get(server.url + "/health")
+    assert (health["status"], health["default"]) == ("ok", "facts")
+    assert (health["encoder"], health["method"]) == ("minilm", "dense")
+    counts = {name: (corpus["count"], corpus["method"]) for name, corpus in health["corpora"].items()}
+    assert counts == {"facts": (12, "dense"), "cities": (2, "dense"), "words": (12, "bm25")}
+
+
+def test_concurrent_requests_get_the_answers_of_sequential_ones(indexes: dict[str, Path]) -> None:
+    """Scores included, bit for bit; without a cache, so that every request is searched."""
+    bodies = [
+        (name, {"queries": [f"{question} {number}", title], "topk": 1 + number % 3, "return_scores": True})
+        for number in range(6)
+        for name in indexes
+        for question, title in QUESTIONS.items()
+    ]
+    with served_here(load_collection(indexes), limits=ServerLimits(cache_size=0)) as url:
+
+        def ask(body: tuple[str, object]) -> bytes:
+            return post(f"{url}/corpora/{body[0]}/retrieve", body[1]).body
+
+        sequential = [ask(body) for body in bodies]
+        before = get(url + "/health")["num_batches"]
+        with ThreadPoolExecutor(16) as pool:
+            concurrent = list(pool.map(ask, bodies))
+        health = get(url + "/health")
+    assert concurrent == sequential
+    assert health["num_batches"] - before < len(bodies)  # requests did share batches
+    assert health["num_requests"] == 2 * len(bodies)
+
+
+def test_a_repeated_query_comes_from_the_cache(retrieve: Retrieve, server: Server) -> None:
+    body = {"queries": ["a query of this test", "a query of this test"], "topk": 2, "return_scores": True}
+    first = retrieve(body)
+    before = get(server.url + "/health")
+    assert retrieve(body).body == first.body
+    after = get(server.url + "/health")
+    assert after["cache"]["num_hits"] == before["cache"]["num_hits"] + 1
+    assert after["num_batches"] == before["num_batches"]
+    retrieve(body | {"topk": 3})
+    retrieve(body, "cities")
+    assert get(server.url + "/health")["cache"]["num_misses"] == before["cache"]["num_misses"] + 2
+
+
+def test_the_cache_forgets_the_least_recently_used() -> None:
+    cache: LRUCache[int] = LRUCache(2)
+    cache.put("a", 1)
+    cache.put("b", 2)
+    cache.get("a")
+    cache.put("c", 3)
+    assert [cache.get(key) for key in "abc"] == [1, None, 3]
+    off: LRUCache[int] = LRUCache(0)
+    off.put("a", 1)
+    assert len(off) == 0
+
+
+class HeldCollection(Collection):
+    """Real corpora behind a search that waits for `release`."""
+
+    def __init__(self, collection: Collection) -> None:
+        super().__init__(collection.corpora, collection.encoders)
+        self.started, self.release = threading.Event(), threading.Event()
+
+    def search(self, jobs: Sequence[SearchJob]) -> list[list[Hits]]:
+        self.started.set()
+        assert self.release.wait(30)
+        return super().search(jobs)
+
+
+@contextmanager
+def served_here(collection: Collection, *, limits: ServerLimits) -> Iterator[str]:
+    """The real application on a free port, in a thread of this process."""
+    app = create_app(collection, default="words", limits=limits)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_past_the_queue_bound_requests_get_503_and_the_server_recovers(indexes: dict[str, Path]) -> None:
+    held = HeldCollection(load_collection({"words": indexes["words"]}))
+    limits = ServerLimits(max_waiting_queries=2, retry_after_s=7)
+    with served_here(held, limits=limits) as url, ThreadPoolExecutor(3) as pool:
+        running = pool.submit(post, url + "/retrieve", {"query": "rings"})
+        assert held.started.wait(10)
+        waiting = pool.submit(post, url + "/retrieve", {"queries": ["city", "river"]})
+        while get(url + "/health")["num_waiting"] < 2:
+            time.sleep(0.01)
+        refused = post(url + "/retrieve", {"query": "coffee"})
+        held.release.set()
+        assert (refused.status, refused.headers["retry-after"]) == (503, "7")
+        assert refused.json == {"detail": "2 queries wait; try again in 7 s"}
+        assert [len(running.result().json["result"]), len(waiting.result().json["result"])] == [1, 2]
+        assert post(url + "/retrieve", {"query": "coffee"}).status == 200
+        assert get(url + "/health")["num_refused"] == 1
+
+
+def test_sigterm_ends_a_server_cleanly_and_a_taken_port_is_named(indexes: dict[str, Path], tmp_path: Path) -> None:
+    with started_server(tmp_path / "port", f"--index={indexes['words']}") as server:
+        assert get(server.url + "/health")["default"] == "words"  # a bare folder is named after itself
+        port = server.url.rsplit(":", 1)[1]
+        second = run_module("serve", "--index", str(indexes["words"]), "--port", port)
+        assert second.returncode == 1
+        assert f"cannot listen on 127.0.0.1:{port}" in second.stderr
+        assert post(server.url + "/retrieve", {"query": "rings"}).status == 200
+        server.process.terminate()
+        assert server.process.wait(10) == 0
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(port)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--index", "a=missing"], "missing is not an index folder"),
+        (["--index", "a=x", "--index", "a=y"], "the name 'a' is given twice"),
+        (["--index", "a=x", "--default", "b"], "--default 'b' is not among the indexes: a"),
+    ],
+)
+def test_a_wrong_start_is_one_line(arguments: list[str], message: str) -> None:
+    run = run_module("serve", "--port", "0", *arguments)
+    assert run.returncode == 1
+    assert run.stderr.startswith("retriever.serve: ")
+    assert message in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["serve", "build"])
+def test_help_answers_in_under_two_seconds(module: str) -> None:
+    started = time.perf_counter()
+    assert "--" in run_module(module, "--help").stdout
+    assert time.perf_counter() - started < 2
+
+
+def test_the_package_imports_nothing_of_dgpo() -> None:
+    for path in (ROOT / "retriever").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.split(".")[0] == "dgpo" for name in names), f"{path.name} imports dgpo"
+
+
+def test_answers_are_spliced_as_stored(retrieve: Retrieve, indexes: dict[str, Path]) -> None:
+    stored = (indexes["facts"] / "corpus.jsonl").read_bytes().splitlines()[TITLES.index("Saturn")]
+    assert retrieve({"query": "planet with rings", "topk": 1}).body == b'{"result":[[' + stored + b"]]}"
+    assert json.loads(stored) == document("Saturn")
