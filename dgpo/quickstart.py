@@ -1,8 +1,8 @@
 """The whole method on the tiny world, by the very commands that run it at scale, one process per stage.
 
-    world -> indexes + teacher (side by side) -> retrieval server -> collect -> distill -> train -> test -> report
+world -> indexes + teacher (side by side) -> retrieval server -> collect -> distill -> train -> test -> report
 
-    python -m dgpo quickstart [seed=2] [key=value ...]
+python -m dgpo quickstart [seed=2] [key=value ...]
 """
 
 from __future__ import annotations
@@ -128,9 +128,9 @@ def _paths(folder: Path, world: Path) -> list[str]:
         f"data.collect_file={data / 'collect.parquet'}",
         f"data.train_file={data / 'train.parquet'}",
         f"data.validation_file={data / 'validation.parquet'}",
-        f"data.test_files={{real: {data / 'test.parquet'}}}",
+        f"data.test_files.real={data / 'test.parquet'}",
         f"train.init={checkpoints['kd']}",
-        "test.models={" + ", ".join(f"{name}: {path}" for name, path in checkpoints.items()) + "}",
+        *(f"test.models.{name}={path}" for name, path in checkpoints.items()),
         "test.baseline=kd",
     ]
 

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dgpo.config.schema import Config
 
 GROUPS = ("world", "hardware", "pair", "experiment")
+FREE_MAPPINGS = ("data.test_files.", "test.models.", "hardware.env.", "hardware.verl.")  # the user names their keys
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -31,7 +32,7 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-            composed = compose(config_name="config", overrides=list(overrides))
+            composed = compose(config_name="config", overrides=[_may_add(override) for override in overrides])
         # Plain values merged once more into the schema: `+key=value` gets past Hydra's own check.
         plain = OmegaConf.to_container(composed, resolve=True)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[return-value]
@@ -62,6 +63,11 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def _may_add(override: str) -> str:
+    """Hydra wants `++` before a key that no file names; in a free mapping every key is such a one."""
+    return f"++{override}" if override.startswith(FREE_MAPPINGS) else override
+
+
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One line from Hydra's chain of exceptions, with the nearest valid key where a key is unknown."""
     text = " ".join(str(error).split())
@@ -73,7 +79,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         choices = group_choices(key)
         if choices and value not in choices:
             return f"unknown choice {override!r}: {key} is one of {', '.join(choices)}"
-        if key and key.rsplit(".", 1)[-1] in text and key not in config_keys():
+        if key and key.rsplit(".", 1)[-1] in text and key not in (*config_keys(), *GROUPS):
             near = difflib.get_close_matches(key, [*config_keys(), *GROUPS], n=1)
             hint = f"did you mean {near[0]}?" if near else "`python -m dgpo train --help` lists the keys."
             return f"unknown config key {key!r}: {hint}"

@@ -49,6 +49,12 @@ def test_a_wrong_override_is_one_line_that_names_the_fix(override, message):
     assert "\n" not in str(caught.value)
 
 
+def test_free_mappings_take_any_key():
+    config = load_config(["test.models.mine=runs/a/train/model", "data.test_files.nq=nq.parquet"])
+    assert config.test.models == {"mine": "runs/a/train/model"}
+    assert config.data.test_files == {"nq": "nq.parquet"}
+
+
 def test_every_schema_key_is_read_somewhere():
     """A key that no code reads is a lie to its user."""
     root = Path(__file__).parents[2] / "dgpo"
