@@ -37,8 +37,8 @@ class ScriptedPolicy:
         call = {"token_ids": list(token_ids), "max_tokens": max_tokens, "stop": tuple(stop), "seed": seed}
         self.calls.append({**call, "request_id": request_id})
         ends = [text.index(tag) + len(tag) for tag in stop if tag in text]
-        written, _, rest = text[: min(ends, default=len(text))].partition(EOS_TEXT)
-        ids = list(written.encode()) + ([EOS_ID] if EOS_TEXT in text and not ends else [])
+        written = text[: min(ends)] if ends else text
+        ids = list(written.removesuffix(EOS_TEXT).encode()) + [EOS_ID] * written.endswith(EOS_TEXT)
         reason = "length" if len(ids) > max_tokens else "stop"
         ids = ids[:max_tokens]
         return Generation(ids, [-0.5 - len(self.calls)] * len(ids), reason)

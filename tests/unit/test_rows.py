@@ -1,0 +1,80 @@
+import copy
+
+import pytest
+
+from dgpo.data.rows import DataError, read_rows, row_golds, row_id, row_question, write_rows
+
+ROW = {
+    "data_source": "nq",
+    "prompt": [{"role": "user", "content": "Answer the given question. Question: who?\n"}],
+    "ability": "fact-reasoning",
+    "reward_model": {"style": "rule", "ground_truth": {"target": ["Ada", "Ada Lovelace"]}},
+    "extra_info": {"split": "train", "index": 4},
+}
+
+
+def changed(path, value):
+    row = copy.deepcopy(ROW)
+    *parents, last = path.split(".")
+    inner = row
+    for name in parents:
+        inner = inner[name]
+    inner[last] = value
+    return row
+
+
+def test_rows_survive_parquet(tmp_path):
+    rows = [ROW, {**ROW, "question": "when?", "extra_info": {"split": "train", "index": 5, "corpus": "world-1"}}]
+    write_rows(tmp_path / "new" / "a.parquet", rows)
+    first, second = read_rows(tmp_path / "new" / "a.parquet")
+    assert first["prompt"] == ROW["prompt"]
+    assert first["extra_info"]["index"] == 4
+    assert first["question"] is None
+    assert (second["question"], second["extra_info"]["corpus"]) == ("when?", "world-1")
+    assert row_golds(first) == ["Ada", "Ada Lovelace"]
+
+
+def test_the_question_comes_from_its_field_or_from_the_prompt():
+    assert row_question(ROW) == "who?"
+    assert row_question({**ROW, "question": "when?"}) == "when?"
+
+
+def test_ids_are_unique_over_data_sources():
+    assert row_id(ROW) == "nq-train-4"
+    assert row_id(changed("data_source", "hotpotqa")) == "hotpotqa-train-4"
+    assert row_id(changed("extra_info.id", "0")) == "0"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("data_source", None, "`data_source` is None, expected the name"),
+        ("prompt", "who?", "`prompt` is 'who\\?', expected"),
+        ("prompt", [], "`prompt` is \\[\\], expected"),
+        ("prompt", [{"role": "user"}], "`prompt` is .* expected"),
+        ("reward_model", "rule", "target` is None, expected a list"),
+        ("reward_model.ground_truth.target", "Ada", "target` is 'Ada', expected a list of accepted answers"),
+        ("reward_model.ground_truth.target", [], "target` is \\[\\]: no accepted answer; drop the row or add one"),
+        ("reward_model.ground_truth.target", [" "], "no accepted answer"),
+        ("extra_info", None, "`extra_info` is None, expected"),
+        ("extra_info.index", "4", "`extra_info` is .* expected"),
+    ],
+)
+def test_a_malformed_row_is_named(tmp_path, path, value, message):
+    with pytest.raises(DataError, match=f"a.parquet, row 1: .*{message}"):
+        write_rows(tmp_path / "a.parquet", [ROW, changed(path, value)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    for path in (tmp_path / "absent.parquet", tmp_path, ""):
+        with pytest.raises(DataError, match="does not exist: prepare it, or correct its path"):
+            read_rows(path)
+    (tmp_path / "a.parquet").write_text("question,answer\n")
+    with pytest.raises(DataError, match=r"a.parquet is not a parquet file"):
+        read_rows(tmp_path / "a.parquet")
+
+
+def test_a_file_without_rows_is_refused(tmp_path):
+    with pytest.raises(DataError, match="holds no rows"):
+        write_rows(tmp_path / "a.parquet", [])
