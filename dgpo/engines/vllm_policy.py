@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -59,6 +60,10 @@ class VllmPolicy:
         if self._engine is not None:
             return
         export_environment(self.hardware)
+        if self.hardware.platform == "cpu":
+            # The model runs in the engine's own process: vLLM starts another one only to set its OpenMP variables,
+            # which hardware.env has done. Halves the start.
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
