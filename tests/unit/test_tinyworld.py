@@ -82,6 +82,10 @@ def test_every_name_is_one_token_in_every_context(world, tokenizer):
             assert tokenizer.decode(ids) == context
 
 
+def test_a_name_is_not_cut_out_of_a_longer_word(tokenizer):
+    assert tokenizer.convert_tokens_to_ids("Niger") not in tokenizer.encode("a Nigerian city")
+
+
 def test_decode_undoes_encode_on_prompts_observations_and_episodes(world, tokenizer):
     rng = random.Random(0)
     texts = ["Any other text: naïve, ünïcode & <tags>,\n\n  spaces ."]
