@@ -105,9 +105,9 @@ def check_test(config: Config) -> None:
     _check_values(config, "hardware", "episode")
     _check_stage_folder(config, "test")
     if not config.test.models:
-        raise ConfigError("test.models is empty: name checkpoints, e.g. +test.models.dgpo=runs/dgpo/train/model")
+        raise ConfigError("test.models is empty: name checkpoints, e.g. test.models.dgpo=runs/dgpo/train/model")
     if not config.data.test_files:
-        raise ConfigError("data.test_files is empty: name test sets, e.g. +data.test_files.nq=data/nq_test.parquet")
+        raise ConfigError("data.test_files is empty: name test sets, e.g. data.test_files.nq=data/nq_test.parquet")
     baseline = config.test.baseline
     if baseline is not None and baseline not in config.test.models:
         raise ConfigError(f"test.baseline={baseline}: expected one of test.models, {', '.join(config.test.models)}")

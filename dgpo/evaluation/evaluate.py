@@ -1,6 +1,6 @@
 """Evaluation: greedy episodes of every checkpoint on every question of every test set.
 
-python -m dgpo test +test.models.dgpo=runs/dgpo/train/model +data.test_files.nq=data/nq_test.parquet run_dir=runs/dgpo
+python -m dgpo test test.models.dgpo=runs/dgpo/train/model data.test_files.nq=data/nq_test.parquet run_dir=runs/dgpo
 """
 
 from __future__ import annotations
