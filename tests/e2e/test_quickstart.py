@@ -68,7 +68,7 @@ def test_collected_episodes_keep_the_teachers_end_token_and_are_all_correct(run:
 
 def test_both_training_curves_and_the_report_are_there(run: Path):
     assert [record["step"] for record in read_metrics(run / "train" / "metrics.jsonl")] == [1, 2]
-    assert read_metrics(run / "distill" / "model" / "metrics.jsonl")
+    assert read_metrics(run / "distill" / "metrics.jsonl")
     html = (run / "report.html").read_text()
     for word in ("untrained", "teacher", "dgpo", "&lt;search&gt;"):
         assert word in html
