@@ -21,27 +21,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
 SYLLABLES = [left + right for left in "kgrvtmsdbnlp" for right in "aeiou"]
-    "ka",
-    "lo",
-    "ri",
-    "ven",
-    "tu",
-    "ma",
-    "sel",
-    "dor",
-    "bi",
-    "an",
-    "que",
-    "sto",
-    "fra",
-    "ne",
-    "po",
-    "lin",
-    "gar",
-    "mu",
-    "ze",
-    "tha",
-]
 BATCH_SIZES = (1, 8, 64)
 
 
