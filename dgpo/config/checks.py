@@ -83,6 +83,11 @@ def check_train(config: Config) -> None:
     check_model_folder(student, key=key)
     if train.teacher_term.gate != "none":
         _check_teacher(config, key, student)
+        if train.teacher_term.form == "exact" and train.temperature != 1:
+            raise ConfigError(
+                f"train.temperature={train.temperature} with train.teacher_term.form=exact: veRL scales the student's "
+                "logits by it, and the KL would compare a sharpened student with a plain teacher; set it to 1.0"
+            )
     _check_lengths(config, {key: student})
     num_gpus = hardware.num_nodes * hardware.gpus_per_node
     _check_divides("train.batch_size", train.batch_size, "train.mini_batch_size", train.mini_batch_size)

@@ -133,6 +133,11 @@ def test_no_teacher_is_needed_without_a_teacher_term(config):
     check_train(config)
 
 
+def test_the_exact_form_needs_temperature_1(config):
+    config.train.temperature = 0.7
+    refused(check_train, config, "train.temperature=0.7", "set it to 1.0")
+
+
 def test_a_missing_teacher_is_named(config):
     config.teacher.path = None
     refused(check_train, config, "teacher.path is not set", "gate=none")
