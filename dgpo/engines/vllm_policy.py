@@ -11,8 +11,9 @@ from dgpo.config.schema import HardwareConfig
 from dgpo.engines.environment import export_environment
 from dgpo.episode import Generation
 
-# A shorter wait leaves engine processes behind on a busy machine; a longer one delays every exit after a crash.
-SHUTDOWN_TIMEOUT_S = 20.0
+# After SIGTERM, before SIGKILL. GPU workers free memory and communicators; the CPU engine has nothing to save, and
+# always sits out the whole wait.
+SHUTDOWN_TIMEOUT_S = {"cuda": 20.0, "cpu": 0.5}
 
 
 class VllmPolicy:
@@ -90,7 +91,7 @@ class VllmPolicy:
         """Ends the engine and waits for its processes; the policy may be started again."""
         engine, self._engine = self._engine, None
         if engine is not None:
-            engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+            engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S[self.hardware.platform])
 
     async def generate(
         self, token_ids: list[int], *, max_tokens: int, stop: Sequence[str], seed: int | None, request_id: str

@@ -8,7 +8,7 @@ from html import escape
 
 Points = Sequence[tuple[float, float]]
 
-WIDTH, HEIGHT = 560, 250
+WIDTH, HEIGHT = 520, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 34
 
 
@@ -21,11 +21,12 @@ def line_chart(
         lines: name -> (x, y) pairs; colours follow the order (`--line-1`, `--line-2`, ..).
         dotted: name -> (x, y) pairs of few points, such as validation scores.
     """
-    dotted = dotted or {}
+    lines = {name: series for name, series in lines.items() if series}
+    dotted = {name: series for name, series in (dotted or {}).items() if series}
     points = [point for series in (*lines.values(), *dotted.values()) for point in series]
     if not points:
         return ""
-    x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points))
+    x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points), smallest=1.0)  # steps are whole
     y_ticks = _ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -64,7 +65,7 @@ def line_chart(
 
 def interval_bar(value: float, low: float, high: float, *, highest: float) -> str:
     """A horizontal bar from 0 to `value` with its interval as a whisker; `highest` is the full width."""
-    width, height = 220, 18
+    width, height = 150, 18
     at = [width * max(0.0, min(1.0, v / highest)) for v in (value, low, high)]
     ends = "".join(f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="5" y2="13"/>' for x in at[1:])
     return (
@@ -98,10 +99,11 @@ def _share(value: float, ticks: Sequence[float]) -> float:
     return (value - ticks[0]) / (ticks[-1] - ticks[0])
 
 
-def _ticks(low: float, high: float, *, about: int = 5) -> list[float]:
-    """Round numbers that enclose [low, high]."""
+def _ticks(low: float, high: float, *, about: int = 5, smallest: float = 0.0) -> list[float]:
+    """Round numbers that enclose [low, high], at least `smallest` apart."""
     span = (high - low) or abs(high) or 1.0
     power = 10 ** math.floor(math.log10(span / about))
     step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= about)
+    step = max(step, smallest)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [round(step * number, 10) for number in range(first, max(last, first + 1) + 1)]

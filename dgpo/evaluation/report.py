@@ -22,7 +22,8 @@ SHOWN = {
     (False, False): (2, "wrong before and after"),
     (True, False): (2, "right before, wrong after"),
 }
-SLICE_TITLES = {"kind": "question kind", "country_split": "facts of", "held_out_paraphrase": "held-out wording"}
+SLICE_TITLES = {"kind": "question kind", "country_split": "countries", "held_out_paraphrase": "held-out wording"}
+_VALIDATION_EM = re.compile(r"val-aux/(.+)/em/mean@\d+")
 _TAGGED = re.compile(r"<(think|search|answer|information)>.*?</\1>", re.DOTALL)
 
 
@@ -75,7 +76,10 @@ def _opening(folder: Path, results: Mapping[str, Any], summary: Mapping[str, Any
             f"{escape(before)} {summary['methods'][before]['em']:.1%}: a difference of <b>{100 * difference:+.1f} "
             f"points</b> [{100 * low:+.1f}, {100 * high:+.1f}] on the same questions.</p>"
         )
-    return f"<header><h1>{escape(folder.name)}</h1>{sentence}</header>"
+    what = (
+        "<p>A small model learns to search: it copies a teacher that can, then improves by reinforcement learning.</p>"
+    )
+    return f"<header><h1>{escape(folder.name)}</h1>{what}{sentence}</header>"
 
 
 def _after(results: Mapping[str, Any]) -> str | None:
@@ -88,20 +92,22 @@ def _headline(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     sets = list(next(iter(models.values()))["sets"])
     highest = max(0.05, *(model["average"]["em_ci95"][1] for model in models.values()))
     several = sets if len(sets) > 1 else []
-    head = ["model", "exact match", "", "95% interval", *several]
+    head = ["model", "exact match", "95% interval", "", *several]
     head += [f"against {baseline}"] if baseline else []
-    head += ["F1", "answered", "searches", "hit", "teacher term"]
+    with_terms = any(method["teacher_term"] for method in summary["methods"].values())
+    head += ["F1", "answered", "searches", "hit", *(["teacher term"] if with_terms else [])]
     rows = []
     for name, model in models.items():
         average = model["average"]
         low, high = average["em_ci95"]
-        cells = [escape(name), f"<b>{average['em']:.3f}</b>", interval_bar(average["em"], low, high, highest=highest)]
-        cells += [f'<span class="range">{low:.3f} to {high:.3f}</span>']
+        cells = [escape(name), f"<b>{average['em']:.3f}</b>", f'<span class="range">{low:.3f} to {high:.3f}</span>']
+        cells += [interval_bar(average["em"], low, high, highest=highest)]
         cells += [f"{model['sets'][each]['em']:.3f}" for each in several]
         if baseline:
             cells.append(_difference(results["difference_to_baseline"].get(name)))
         cells += [f"{average['f1']:.3f}", f"{average['answered']:.1%}", f"{average['num_searches']:.2f}"]
-        cells += [f"{average['hit']:.1%}", escape(summary["methods"][name]["teacher_term"] or "")]
+        cells.append(f"{average['hit']:.1%}")
+        cells += [escape(summary["methods"][name]["teacher_term"] or "none")] if with_terms else []
         rows.append((name == _after(results), cells))
     num_questions = next(iter(models.values()))["num_questions"]
     how = "greedy" if results["temperature"] == 0 else f"sampled at temperature {results['temperature']:g}"
@@ -153,11 +159,11 @@ def _curves(folder: Path) -> str:
     distillation = next(
         (lines for path in ("distill/model", "distill") if (lines := _read_lines(folder / path / "metrics.jsonl"))), []
     )
-    validation = {key for record in training for key in record if re.match(r"val(-core)?/.*(em|score|reward|acc)", key)}
+    validation = sorted({key for record in training for key in record if _VALIDATION_EM.fullmatch(key)})
     charts = [
         line_chart(
             {"training episodes (sampled)": _series(training, "episode/em")},
-            dotted={f"validation: {key.split('/', 1)[1]}": _series(training, key) for key in sorted(validation)[:2]},
+            dotted={f"validation: {_VALIDATION_EM.fullmatch(key)[1]}": _series(training, key) for key in validation},
             x_label="RL step",
             y_label="Exact match during RL",
         ),

@@ -27,7 +27,7 @@ section { background: var(--card); border: 1px solid var(--rule); border-radius:
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: right; font-weight: 500; color: var(--soft); font-size: 13px; }
-th, td { padding: 7px 10px; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th, td { padding: 7px 8px; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 td { text-align: right; }
 th:first-child, td:first-child, td.left, th.left { text-align: left; }
 td:first-child { font-weight: 600; }
@@ -37,7 +37,7 @@ td small, .range { color: var(--soft); font-size: 13px; font-weight: 400; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 .bar { display: block; } .bar .track { fill: var(--track); } .bar .value { fill: var(--accent); opacity: .78; }
 .whisker { stroke: var(--whisker); stroke-width: 1.6; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 16px 26px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 22px 34px; }
 figure { margin: 0; } figcaption { font-weight: 600; font-size: 14px; margin-bottom: 4px; }
 figure svg { width: 100%; height: auto; display: block; }
 .grid { stroke: var(--rule); } .tick { fill: var(--soft); font-size: 12px; }

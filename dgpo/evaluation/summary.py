@@ -28,6 +28,7 @@ def update_summary(folder: Path, *, wall_s: Mapping[str, float], seed: int) -> P
     """
     path = Path(folder) / "summary.json"
     before = json.loads(path.read_text())["wall_s"] if path.exists() else {}
+    times = {**wall_s, **{stage: seconds for stage, seconds in before.items() if stage not in wall_s}}
     results = read_results(folder)
     methods = {
         name: {
@@ -38,7 +39,7 @@ def update_summary(folder: Path, *, wall_s: Mapping[str, float], seed: int) -> P
         }
         for name, model in results["models"].items()
     }
-    summary = {"methods": methods, "wall_s": {**before, **wall_s}, "versions": package_versions(), "seed": seed}
+    summary = {"methods": methods, "wall_s": times, "versions": package_versions(), "seed": seed}
     atomic_write_text(path, json.dumps(summary, indent=1) + "\n")
     return path
 
