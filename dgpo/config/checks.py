@@ -211,8 +211,10 @@ def _check_retriever(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
     except RetrieverUnavailableError as error:
         raise ConfigError(str(error)) from None
     served = health.get("corpora")
+    if served is None:
+        return  # another server of the same protocol: it has one corpus and does not name it
     wanted = {row["extra_info"].get("corpus") for row in rows} - {None}
-    missing = sorted(wanted - set(served)) if served is not None else []
+    missing = sorted(wanted - set(served))
     if missing:
         raise ConfigError(
             f"the questions search in corpus {missing[0]!r}, but {config.retriever.url} serves {', '.join(served)}: "

@@ -44,7 +44,7 @@ def config_keys(node: DictConfig | None = None, prefix: str = "") -> list[str]:
     """All dotted keys of the schema, leaves only."""
     node = OmegaConf.structured(Config) if node is None else node
     keys: list[str] = []
-    for name in node:
+    for name in map(str, node):
         child = node._get_node(name)
         if isinstance(child, DictConfig) and len(child):
             keys += config_keys(child, f"{prefix}{name}.")

@@ -47,7 +47,10 @@ class RolloutPolicy:
             **output.extra_fields,
             **{k: v for k, v in self.extra_fields.items() if k.startswith("min_")},
         }
-        return Generation(list(output.token_ids), list(output.log_probs), output.stop_reason or "stop")
+        # veRL's server says "completed" of a stop and of an exhausted budget alike.
+        aborted = output.stop_reason in ("abort", "aborted")
+        reason = "abort" if aborted else "length" if len(output.token_ids) >= max_tokens else "stop"
+        return Generation(list(output.token_ids), list(output.log_probs or ()), reason)
 
 
 class WorkerResources:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from dgpo.algorithms.reduce import masked_mean
+
 
 def episode_metrics(scores: Sequence[dict[str, float]]) -> dict[str, float]:
     """Means over the step's episodes under `episode/`: EM, searches, hits, how they ended, what was cut."""
@@ -53,7 +55,7 @@ def teacher_kl_metrics(
     for name, rows in groups.items():
         mask = response_mask * rows[:, None]
         if mask.sum() > 0:
-            metrics[f"teacher/kl_{name}"] = ((log_ratio * mask).sum() / mask.sum()).item()
+            metrics[f"teacher/kl_{name}"] = masked_mean(log_ratio, mask).item()
     return metrics
 
 

@@ -1,0 +1,91 @@
+"""The files that install and start the project agree with each other."""
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from dgpo.__main__ import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+PIXI = tomllib.loads((ROOT / "pixi.toml").read_text())
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXPECTED_TASKS = {"quickstart", "check", "start", "collect", "distill", "train", "test"}
+
+
+def locked(kind: str) -> dict[str, str]:
+    text = (ROOT / "requirements" / f"{kind}.lock").read_text()
+    return {name.lower(): version for name, version in re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)", text, re.MULTILINE)}
+
+
+def test_pixi_offers_the_promised_tasks():
+    assert set(PIXI["tasks"]) >= EXPECTED_TASKS
+
+
+@pytest.mark.parametrize("name", sorted(PIXI["tasks"]))
+def test_every_pixi_task_calls_an_entry_point_that_exists(name):
+    words = shlex.split(PIXI["tasks"][name]["cmd"])
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+        return
+    assert words[:2] == ["python", "-m"]
+    assert find_spec(words[2]) is not None
+    if words[2] == "dgpo":
+        assert words[3] in COMMANDS
+
+
+@pytest.mark.parametrize("script", ["quickstart"])
+def test_scripts_and_tasks_call_the_same_command(script):
+    assert PIXI["tasks"][script]["cmd"] in (ROOT / "scripts" / f"{script}.sh").read_text()
+
+
+def test_every_environment_installs_a_lock_that_exists():
+    for feature in PIXI["feature"].values():
+        _, script, kind = shlex.split(feature["tasks"]["install"]["cmd"])
+        assert (ROOT / script).is_file()
+        assert (ROOT / "requirements" / f"{kind}.lock").is_file()
+
+
+@pytest.mark.parametrize(
+    ("lock", "extras"), [("cpu", ("cpu", "retriever", "dev")), ("gpu", ("gpu", "retriever", "retriever-gpu"))]
+)
+def test_locks_hold_every_exact_pin_of_their_extras(lock, extras):
+    versions = locked(lock)
+    dependencies = [pin for extra in extras for pin in PROJECT["project"]["optional-dependencies"][extra]]
+    for pin in dependencies:
+        name, _, version = re.sub(r"\[.*\]", "", pin).partition("==")
+        # torch's CPU build is installed by scripts/install.sh; faiss-gpu takes faiss-cpu's place on GPUs.
+        if not version or (lock, name) in {("cpu", "torch"), ("gpu", "faiss-cpu")}:
+            continue
+        assert versions[name.lower()] == version
+
+
+@pytest.mark.parametrize("lock", ["cpu", "gpu"])
+def test_every_locked_package_has_a_hash(lock):
+    text = (ROOT / "requirements" / f"{lock}.lock").read_text()
+    for entry in re.split(r"\n(?=\S)", text.strip()):
+        assert "--hash=sha256:" in entry, entry.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["dgpo", "--help"], *(["dgpo", name, "--help"] for name in COMMANDS)]
+    + [[module, "--help"] for module in ("retriever.serve", "retriever.build", "dgpo.tinyworld")],
+)
+def test_help_answers_in_two_seconds(arguments):
+    seconds = []
+    for _ in range(3):  # the best of three: a busy machine is no regression
+        started = time.perf_counter()
+        result = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
+        seconds.append(time.perf_counter() - started)
+        assert result.returncode == 0
+        assert "usage" in result.stdout.lower()
+        if seconds[-1] < 2:
+            break
+    assert min(seconds) < 2
