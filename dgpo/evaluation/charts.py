@@ -65,7 +65,7 @@ def line_chart(
 
 def interval_bar(value: float, low: float, high: float, *, highest: float) -> str:
     """A horizontal bar from 0 to `value` with its interval as a whisker; `highest` is the full width."""
-    width, height = 150, 18
+    width, height = 120, 18
     at = [width * max(0.0, min(1.0, v / highest)) for v in (value, low, high)]
     ends = "".join(f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="5" y2="13"/>' for x in at[1:])
     return (

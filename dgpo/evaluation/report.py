@@ -23,6 +23,7 @@ SHOWN = {
     (True, False): (2, "right before, wrong after"),
 }
 SLICE_TITLES = {"kind": "question kind", "country_split": "countries", "held_out_paraphrase": "held-out wording"}
+YES_NO = {"True": "yes", "False": "no"}
 _VALIDATION_EM = re.compile(r"val-aux/(.+)/em/mean@\d+")
 _TAGGED = re.compile(r"<(think|search|answer|information)>.*?</\1>", re.DOTALL)
 
@@ -136,7 +137,10 @@ def _slices(results: Mapping[str, Any]) -> str:
     rows = []
     for field, groups in first.items():
         for value, group in groups.items():
-            cells = [f"{escape(SLICE_TITLES.get(field, field))}: {escape(value)}", str(group["num_questions"])]
+            cells = [
+                f"{escape(SLICE_TITLES.get(field, field))}: {escape(YES_NO.get(value, value))}",
+                str(group["num_questions"]),
+            ]
             for model in models.values():
                 part = model["slices"][field][value]
                 low, high = part["em_ci95"]

@@ -16,7 +16,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1160px; margin: 0 auto; padding: 32px 20px 60px; }
+main { max-width: 1280px; margin: 0 auto; padding: 32px 20px 60px; }
 header { margin-bottom: 22px; }
 h1 { font-size: 27px; margin: 0 0 4px; letter-spacing: -.01em; }
 h2 { font-size: 18px; margin: 0 0 4px; }

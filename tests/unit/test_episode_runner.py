@@ -1,0 +1,145 @@
+"""Many episodes through the loop: order, seeds, what survives an interruption, and when a run stops."""
+
+import asyncio
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from dgpo.config.load import load_config
+from dgpo.data.rows import DataError
+from dgpo.engines.episode_runner import ResumeMismatchError, SearchOutageError, plan_episodes, play_episodes
+from dgpo.episode import Generation
+from dgpo.trajectory import read_trajectories
+from tests.unit.scripted import PASSAGES, ByteTokenizer
+
+
+class Tokenizer(ByteTokenizer):
+    def apply_chat_template(self, messages, **_):
+        return list(messages[-1]["content"].encode())
+
+
+class SearchOnceThenAnswer:
+    """Answers with its seed, so that a test sees which seed an episode got. Later episodes finish first."""
+
+    def __init__(self, fail_after=None):
+        self.num_calls, self.in_flight, self.most_in_flight = 0, 0, 0
+        self.fail_after = fail_after
+
+    async def generate(self, token_ids, *, max_tokens, stop, seed, request_id):
+        self.num_calls += 1
+        if self.fail_after is not None and self.num_calls > self.fail_after:
+            raise RuntimeError("the engine died")
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        await asyncio.sleep(0.02 / (1 + self.num_calls))
+        self.in_flight -= 1
+        searched = b"information" in bytes(i for i in token_ids if i < 256)
+        ids = list((f"<answer>{seed}</answer>" if searched else "<search>x</search>").encode())
+        return Generation(ids, [-1.0] * len(ids), "stop")
+
+
+@pytest.fixture(scope="module")
+def retriever():
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            body = json.dumps({"result": [[{"document": PASSAGES[0], "score": 1.0}]]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture
+def config(retriever):
+    config = load_config(["hardware=cpu", "retriever.max_retries=0"])
+    config.retriever.url = retriever
+    config.hardware.engine.concurrency = 3
+    return config
+
+
+def make_rows(count):
+    return [
+        {"data_source": "nq", "prompt": [{"role": "user", "content": f"q{i}?"}], "extra_info": {"index": i}}
+        for i in range(count)
+    ]
+
+
+def play(config, path, policy, *, count=8, samples=1, settings=None):
+    tokenizer = Tokenizer()
+    planned = plan_episodes(make_rows(count), tokenizer, config=config, samples=samples)
+    return asyncio.run(
+        play_episodes(
+            planned, policy=policy, tokenizer=tokenizer, config=config, path=path, settings=settings or {"model": "a"}
+        )
+    )
+
+
+def test_trajectories_come_in_the_order_of_the_rows_with_bounded_concurrency(config, tmp_path):
+    policy = SearchOnceThenAnswer()
+    trajectories = play(config, tmp_path / "t.jsonl", policy)
+    assert [t.episode_id for t in trajectories] == [f"nq-None-{i}" for i in range(8)]
+    assert [t.episode_id for t in read_trajectories(tmp_path / "t.jsonl")] == [t.episode_id for t in trajectories]
+    assert policy.most_in_flight == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["t.jsonl"]
+
+
+def test_seeds_depend_on_the_episode_and_not_on_the_order(config, tmp_path):
+    first = play(config, tmp_path / "a.jsonl", SearchOnceThenAnswer(), samples=2)
+    config.hardware.engine.concurrency = 16
+    second = play(config, tmp_path / "b.jsonl", SearchOnceThenAnswer(), samples=2)
+    assert [t.answer for t in first] == [t.answer for t in second]
+    assert len({t.answer for t in first}) == 16
+
+
+def test_an_interrupted_run_plays_only_what_is_missing(config, tmp_path):
+    path = tmp_path / "t.jsonl"
+    straight = play(config, tmp_path / "straight.jsonl", SearchOnceThenAnswer())
+    with pytest.raises(RuntimeError, match="the engine died"):
+        play(config, path, SearchOnceThenAnswer(fail_after=11))
+    partial = tmp_path / "t.jsonl.partial"
+    finished = partial.read_text().count("\n")
+    assert 0 < finished < 8
+    with partial.open("a") as file:
+        file.write('{"episode_id": "torn')
+    policy = SearchOnceThenAnswer()
+    resumed = play(config, path, policy)
+    assert policy.num_calls == 2 * (8 - finished)
+    assert [t.response_ids for t in resumed] == [t.response_ids for t in straight]
+
+
+def test_resuming_under_other_settings_is_refused(config, tmp_path):
+    with pytest.raises(RuntimeError, match="the engine died"):
+        play(config, tmp_path / "t.jsonl", SearchOnceThenAnswer(fail_after=11))
+    with pytest.raises(ResumeMismatchError, match="model"):
+        play(config, tmp_path / "t.jsonl", SearchOnceThenAnswer(), settings={"model": "b"})
+
+
+def test_a_dead_retriever_stops_the_run_with_a_way_to_go_on(config, tmp_path):
+    config.retriever.url = "http://127.0.0.1:9"
+    with pytest.raises(SearchOutageError, match="resume=true"):
+        play(config, tmp_path / "t.jsonl", SearchOnceThenAnswer())
+    assert (tmp_path / "t.jsonl.partial").read_text() == ""
+
+
+def test_a_prompt_that_is_too_long_is_named(config, tmp_path):
+    config.episode.max_prompt_tokens = 2
+    with pytest.raises(DataError, match=r"nq-None-0.*max_prompt_tokens=2"):
+        play(config, tmp_path / "t.jsonl", SearchOnceThenAnswer())
+
+
+def test_two_rows_with_one_id_are_refused(config):
+    with pytest.raises(DataError, match="two rows"):
+        plan_episodes(make_rows(1) * 2, Tokenizer(), config=config)
