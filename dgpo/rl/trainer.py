@@ -27,7 +27,7 @@ from verl.workers.utils.padding import response_from_nested, response_to_nested
 from dgpo.algorithms.selective_kl import compute_gate, selective_kl_rewards
 from dgpo.rl.metrics import choose_monitored, episode_metrics, log_prob_disagreement, teacher_kl_metrics
 from dgpo.rl.verl_config import TRAINER_NAME
-from dgpo.rl.worker import TeacherGuidedWorker
+from dgpo.rl.worker import SeededTrainingWorker, TeacherGuidedWorker
 
 
 class TooManyFailedSearchesError(RuntimeError):
@@ -66,6 +66,8 @@ class DGPOTrainer(PPOTrainerSync):
         role = Role.ActorRolloutRef if self.use_reference_policy else Role.ActorRollout
         self.role_worker_mapping[role] = ray.remote(TeacherGuidedWorker)
         self.mapping[role] = "global_pool"
+        if Role.Critic in self.role_worker_mapping:
+            self.role_worker_mapping[Role.Critic] = ray.remote(SeededTrainingWorker)
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()

@@ -144,6 +144,7 @@ def _actor(config: Config) -> dict[str, Any]:
         "data_loader_seed": config.seed,
         "checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
         "checkpoint.load_contents": ["model", "optimizer", "extra"],
+        "fsdp_config.seed": config.seed,
         "fsdp_config.use_torch_compile": hardware.platform != "cpu",
         "use_torch_compile": hardware.platform != "cpu",
         "fsdp_config.mixed_precision": _mixed_precision(hardware.dtype),
@@ -173,6 +174,7 @@ def _critic(config: Config) -> dict[str, Any]:
         "optim.lr_warmup_steps_ratio": train.critic_warmup_ratio,
         "optim.weight_decay": 0.0,
         "data_loader_seed": config.seed,
+        "fsdp.seed": config.seed,
         "fsdp.use_torch_compile": hardware.platform != "cpu",
         "fsdp.mixed_precision": _mixed_precision(hardware.dtype),
     }

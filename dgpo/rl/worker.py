@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
@@ -64,6 +65,15 @@ class TeacherGuidedWorker(ActorRolloutRefWorker):
             tu.assign_non_tensor(data, distillation_use_topk=True)
         output = self.actor.train_mini_batch(data=data)
         return output.cpu() if output is not None else None
+
+
+class SeededTrainingWorker(TrainingWorker):
+    """A critic whose new value head starts from the run's seed: veRL draws it from an unseeded generator."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def reset(self) -> None:
+        torch.manual_seed(self.engine_config.seed)
+        super().reset()
 
 
 def _teacher_model(model: DictConfig, term: DictConfig) -> Any:
