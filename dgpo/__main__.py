@@ -18,7 +18,7 @@ python -m dgpo COMMAND --help lists the configuration.
 
 
 class CommandFailedError(Exception):
-    """A command that stopped for a reason its user can act on, in one line."""
+    """A command that stopped for a reason its user can act on; the end of a stage's log may follow the message."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +57,8 @@ def _quickstart(overrides: Sequence[str]) -> None:
 
     try:
         quickstart(overrides)
+    except FileExistsError as error:
+        raise ConfigError(str(error)) from error
     except StageFailedError as error:
         raise CommandFailedError(str(error)) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Sequence
 from types import TracebackType
@@ -14,6 +15,7 @@ from dgpo.episode import Generation
 # After SIGTERM, before SIGKILL. GPU workers free memory and communicators; the CPU engine has nothing to save, and
 # always sits out the whole wait.
 SHUTDOWN_TIMEOUT_S = {"cuda": 20.0, "cpu": 0.5}
+REAP_TIMEOUT_S = 5.0
 
 
 class VllmPolicy:
@@ -92,6 +94,9 @@ class VllmPolicy:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S[self.hardware.platform])
+            for child in multiprocessing.active_children():
+                if child.name.startswith("EngineCore"):
+                    child.join(timeout=REAP_TIMEOUT_S)  # killed, and reaped only by this
 
     async def generate(
         self, token_ids: list[int], *, max_tokens: int, stop: Sequence[str], seed: int | None, request_id: str

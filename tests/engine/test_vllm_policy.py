@@ -55,7 +55,8 @@ def generations(tmp_path_factory):
                 )
 
             cancelled = asyncio.create_task(ask("cancelled", 9, max_tokens=120))
-            await asyncio.sleep(0.05)
+            while not policy._engine.output_processor.has_unfinished_requests():
+                await asyncio.sleep(0)
             cancelled.cancel()
             results = await asyncio.gather(ask("a", 1), ask("b", 1), ask("c", 2), cancelled, return_exceptions=True)
             stop = chr(32 + results[0].token_ids[10])
