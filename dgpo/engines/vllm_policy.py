@@ -86,6 +86,7 @@ class VllmPolicy:
                 seed=self.seed,
                 disable_log_stats=True,
                 trust_remote_code=self.trust_remote_code,
+                worker_extension_cls="dgpo.engines.die_with_parent.DieWithParent",
             )
         )
 

@@ -1,6 +1,10 @@
 """vLLM as an episode policy, on a tiny random model: ids verbatim, log-probs of the model, seeds, stop strings."""
 
 import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -113,3 +117,32 @@ def test_cancelling_aborts_the_request(generations):
 
 def test_stopping_leaves_no_engine_behind(generations):
     assert not generations[3]
+
+
+START_AND_WAIT = """
+import asyncio, sys, time
+from dgpo.config.load import load_config
+from dgpo.engines.vllm_policy import VllmPolicy
+
+async def main():
+    hardware = load_config(["hardware=cpu"]).hardware
+    async with VllmPolicy(sys.argv[1], hardware=hardware, max_model_len=128, temperature=1.0, seed=1):
+        print("ready", flush=True)
+        time.sleep(100)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_an_engine_dies_with_its_parent_even_when_that_is_killed(generations, tmp_path):
+    script = tmp_path / "start.py"
+    script.write_text(START_AND_WAIT)
+    command = [sys.executable, str(script), str(generations[0])]
+    root = str(Path(__file__).parents[2])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}) as parent:
+        assert any("ready" in line for line in parent.stdout)
+        engines = [p for p in psutil.Process(parent.pid).children(recursive=True) if "EngineCore" in p.name()]
+        parent.kill()
+    assert engines
+    assert psutil.wait_procs(engines, timeout=10)[1] == []

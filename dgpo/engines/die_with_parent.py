@@ -1,0 +1,19 @@
+"""An engine must not outlive the process that started it, even when that one is killed without a chance to clean up."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+from typing import Any, Self
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class DieWithParent:
+    """A vLLM worker extension: the kernel kills the process that builds it as soon as its parent dies (Linux only)."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        return super().__new__(cls)
