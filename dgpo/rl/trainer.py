@@ -51,8 +51,6 @@ class DGPOTrainer(PPOTrainerSync):
         self.teacher_log_probs: dict[str, torch.Tensor] = {}  # key -> [T] of the episodes that the teacher scored
         self.dataloader_state: dict[str, Any] | None = None  # before this step's questions were drawn
 
-    # ---- set-up -----------------------------------------------------------------------------------------------------
-
     def _build_replay_buffer(self) -> Any:
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = self.term.replay_poll_s  # veRL's 2 s is a floor under every step
@@ -72,8 +70,6 @@ class DGPOTrainer(PPOTrainerSync):
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         _drop_metrics_after(self.metrics_path, self.global_steps)
-
-    # ---- order and identity of episodes -----------------------------------------------------------------------------
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         """Questions with ids made of step and row, so that a batch has one order whatever finishes first."""
@@ -105,8 +101,6 @@ class DGPOTrainer(PPOTrainerSync):
             f"{self.term.max_failed_share}): the retriever is down or overloaded. Saved after step "
             f"{self.global_steps}; start it again and continue with resume=true"
         )
-
-    # ---- the teacher ------------------------------------------------------------------------------------------------
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Lets the initial policy score every episode where its penalty is on, and the teacher only chosen ones."""
@@ -149,8 +143,6 @@ class DGPOTrainer(PPOTrainerSync):
 
     def _teacher_ranks(self) -> int:
         return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
-
-    # ---- rewards and advantages -------------------------------------------------------------------------------------
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Rewards (task, initial-policy penalty, gated teacher term), then GAE; environment tokens count nowhere."""
@@ -219,8 +211,6 @@ class DGPOTrainer(PPOTrainerSync):
                 gate=gate,
                 kl_coef=self.term.coef,
             )
-
-    # ---- records ----------------------------------------------------------------------------------------------------
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, **kwargs: Any) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
