@@ -116,7 +116,7 @@ class TeacherTermConfig:
     form: str = "reward"  # reward (the paper: sampled k1 inside the reward) | exact (full-vocabulary reverse KL loss)
     gate: str = "failed"  # failed | all | none: the episodes to which the term applies
     coef: float | None = None  # None: the default of the form
-    num_monitored: int = 8  # correct episodes per step that the teacher scores for monitoring only (`reward` form)
+    num_monitored: int = 8  # correct episodes per step that the teacher scores for monitoring only
     chunk_tokens: int = 512  # gated tokens whose teacher logits exist at once (`exact` form)
 
 
@@ -146,7 +146,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     validate_every: int = 200
     generation_concurrency: int | None = None  # episodes in flight; 1 makes a CPU run repeatable to the last bit
-    loggers: list[str] = field(default_factory=lambda: ["console", "file"])
+    loggers: list[str] = field(default_factory=lambda: ["console"])  # veRL's names; metrics.jsonl is always written
 
 
 @dataclass

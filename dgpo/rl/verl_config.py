@@ -210,7 +210,7 @@ def _trainer(config: Config, folder: Path) -> dict[str, Any]:
         "trainer.device": "cpu" if hardware.platform == "cpu" else "cuda",
         "trainer.n_gpus_per_node": hardware.gpus_per_node,
         "trainer.nnodes": hardware.num_nodes,
-        "trainer.logger": [name for name in train.loggers if name != "file"],
+        "trainer.logger": list(train.loggers),
         "trainer.project_name": "dgpo",
         "trainer.experiment_name": Path(config.run_dir).name,
         "trainer.total_training_steps": train.num_steps,
