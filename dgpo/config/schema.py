@@ -9,15 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-# Coefficient of the teacher term when `train.teacher_term.coef` is not set. The paper's beta for `reward`; for `exact`
-# the KL is averaged over all policy tokens, and 1 was the value that learned in the tiny world.
-DEFAULT_TEACHER_COEF = {"reward": 0.001, "exact": 1.0}
+# Coefficient of the teacher term when `train.teacher_term.coef` is not set. The paper's beta for `reward`; for `token`,
+# beside whitened advantages, and for `exact`, where the KL is averaged over all policy tokens, values that learned in
+# the tiny world.
+DEFAULT_TEACHER_COEF = {"reward": 0.001, "token": 0.3, "exact": 1.0}
 
 
 @dataclass
 class ModelConfig:
     path: str | None = None  # a Hugging Face folder or hub name
     trust_remote_code: bool = False
+
+
+@dataclass
+class TeacherConfig(ModelConfig):
+    init: str | None = None  # the model that `experiment=teacher_ppo` makes the teacher from
 
 
 @dataclass
@@ -100,6 +106,8 @@ class CollectConfig:
 class DistillConfig:
     """Phase 1b: the student learns the teacher's correct episodes (paper: 5 epochs, batch 64, lr 1e-4, r = 1)."""
 
+    init: str | None = None  # what the student starts from; None: what `stages` says, else student.path
+    episodes: str | None = None  # folder of a finished collection; None: the run's own
     loss: str = "kd"  # kd | seqkd
     kl_ratio: float = 1.0  # r in L = (1 - r) CE + r KL(teacher || student)
     epochs: int = 5
@@ -113,7 +121,9 @@ class DistillConfig:
 
 @dataclass
 class TeacherTermConfig:
-    form: str = "reward"  # reward (the paper: sampled k1 inside the reward) | exact (full-vocabulary reverse KL loss)
+    # reward (the paper: sampled k1 inside the reward, before GAE) | token (sampled, on each token's own advantage) |
+    # exact (full-vocabulary reverse KL, as a loss)
+    form: str = "reward"
     gate: str = "failed"  # failed | all | none: the episodes to which the term applies
     coef: float | None = None  # None: the default of the form
     num_monitored: int = 8  # correct episodes per step that the teacher scores for monitoring only
@@ -124,7 +134,8 @@ class TeacherTermConfig:
 class TrainConfig:
     """Phase 2: PPO with the gated teacher (paper: 1000 steps of 512 questions, mini-batch 256)."""
 
-    init: str | None = None  # the student's checkpoint to start from; None: student.path (no cold start)
+    init: str | None = None  # the checkpoint to start from; None: what `stages` says, else student.path
+    algorithm: str = "ppo"  # ppo (GAE, critic) | grpo (group-relative, no critic) | gkd (the teacher term alone)
     num_steps: int = 1000
     batch_size: int = 512
     mini_batch_size: int = 256
@@ -164,11 +175,14 @@ class TestConfig:
 @dataclass
 class Config:
     run_dir: str = "runs/default"  # every stage writes to a folder of its own below
+    # What the experiment consists of, in order. A stage whose `init` is not set starts from what the stage before it
+    # wrote in this run_dir.
+    stages: list[str] = field(default_factory=lambda: ["collect", "distill", "train"])
     seed: int = 1
     resume: bool = False
     dry_run: bool = False
     student: ModelConfig = field(default_factory=ModelConfig)
-    teacher: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
     retriever: RetrieverConfig = field(default_factory=RetrieverConfig)

@@ -1,0 +1,41 @@
+"""What each stage of an experiment starts from, and what it leaves: the one place that knows the files between stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dgpo.config.schema import Config
+
+STAGES = ("collect", "distill", "train", "test")
+
+
+def collection(config: Config) -> Path:
+    """The folder of the collected teacher episodes that distillation reads."""
+    return Path(config.distill.episodes or Path(config.run_dir) / "collect")
+
+
+def stage_model(config: Config, stage: str) -> Path:
+    """The Hugging Face folder that `distill` or `train` writes."""
+    return Path(config.run_dir) / stage / "model"
+
+
+def initial_model(config: Config, stage: str) -> tuple[str, str]:
+    """What `distill` or `train` starts from.
+
+    Returns:
+        (config key to name in messages, path): the stage's own `init`; else the model of the training stage before it
+        in `config.stages`; else `student.path`, "" where that is not set either.
+    """
+    own = getattr(config, stage).init
+    if own:
+        return f"{stage}.init", own
+    before = config.stages[: config.stages.index(stage)] if stage in config.stages else []
+    trained = [name for name in before if name in ("distill", "train")]
+    if trained:
+        return f"{stage}.init", str(stage_model(config, trained[-1]))
+    return "student.path", config.student.path or ""
+
+
+def is_planned(config: Config, path: str | Path) -> bool:
+    """Whether an earlier stage of this experiment will write `path`, so that a dry run does not miss it yet."""
+    return any(Path(path) == stage_model(config, stage) for stage in config.stages if stage in ("distill", "train"))
