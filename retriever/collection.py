@@ -1,7 +1,7 @@
 """Named corpora served together: one encoder instance per configuration, one encoding pass per batch of queries."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,10 @@ from retriever.manifest import CORPUS_FILE, OFFSETS_FILE, Manifest, check_corpus
 
 # bfloat16 on another processor moves a vector by about 1e-4; a wrong prefix or model by far more than this.
 MIN_PROBE_COSINE = 0.98
+
+
+LoadProgress = Callable[[str, int, int], None]
+"""Called with the corpus that is loaded next, the number of corpora loaded, and of all."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,12 @@ class Collection:
 
 
 def load_collection(
-    folders: Mapping[str, str | Path], *, num_threads: int = 1, device: str = "cpu", verify: bool = False
+    folders: Mapping[str, str | Path],
+    *,
+    num_threads: int = 1,
+    device: str = "cpu",
+    verify: bool = False,
+    progress: LoadProgress | None = None,
 ) -> Collection:
     """Load index folders by name; raises `IndexFolderError` (one line, with the fix) if one is not consistent.
 
@@ -96,6 +105,8 @@ def load_collection(
     opened = {name: _open_corpus(Path(folder), manifests[name], verify=verify) for name, folder in folders.items()}
     collection = Collection(corpora={})
     for name, manifest in manifests.items():
+        if progress:
+            progress(name, len(collection.corpora), len(manifests))
         folder, corpus = Path(folders[name]), opened[name]
         index: SearchIndex
         if manifest.method == "bm25":
