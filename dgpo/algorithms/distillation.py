@@ -1,74 +1,120 @@
-"""Cold-start losses by their published names. A new one is a function here and an entry in `DISTILLATION_LOSSES`.
+"""Cold-start losses by their published names. A new one is an entry in `DISTILLATION_LOSSES`.
 
-All have one signature and get the logits of the positions that predict a policy token, so no mask. Environment tokens
-and padding never come in.
+Each gives per-token values from the logits of the positions that predict a policy token: no mask and no reduction
+inside. `dgpo.algorithms.fused_linear` turns them into a scalar without holding all logits at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from dgpo.algorithms.divergences import cross_entropy, forward_kl
+from dgpo.algorithms import divergences
+from dgpo.algorithms.divergences import cross_entropy
 from dgpo.algorithms.reduce import chunked_mean
 
+TokenLoss = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+"""(student logits [n, V], teacher logits [n, V'] or None, targets [n]) -> values [n], in nats."""
 
-def kd(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor | None,
-    targets: torch.Tensor,
-    *,
-    kl_ratio: float,
-    denominator: torch.Tensor | float,
-    chunk_size: int,
-) -> torch.Tensor:
-    """L_KD = (1 - r) CE(y) + r KL(teacher || student) per token, over the full vocabulary (DGPO's phase 1).
 
-    Args:
-        student_logits: [N, V], differentiable.
-        teacher_logits: [N, V'] the frozen teacher's at the same positions. A vocabulary that is padded further than the
-            other's is cut to the shared part for the KL.
-        targets: [N] the tokens themselves.
-        kl_ratio: r, the paper's "KL divergence ratio" (1.0).
-        denominator: of the mean: the number of policy tokens in the whole batch.
-        chunk_size: rows whose full-vocabulary log-probs exist at once.
+@dataclass(frozen=True)
+class LossSettings:
+    """The numbers of the losses; each loss reads its own.
 
-    Returns:
-        The loss, a scalar.
-
-    Raises:
-        ValueError: no teacher.
+    Attributes:
+        kl_ratio: r in (1 - r) CE + r divergence, of every loss with a teacher (the paper: 1.0).
+        skew: lambda of the skew KLs, the share of the first distribution in the mixture (DistiLLM: 0.1).
+        jsd_beta: beta of the generalised JSD, the teacher's share.
+        taid_t: the teacher's share of TAID's target at this step; `dgpo.algorithms.taid` moves it.
     """
-    if teacher_logits is None:
-        raise ValueError("the loss `kd` needs a teacher: set teacher.path, or choose distill.loss=seqkd")
-    vocab = min(student_logits.shape[-1], teacher_logits.shape[-1])
 
-    def token_loss(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        loss = kl_ratio * forward_kl(student[:, :vocab], teacher[:, :vocab])
-        if kl_ratio == 1:  # the paper's choice, which needs no second pass over the vocabulary
-            return loss
-        return loss + (1 - kl_ratio) * cross_entropy(student, target)
+    kl_ratio: float
+    skew: float
+    jsd_beta: float
+    taid_t: float
 
-    return chunked_mean(
-        token_loss, student_logits, teacher_logits.detach(), targets, denominator=denominator, chunk_size=chunk_size
-    )
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}: expected a share between 0 and 1")
 
 
-def seqkd(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor | None,
-    targets: torch.Tensor,
-    *,
-    kl_ratio: float,
-    denominator: torch.Tensor | float,
-    chunk_size: int,
-) -> torch.Tensor:
-    """CE(y), the cross-entropy on the teacher's tokens (SeqKD, Kim & Rush 2016; the paper's SFT baseline).
+@dataclass(frozen=True)
+class DistillationLoss:
+    """A divergence of student and teacher, mixed with the cross-entropy; or the cross-entropy alone.
 
-    Arguments and result as in `kd`; `teacher_logits` and `kl_ratio` are not read.
+    Attributes:
+        divergence: (student logits, teacher logits, settings) -> values, or None for the cross-entropy alone.
     """
-    return chunked_mean(cross_entropy, student_logits, targets, denominator=denominator, chunk_size=chunk_size)
+
+    divergence: Callable[[torch.Tensor, torch.Tensor, LossSettings], torch.Tensor] | None
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.divergence is not None
+
+    def token_loss(self, settings: LossSettings) -> TokenLoss:
+        """(1 - r) CE(y) + r D(student, teacher) per token, as a function of logits and targets.
+
+        CE is over the student's whole vocabulary, D over what the two share. The returned function raises ValueError
+        when it needs a teacher's logits and gets None.
+        """
+        divergence, ratio = self.divergence, settings.kl_ratio
+
+        def values(
+            student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor
+        ) -> torch.Tensor:
+            if divergence is None:
+                return cross_entropy(student_logits, targets)
+            if teacher_logits is None:
+                raise ValueError("this loss needs a teacher: set teacher.path, or choose distill.loss=seqkd")
+            loss = ratio * divergence(student_logits, teacher_logits, settings)
+            if ratio == 1:  # the paper's choice, which needs no second pass over the vocabulary
+                return loss
+            return loss + (1 - ratio) * cross_entropy(student_logits, targets)
+
+        return values
+
+    def __call__(
+        self,
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor | None,
+        targets: torch.Tensor,
+        *,
+        kl_ratio: float,
+        denominator: torch.Tensor | float,
+        chunk_size: int,
+    ) -> torch.Tensor:
+        """The scalar loss from whole logits."""
+        values = self.token_loss(LossSettings(kl_ratio=kl_ratio, skew=0.1, jsd_beta=0.5, taid_t=1.0))
+        if teacher_logits is None:
+            return chunked_mean(
+                lambda student, target: values(student, None, target),
+                student_logits,
+                targets,
+                denominator=denominator,
+                chunk_size=chunk_size,
+            )
+        return chunked_mean(
+            values, student_logits, teacher_logits.detach(), targets, denominator=denominator, chunk_size=chunk_size
+        )
 
 
-DISTILLATION_LOSSES: dict[str, Callable[..., torch.Tensor]] = {"kd": kd, "seqkd": seqkd}
+_FORWARD = DistillationLoss(lambda student, teacher, _: divergences.forward_kl(student, teacher))
+_SKEW = DistillationLoss(lambda student, teacher, s: divergences.skew_forward_kl(student, teacher, skew=s.skew))
+
+DISTILLATION_LOSSES: dict[str, DistillationLoss] = {
+    "kd": _FORWARD,  # Hinton et al. 2015, Sanh et al. 2019; DGPO's phase 1
+    "seqkd": DistillationLoss(None),  # Kim & Rush 2016, on the teacher's episodes: the paper's SFT baseline
+    "distillm": _SKEW,  # Ko et al. 2024; its student-generated episodes are the trainer's part
+    "taid": DistillationLoss(lambda student, teacher, s: divergences.taid(student, teacher, t=s.taid_t)),
+    "forward_kl": _FORWARD,
+    "reverse_kl": DistillationLoss(lambda student, teacher, _: divergences.reverse_kl(student, teacher)),
+    "jsd": DistillationLoss(lambda student, teacher, s: divergences.generalised_jsd(student, teacher, beta=s.jsd_beta)),
+    "skew_kl": _SKEW,
+    "skew_reverse_kl": DistillationLoss(
+        lambda student, teacher, s: divergences.skew_reverse_kl(student, teacher, skew=s.skew)
+    ),
+}

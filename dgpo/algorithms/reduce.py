@@ -24,7 +24,7 @@ def masked_mean(
     if values.shape != mask.shape:
         raise ValueError(f"values are {tuple(values.shape)} but the mask is {tuple(mask.shape)}: expected one shape")
     kept = values.masked_fill(mask == 0, 0.0).sum()
-    return _divide(kept, mask.count_nonzero() if denominator is None else denominator)
+    return divide(kept, mask.count_nonzero() if denominator is None else denominator)
 
 
 def chunked_mean(
@@ -48,10 +48,10 @@ def chunked_mean(
     # One `split` instead of a slice per chunk: autograd joins its gradients once, a slice's is as large as the whole.
     for chunk in zip(*(tensor.split(chunk_size) for tensor in rows), strict=True):
         total = total + checkpoint(row_values, *chunk, use_reentrant=False).sum()
-    return _divide(total, denominator)
+    return divide(total, denominator)
 
 
-def _divide(total: torch.Tensor, denominator: torch.Tensor | float) -> torch.Tensor:
+def divide(total: torch.Tensor, denominator: torch.Tensor | float) -> torch.Tensor:
     """total / denominator, and 0 / 0 = 0."""
     denominator = torch.as_tensor(denominator, device=total.device)
     return total / denominator.masked_fill((denominator == 0) & (total == 0), 1)
