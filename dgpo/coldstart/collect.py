@@ -36,11 +36,12 @@ def collect(config: Config) -> Path | None:
         ConfigError: from the checks, before the engine starts.
         SearchOutageError: the retriever failed too often; `resume=true` continues.
     """
-    check_collect(config)
+    notes = check_collect(config)
     rows = read_rows(config.data.collect_file or "")[: config.collect.max_questions]
     if config.dry_run:
         samples = config.collect.samples_per_question
-        print(f"dry run: {config.teacher.path} would play {len(rows)} questions, {samples} times each.")
+        plan = f"dry run: {config.teacher.path} would play {len(rows)} questions, {samples} times each."
+        print("\n".join([plan, *notes]))
         return None
     folder = prepare_run_folder(Path(config.run_dir) / "collect", resume=config.resume)
     (folder / MANIFEST).unlink(missing_ok=True)

@@ -1,4 +1,8 @@
-"""Cheap checks before anything expensive starts. Each problem is a `ConfigError`: one line that names the fix."""
+"""Cheap checks before anything expensive starts. Each problem is a `ConfigError`: one line that names the fix.
+
+The checks of a stage return notes. A real run has none; a dry run has one for each input that cannot be looked into yet:
+what an earlier stage of the experiment will write, and hub models where there is no hub to ask.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,16 @@ from typing import Any
 
 from dgpo.artifacts import RunFolderExistsError
 from dgpo.config.load import ConfigError
-from dgpo.config.model_files import check_model_folder, max_positions, same_weights, tokenizer_difference
+from dgpo.config.methods import ALGORITHMS, GATES, TEACHER_FORMS, rl_conflict
+from dgpo.config.model_files import (
+    HubUnreachableError,
+    check_model_folder,
+    max_positions,
+    same_weights,
+    tokenizer_difference,
+)
 from dgpo.config.schema import Config
+from dgpo.config.stages import STAGES, collection, initial_model, is_planned
 from dgpo.data.rows import DataError, read_rows
 from dgpo.search import RetrieverUnavailableError, check_health
 
@@ -17,8 +29,9 @@ HEALTH_TIMEOUT_S = 5.0
 CHOICES = {
     "hardware.platform": ("cuda", "cpu"),
     "hardware.dtype": ("bfloat16", "float32", "float16"),
-    "train.teacher_term.form": ("reward", "exact"),
-    "train.teacher_term.gate": ("failed", "all", "none"),
+    "train.algorithm": ALGORITHMS,
+    "train.teacher_term.form": TEACHER_FORMS,
+    "train.teacher_term.gate": GATES,
     "distill.loss": ("kd", "seqkd"),
 }
 POSITIVE = {  # section -> the keys whose values must be above 0
@@ -32,43 +45,48 @@ POSITIVE = {  # section -> the keys whose values must be above 0
 }
 
 
-def check_collect(config: Config) -> None:
+def check_collect(config: Config) -> list[str]:
     """What collection needs: the teacher, questions, a retriever that knows their corpora, lengths, a free folder."""
+    notes: list[str] = []
     _check_values(config, "hardware", "episode", "collect")
     _check_stage_folder(config, "collect")
     rows = _check_rows(config.data.collect_file, key="data.collect_file")
-    check_model_folder(config.teacher.path, key="teacher.path")
-    _check_lengths(config, {"teacher.path": config.teacher.path})
+    if _check_model(config, config.teacher.path, key="teacher.path", notes=notes):
+        _check_lengths(config, "teacher.path", config.teacher.path)
     if config.collect.samples_per_question > 1 and config.collect.temperature <= 0:
         raise ConfigError(
             f"collect.samples_per_question={config.collect.samples_per_question} with collect.temperature=0 samples "
             "the same episode again: set a temperature above 0"
         )
     _check_retriever(config, rows)
+    return notes
 
 
-def check_distill(config: Config) -> None:
+def check_distill(config: Config) -> list[str]:
     """What the cold start needs: collected episodes, a student, a different teacher that shares its tokenizer."""
+    notes: list[str] = []
     _check_values(config, "hardware", "distill")
     _check_stage_folder(config, "distill")
     settings = config.distill
     if not 0 <= settings.kl_ratio <= 1:
         raise ConfigError(f"distill.kl_ratio={settings.kl_ratio}: expected a share between 0 and 1")
     _check_divides("distill.batch_size", settings.batch_size, "distill.micro_batch_size", settings.micro_batch_size)
-    check_model_folder(config.student.path, key="student.path")
+    key, student = initial_model(config, "distill")
+    there = _check_model(config, student, key=key, notes=notes)
     if settings.loss != "seqkd":
-        _check_teacher(config, "student.path", config.student.path or "")
-    episodes = Path(config.run_dir) / "collect" / "episodes.jsonl"
-    if not episodes.is_file():
-        raise ConfigError(f"{episodes} does not exist: run `python -m dgpo collect` with this run_dir first")
-    if not episodes.stat().st_size:
-        raise ConfigError(f"{episodes} is empty: the teacher answered no question; see collect/manifest.json")
+        _check_teacher(config, key, student if there else None, notes)
+    _check_collection(config, notes)
+    return notes
 
 
-def check_train(config: Config) -> None:
+def check_train(config: Config) -> list[str]:
     """What RL needs, before Ray starts: models that match, questions, batches that divide, lengths, a retriever."""
+    notes: list[str] = []
     _check_values(config, "hardware", "episode", "train")
     _check_stage_folder(config, "train")
+    conflict = rl_conflict(config)
+    if conflict:
+        raise ConfigError(conflict)
     train, hardware = config.train, config.hardware
     rows = _check_rows(config.data.train_file, key="data.train_file")
     if len(rows) < train.batch_size:
@@ -78,17 +96,12 @@ def check_train(config: Config) -> None:
         )
     if config.data.validation_file:
         rows += _check_rows(config.data.validation_file, key="data.validation_file")
-    key = "train.init" if train.init else "student.path"
-    student = train.init or config.student.path or ""
-    check_model_folder(student, key=key)
+    key, student = initial_model(config, "train")
+    there = _check_model(config, student, key=key, notes=notes)
+    if there:
+        _check_lengths(config, key, student)
     if train.teacher_term.gate != "none":
-        _check_teacher(config, key, student)
-        if train.teacher_term.form == "exact" and train.temperature != 1:
-            raise ConfigError(
-                f"train.temperature={train.temperature} with train.teacher_term.form=exact: veRL scales the student's "
-                "logits by it, and the KL would compare a sharpened student with a plain teacher; set it to 1.0"
-            )
-    _check_lengths(config, {key: student})
+        _check_teacher(config, key, student if there else None, notes)
     num_gpus = hardware.num_nodes * hardware.gpus_per_node
     _check_divides("train.batch_size", train.batch_size, "train.mini_batch_size", train.mini_batch_size)
     _check_divides(
@@ -103,10 +116,12 @@ def check_train(config: Config) -> None:
     if hardware.platform == "cpu" and hardware.num_nodes > 1:
         raise ConfigError(f"hardware.num_nodes={hardware.num_nodes} on the cpu platform: expected 1")
     _check_retriever(config, rows)
+    return notes
 
 
-def check_test(config: Config) -> None:
+def check_test(config: Config) -> list[str]:
     """What evaluation needs: checkpoints, test sets, lengths, a retriever, a free folder."""
+    notes: list[str] = []
     _check_values(config, "hardware", "episode")
     _check_stage_folder(config, "test")
     if not config.test.models:
@@ -117,15 +132,19 @@ def check_test(config: Config) -> None:
     if baseline is not None and baseline not in config.test.models:
         raise ConfigError(f"test.baseline={baseline}: expected one of test.models, {', '.join(config.test.models)}")
     for name, path in config.test.models.items():
-        check_model_folder(path, key=f"test.models.{name}")
-    _check_lengths(config, {f"test.models.{name}": path for name, path in config.test.models.items()})
+        if _check_model(config, path, key=f"test.models.{name}", notes=notes):
+            _check_lengths(config, f"test.models.{name}", path)
     rows: list[dict[str, Any]] = []
     for name, file in config.data.test_files.items():
         rows += _check_rows(file, key=f"data.test_files.{name}")
     _check_retriever(config, rows)
+    return notes
 
 
 def _check_values(config: Config, *sections: str) -> None:
+    unknown = [stage for stage in config.stages if stage not in STAGES]
+    if unknown or len(set(config.stages)) < len(config.stages):
+        raise ConfigError(f"stages={config.stages}: expected each of {', '.join(STAGES)} at most once")
     for key, choices in CHOICES.items():
         section, *rest = key.split(".")
         value: Any = getattr(config, section)
@@ -138,6 +157,8 @@ def _check_values(config: Config, *sections: str) -> None:
             value = getattr(getattr(config, section), name)
             if value <= 0:
                 raise ConfigError(f"{section}.{name}={value}: expected more than 0")
+    if "episode" in sections:
+        _check_episode(config)
 
 
 def _check_stage_folder(config: Config, stage: str) -> None:
@@ -155,14 +176,53 @@ def _check_rows(file: str | None, *, key: str) -> list[dict[str, Any]]:
         raise ConfigError(f"{key}: {error}") from None
 
 
-def _check_teacher(config: Config, student_key: str, student: str) -> None:
+def _check_model(config: Config, path: str | None, *, key: str, notes: list[str]) -> bool:
+    """Whether the model is there to be looked into; if not, a real run is refused and a dry run gets a note."""
+    if path and not Path(path).is_dir():
+        if is_planned(config, path):
+            if not config.dry_run:
+                raise ConfigError(
+                    f"{key}={path} does not exist: run the stage before it ({Path(path).parent.name}) with this run_dir "
+                    f"first, or set {key} to a checkpoint"
+                )
+            notes.append(f"{key}={path}: will be written by an earlier stage")
+            return False
+        if config.dry_run and path == config.teacher.path and config.teacher.init and Path(path).name == "model":
+            notes.append(f"{key}={path}: will be made from {config.teacher.init} by experiment=teacher_ppo")
+            return False
+    try:
+        check_model_folder(path, key=key)
+    except HubUnreachableError as error:
+        if not config.dry_run:
+            raise
+        notes.append(f"not checked: {error}")
+        return False
+    return True
+
+
+def _check_collection(config: Config, notes: list[str]) -> None:
+    folder = collection(config)
+    episodes = folder / "episodes.jsonl"
+    if not episodes.is_file():
+        if config.dry_run and "collect" in config.stages:
+            notes.append(f"{episodes}: will be written by collect")
+            return
+        raise ConfigError(f"{episodes} does not exist: run `python -m dgpo collect` with this run_dir first")
+    if not episodes.stat().st_size:
+        raise ConfigError(f"{episodes} is empty: the teacher answered no question; see {folder / 'manifest.json'}")
+
+
+def _check_teacher(config: Config, student_key: str, student: str | None, notes: list[str]) -> None:
+    """The teacher, and that it fits the student; `student` is None where that one cannot be looked into yet."""
     teacher = config.teacher.path
     if not teacher:
         raise ConfigError(
             "teacher.path is not set: name the teacher, or train without one (train.teacher_term.gate=none, "
             "distill.loss=seqkd)"
         )
-    check_model_folder(teacher, key="teacher.path")
+    there = _check_model(config, teacher, key="teacher.path", notes=notes)
+    if not there or student is None:
+        return
     if same_weights(student, teacher):
         raise ConfigError(
             f"the teacher is the student: {student_key}={student} and teacher.path={teacher} hold the same weights; "
@@ -176,16 +236,19 @@ def _check_teacher(config: Config, student_key: str, student: str) -> None:
         )
 
 
-def _check_lengths(config: Config, models: Mapping[str, str | None]) -> None:
+def _check_lengths(config: Config, key: str, model: str | None) -> None:
     episode = config.episode
     total = episode.max_prompt_tokens + episode.max_response_tokens
-    for key, path in models.items():
-        positions = max_positions(path or "", key=key)
-        if positions is not None and total > positions:
-            raise ConfigError(
-                f"episode.max_prompt_tokens + max_response_tokens = {total}, but {key}={path} has {positions} "
-                "positions: lower one of them"
-            )
+    positions = max_positions(model or "", key=key)
+    if positions is not None and total > positions:
+        raise ConfigError(
+            f"episode.max_prompt_tokens + max_response_tokens = {total}, but {key}={model} has {positions} "
+            "positions: lower one of them"
+        )
+
+
+def _check_episode(config: Config) -> None:
+    episode = config.episode
     if episode.min_turn_tokens > episode.max_turn_tokens:
         raise ConfigError(
             f"episode.min_turn_tokens={episode.min_turn_tokens} is above episode.max_turn_tokens="

@@ -10,6 +10,11 @@ from typing import Any
 
 from dgpo.config.load import ConfigError
 
+
+class HubUnreachableError(ConfigError):
+    """A hub model is not in the cache and the hub does not answer."""
+
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -18,6 +23,7 @@ def model_file(path: str, name: str, *, key: str) -> Path | None:
 
     Raises:
         ConfigError: no such folder or hub model; `key` is the config key to name.
+        HubUnreachableError: a hub name, but there is no hub to ask.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -30,7 +36,7 @@ def model_file(path: str, name: str, *, key: str) -> Path | None:
     try:
         return Path(hf_hub_download(path, name))
     except LocalEntryNotFoundError:
-        raise ConfigError(
+        raise HubUnreachableError(
             f"{key}={path}: neither a folder nor in the cache, and the hub cannot be reached; "
             "download the model or set a folder"
         ) from None

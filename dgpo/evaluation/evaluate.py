@@ -37,11 +37,11 @@ def evaluate(config: Config) -> Path | None:
         ConfigError: from the checks, before an engine starts.
         SearchOutageError: the retriever failed too often; `resume=true` continues.
     """
-    check_test(config)
+    notes = check_test(config)
     rows = {name: read_rows(file)[: config.test.max_questions] for name, file in config.data.test_files.items()}
     if config.dry_run:
         sizes = ", ".join(f"{name} ({len(group)} questions)" for name, group in rows.items())
-        print(f"dry run: {', '.join(config.test.models)} would be tested on {sizes}.")
+        print("\n".join([f"dry run: {', '.join(config.test.models)} would be tested on {sizes}.", *notes]))
         return None
     started = time.perf_counter()
     folder = prepare_run_folder(Path(config.run_dir) / "test", resume=config.resume)

@@ -18,6 +18,7 @@ from dgpo.artifacts import prepare_run_folder, write_manifest
 from dgpo.config.checks import check_train
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
+from dgpo.config.stages import initial_model
 from dgpo.engines.environment import export_environment
 from dgpo.platforms.shared_memory import remove_abandoned_segments
 from dgpo.protocol import STOP_STRINGS
@@ -37,9 +38,9 @@ def train(config: Config) -> Path | None:
         ConfigError: from the checks, before Ray starts.
         TrainingFailedError: the run stopped; it can be resumed from its last checkpoint.
     """
-    check_train(config)
+    notes = check_train(config)
     if config.dry_run:
-        print(f"dry run: the configuration is valid.\n{to_yaml(config)}")
+        print("\n".join(["dry run: the configuration is valid.", *notes, "", to_yaml(config)]))
         return None
     folder = Path(config.run_dir) / "train"
     prepare_run_folder(folder, resume=config.resume)
@@ -116,7 +117,7 @@ def _export(config: Config, folder: Path) -> Path:
     write_manifest(
         target,
         stage="train",
-        inputs={"init": config.train.init or config.student.path, "teacher": config.teacher.path},
+        inputs={"init": initial_model(config, "train")[1], "teacher": config.teacher.path},
         config=to_yaml(config),
         counts={"steps": step},
         seed=config.seed,

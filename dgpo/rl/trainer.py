@@ -1,4 +1,4 @@
-"""veRL's synchronous PPO trainer with a teacher on the episodes that the student got wrong.
+"""veRL's synchronous trainer with a teacher on the episodes that the student got wrong.
 
 The trainer decides who is scored by what; the mathematics is in `dgpo.algorithms`.
 """
@@ -24,7 +24,8 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
-from dgpo.algorithms.selective_kl import compute_gate, selective_kl_rewards
+from dgpo.algorithms.advantages import group_relative_advantages
+from dgpo.algorithms.selective_kl import compute_gate, selective_kl_advantages, selective_kl_rewards
 from dgpo.rl.metrics import choose_monitored, episode_metrics, log_prob_disagreement, teacher_kl_metrics
 from dgpo.rl.verl_config import TRAINER_NAME
 from dgpo.rl.worker import SeededTrainingWorker, TeacherGuidedWorker
@@ -36,7 +37,7 @@ class TooManyFailedSearchesError(RuntimeError):
 
 @register_trainer(TRAINER_NAME)
 class DGPOTrainer(PPOTrainerSync):
-    """PPO with GAE and a critic; the teacher term as `config.actor_rollout_ref.teacher` describes it."""
+    """PPO, GRPO or GKD; algorithm and teacher term as `config.actor_rollout_ref.teacher` describes them."""
 
     # veRL takes asynchronous paths for every mode that is not called "sync".
     trainer_mode = property(lambda self: "sync", lambda self, value: None)
@@ -111,7 +112,7 @@ class DGPOTrainer(PPOTrainerSync):
             return batch
         correct = torch.tensor([score["em"] for score in self.scores])
         gate = compute_gate(correct, self.term.gate)
-        scored = gate.bool() if self.term.form == "reward" else torch.zeros(len(gate), dtype=torch.bool)
+        scored = torch.zeros(len(gate), dtype=torch.bool) if self.term.form == "exact" else gate.bool()
         monitored = choose_monitored(
             correct, already=scored, num_monitored=self.term.num_monitored, multiple=self._teacher_ranks()
         )
@@ -145,7 +146,7 @@ class DGPOTrainer(PPOTrainerSync):
         return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Rewards (task, initial-policy penalty, gated teacher term), then GAE; environment tokens count nowhere."""
+        """Rewards (task, initial-policy penalty, gated teacher term), then advantages, on policy tokens only."""
         fields = [
             "uid", "response_mask", "rm_scores", "rollout_log_probs", "old_log_probs", "ref_log_prob", "values"
         ]  # fmt: skip
@@ -163,17 +164,12 @@ class DGPOTrainer(PPOTrainerSync):
                 data, kl_ctrl=self.kl_ctrl_in_reward, kl_penalty=self.config.algorithm.kl_penalty
             )
             metrics.update(kl_metrics)
-        self._add_teacher_term(batch, data, metrics)
-        data = compute_advantage_for_multi_trajectories(
-            data,
-            batch_keys=batch.keys,
-            adv_estimator=self.config.algorithm.adv_estimator,
-            gamma=self.config.algorithm.gamma,
-            lam=self.config.algorithm.lam,
-            num_repeat=self.config.actor_rollout_ref.rollout.n,
-            norm_adv_by_std_in_grpo=self.config.algorithm.get("norm_adv_by_std_in_grpo", True),
-            config=self.config.algorithm,
-        )
+        teacher = self._teacher_inputs(batch, data, metrics)
+        if teacher and self.term.form == "reward":
+            data.batch["token_level_rewards"] = selective_kl_rewards(data.batch["token_level_rewards"], **teacher)
+        self._estimate_advantages(batch, data)
+        if teacher and self.term.form == "token":
+            data.batch["advantages"] = selective_kl_advantages(data.batch["advantages"], **teacher)
         output = {
             name: response_to_nested(data.batch[name], response_mask)
             for name in ("advantages", "returns", "token_level_rewards")
@@ -182,9 +178,31 @@ class DGPOTrainer(PPOTrainerSync):
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch))
         )
 
-    def _add_teacher_term(self, batch: KVBatchMeta, data: DataProto, metrics: dict) -> None:
-        if self.term.path is None:
+    def _estimate_advantages(self, batch: KVBatchMeta, data: DataProto) -> None:
+        """Adds `advantages` and `returns`: GAE (ppo), group-relative (grpo), or none at all (gkd: no task reward)."""
+        rewards, mask = data.batch["token_level_rewards"], data.batch["response_mask"]
+        if self.term.algorithm == "ppo":
+            compute_advantage_for_multi_trajectories(
+                data,
+                batch_keys=batch.keys,
+                adv_estimator=self.config.algorithm.adv_estimator,
+                gamma=self.config.algorithm.gamma,
+                lam=self.config.algorithm.lam,
+                config=self.config.algorithm,
+            )
             return
+        if self.term.algorithm == "grpo":
+            advantages = group_relative_advantages(
+                rewards, response_mask=mask, groups=data.non_tensor_batch["uid"].tolist()
+            )
+        else:
+            advantages = torch.zeros_like(rewards)
+        data.batch["advantages"] = data.batch["returns"] = advantages
+
+    def _teacher_inputs(self, batch: KVBatchMeta, data: DataProto, metrics: dict) -> dict[str, Any]:
+        """What the sampled forms of the teacher term read; empty without a teacher. Logs the measured KL."""
+        if self.term.path is None:
+            return {}
         correct = torch.tensor([score["em"] for score in self.scores])
         gate = compute_gate(correct, self.term.gate)
         metrics["teacher/gate_fraction"] = gate.float().mean().item()
@@ -202,15 +220,13 @@ class DGPOTrainer(PPOTrainerSync):
                 scored=torch.tensor([key in self.teacher_log_probs for key in batch.keys]),
             )
         )
-        if self.term.form == "reward":
-            data.batch["token_level_rewards"] = selective_kl_rewards(
-                data.batch["token_level_rewards"],
-                student_log_probs=student,
-                teacher_log_probs=teacher,
-                response_mask=data.batch["response_mask"],
-                gate=gate,
-                kl_coef=self.term.coef,
-            )
+        return {
+            "student_log_probs": student,
+            "teacher_log_probs": teacher,
+            "response_mask": data.batch["response_mask"],
+            "gate": gate,
+            "kl_coef": self.term.coef,
+        }
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, **kwargs: Any) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, **kwargs)

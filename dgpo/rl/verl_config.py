@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dgpo.config.schema import DEFAULT_TEACHER_COEF, Config
+from dgpo.config.stages import initial_model
 from dgpo.rl.agent_loop import AGENT_NAME
 
 TRAINER_NAME = "dgpo"
@@ -72,9 +73,8 @@ def _data(config: Config) -> dict[str, Any]:
 
 def _model(config: Config) -> dict[str, Any]:
     hardware = config.hardware
-    path = config.train.init or config.student.path
     shared = {
-        "path": path,
+        "path": initial_model(config, "train")[1],
         "trust_remote_code": config.student.trust_remote_code,
         "use_remove_padding": hardware.remove_padding,
         "enable_gradient_checkpointing": hardware.gradient_checkpointing,
@@ -133,7 +133,7 @@ def _actor(config: Config) -> dict[str, Any]:
         "clip_ratio": train.clip_ratio,
         "clip_ratio_low": train.clip_ratio,
         "clip_ratio_high": train.clip_ratio,
-        "entropy_coeff": train.entropy_coef,
+        "entropy_coeff": 0.0 if train.algorithm == "gkd" else train.entropy_coef,
         # The exact teacher term reads the logits in its backward pass; without entropy veRL's log-prob kernel writes
         # its gradient over them.
         "calculate_entropy": _uses_exact_teacher(config),
@@ -166,6 +166,7 @@ def _actor(config: Config) -> dict[str, Any]:
 def _critic(config: Config) -> dict[str, Any]:
     train, hardware = config.train, config.hardware
     critic = {
+        "enable": train.algorithm == "ppo",
         "strategy": "fsdp2",
         "ppo_micro_batch_size_per_gpu": hardware.micro_batch_size,
         "cliprange_value": train.value_clip,
@@ -184,7 +185,8 @@ def _critic(config: Config) -> dict[str, Any]:
 def _algorithm(config: Config) -> dict[str, Any]:
     train = config.train
     return {
-        "algorithm.adv_estimator": "gae",
+        # "grpo" is veRL's word for "no critic" here: the trainer makes the advantages of grpo and gkd itself.
+        "algorithm.adv_estimator": "gae" if train.algorithm == "ppo" else "grpo",
         "algorithm.gamma": train.gamma,
         "algorithm.lam": train.gae_lambda,
         "algorithm.use_kl_in_reward": train.init_kl_coef > 0,
@@ -240,6 +242,7 @@ def _teacher(config: Config) -> dict[str, Any]:
     return {
         "path": None if term.gate == "none" else config.teacher.path,
         "trust_remote_code": config.teacher.trust_remote_code,
+        "algorithm": config.train.algorithm,
         "form": term.form,
         "gate": term.gate,
         "coef": term.coef if term.coef is not None else DEFAULT_TEACHER_COEF[term.form],

@@ -59,7 +59,7 @@ def config(tmp_path, retriever):
     (run / "collect" / "episodes.jsonl").write_text("{}\n")
     config = load_config(["world=tiny", "hardware=cpu"])
     config.run_dir, config.retriever.url = str(run), retriever
-    config.student.path = make_model(tmp_path / "student")
+    config.student.path = config.train.init = make_model(tmp_path / "student")
     config.teacher.path = make_model(tmp_path / "teacher", weights=b"teacher")
     config.data.train_file = str(tmp_path / "rows.parquet")
     config.data.test_files = {"nq": str(tmp_path / "rows.parquet")}

@@ -9,7 +9,13 @@ PRESETS = [(group, choice) for group in GROUPS for choice in group_choices(group
 
 
 def test_every_preset_is_known_to_this_test():
-    assert len(PRESETS) == len(list(CONFIG_DIR.glob("*/*.yaml"))) == 8
+    fits = list(CONFIG_DIR.glob("fit/*.yaml"))
+    assert len(PRESETS) == len(list(CONFIG_DIR.glob("*/*.yaml"))) - len(fits) == 21
+
+
+def test_every_fit_belongs_to_a_world_and_an_experiment():
+    names = {f"{world}_{experiment}" for world in group_choices("world") for experiment in group_choices("experiment")}
+    assert {path.stem for path in CONFIG_DIR.glob("fit/*.yaml")} <= names
 
 
 @pytest.mark.parametrize(("group", "choice"), PRESETS)
