@@ -16,7 +16,7 @@ def group_relative_advantages(
 ) -> torch.Tensor:
     """GRPO: A = (R - mean of its group) / (standard deviation of its group + epsilon), on every policy token.
 
-    R is the sum of an episode's rewards, a teacher term in them included (DeepSeekMath, arXiv 2402.03300, section 4.1.2).
+    R is the sum of an episode's rewards, a teacher term in them included (DeepSeekMath, arXiv 2402.03300, sec. 4.1.2).
     An episode without policy tokens (its search failed) is in no mean and no deviation, and gets 0; so does an episode
     that is left alone in its group, which has nothing to be compared with. The deviation has N - 1 below it, as veRL's.
 

@@ -1,7 +1,7 @@
 """Cheap checks before anything expensive starts. Each problem is a `ConfigError`: one line that names the fix.
 
-The checks of a stage return notes. A real run has none; a dry run has one for each input that cannot be looked into yet:
-what an earlier stage of the experiment will write, and hub models where there is no hub to ask.
+The checks of a stage return notes. A real run has none; a dry run has one for each input that cannot be looked into
+yet: what an earlier stage of the experiment will write, and hub models where there is no hub to ask.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ def _check_model(config: Config, path: str | None, *, key: str, notes: list[str]
         if is_planned(config, path):
             if not config.dry_run:
                 raise ConfigError(
-                    f"{key}={path} does not exist: run the stage before it ({Path(path).parent.name}) with this run_dir "
-                    f"first, or set {key} to a checkpoint"
+                    f"{key}={path} does not exist: run the stage before it ({Path(path).parent.name}) with this "
+                    f"run_dir first, or set {key} to a checkpoint"
                 )
             notes.append(f"{key}={path}: will be written by an earlier stage")
             return False

@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from dgpo.config.schema import Config
 
 GROUPS = ("world", "hardware", "pair", "experiment")
-FREE_MAPPINGS = ("data.test_files.", "test.models.", "hardware.env.", "hardware.verl.")  # the user names their keys
+# The user names the keys of these.
+FREE_MAPPINGS = ("data.test_files.", "test.models.", "hardware.env.", "hardware.verl.", "retriever.backend_options.")
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 

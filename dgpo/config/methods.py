@@ -44,8 +44,8 @@ RL_RULES = (
         lambda c: (
             c.train.teacher_term.form == "exact" and c.train.teacher_term.gate != "none" and c.train.temperature != 1
         ),
-        "train.temperature={c.train.temperature} with train.teacher_term.form=exact: veRL scales the student's logits by "
-        "it, and the KL would compare a sharpened student with a plain teacher; set it to 1.0",
+        "train.temperature={c.train.temperature} with train.teacher_term.form=exact: veRL scales the student's logits "
+        "by it, and the KL would compare a sharpened student with a plain teacher; set it to 1.0",
     ),
 )
 

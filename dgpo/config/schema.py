@@ -55,6 +55,8 @@ class RetrieverConfig:
     max_retries: int = 4
     max_concurrency: int = 64
     max_failed_share: float = 0.05  # a step with a larger share of failed episodes stops the run, resumable
+    backend: str | None = None  # "package.module:Class", a search of your own instead of the server (docs/extending.md)
+    backend_options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of that class
 
 
 @dataclass
@@ -131,6 +133,31 @@ class TeacherTermConfig:
 
 
 @dataclass
+class StabilityConfig:
+    """The collapse detector (docs/stability.md). A rule raises an alarm when it is broken for `patience` steps in a row.
+
+    The thresholds leave room for what healthy runs do; a run of your own may allow tighter ones.
+    """
+
+    action: str = "warn"  # warn | stop | rollback
+    measure_init_kl: bool = False  # KL to the initial policy without a penalty; init_kl_coef > 0 measures it anyway
+    patience: int = 3
+    window: int = 5  # steps in an early value, and in the moving averages of exact match and answer rate
+    min_entropy: float = 0.01  # nats per policy token
+    max_entropy_ratio: float = 3.0  # of its early value
+    min_em_share: float = 0.5  # of its best moving average
+    min_answered_share: float = 0.7  # of its best moving average
+    max_repeated_token_share: float = 0.5
+    max_truncated_turn_share: float = 0.5
+    max_response_fill: float = 0.9  # of episode.max_response_tokens
+    max_kl: float = 2.0  # nats per policy token, to the teacher or to the initial policy; and
+    max_kl_ratio: float = 4.0  # of its early value
+    max_grad_norm_ratio: float = 10.0  # of its median so far
+    max_rollbacks: int = 2
+    rollback_learning_rate_scale: float = 0.5  # of the actor's learning rate, once per rollback
+
+
+@dataclass
 class TrainConfig:
     """Phase 2: PPO with the gated teacher (paper: 1000 steps of 512 questions, mini-batch 256)."""
 
@@ -152,7 +179,9 @@ class TrainConfig:
     gamma: float = 1.0
     gae_lambda: float = 1.0
     init_kl_coef: float = 0.0  # PPO's penalty to the frozen initial policy, in the reward (Search-R1: 0.001)
+    reward: str | None = None  # "package.module:function" instead of exact match (docs/extending.md)
     teacher_term: TeacherTermConfig = field(default_factory=TeacherTermConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     save_every: int = 50
     keep_checkpoints: int = 2
     validate_every: int = 200

@@ -1,4 +1,4 @@
-"""What each stage of an experiment starts from, and what it leaves: the one place that knows the files between stages."""
+"""What each stage of an experiment starts from and leaves: the one place that knows the files between stages."""
 
 from __future__ import annotations
 

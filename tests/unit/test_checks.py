@@ -1,9 +1,5 @@
 """Every wrong input is refused before anything expensive starts, in one line that names the fix."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
 import pytest
 
 from dgpo.__main__ import main
@@ -11,43 +7,13 @@ from dgpo.artifacts import RunFolderExistsError
 from dgpo.config.checks import check_collect, check_distill, check_test, check_train
 from dgpo.config.load import ConfigError, load_config
 from dgpo.data.rows import write_rows
-
-
-def make_model(folder, *, weights=b"student", vocabulary=("a", "b"), positions=2048):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": positions}))
-    (folder / "model.safetensors").write_bytes(weights)
-    vocab = {token: index for index, token in enumerate(vocabulary)}
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab, "merges": []}, "added_tokens": []}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a", "chat_template": "{{ x }}"}))
-    return str(folder)
-
-
-def make_row(index, corpus="real"):
-    return {
-        "data_source": "nq",
-        "prompt": [{"role": "user", "content": "who?"}],
-        "ability": "fact-reasoning",
-        "reward_model": {"style": "rule", "ground_truth": {"target": ["me"]}},
-        "extra_info": {"split": "train", "index": index, "corpus": corpus},
-    }
+from tests.unit.stubs import healthy_server, make_model, make_row
 
 
 @pytest.fixture(scope="module")
 def retriever():
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"status": "ok", "corpora": {"real": {}}}).encode())
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with healthy_server() as url:
+        yield url
 
 
 @pytest.fixture

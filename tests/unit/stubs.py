@@ -1,0 +1,55 @@
+"""Stand-ins that are cheap to check: model folders without a model, a data row, a server that only knows its health."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+
+def make_model(
+    folder: Path, *, weights: bytes = b"student", vocabulary: Sequence[str] = ("a", "b"), positions: int = 8192
+) -> str:
+    """A folder that passes for a Hugging Face model as long as nobody loads it."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": positions}))
+    (folder / "model.safetensors").write_bytes(weights)
+    vocab = {token: index for index, token in enumerate(vocabulary)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab, "merges": []}, "added_tokens": []}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a", "chat_template": "{{ x }}"}))
+    return str(folder)
+
+
+def make_row(index: int, corpus: str | None = "real") -> dict[str, Any]:
+    return {
+        "data_source": "nq",
+        "prompt": [{"role": "user", "content": "who?"}],
+        "ability": "fact-reasoning",
+        "reward_model": {"style": "rule", "ground_truth": {"target": ["me"]}},
+        "extra_info": {"split": "train", "index": index, "corpus": corpus},
+    }
+
+
+@contextlib.contextmanager
+def healthy_server() -> Iterator[str]:
+    """A server at the yielded URL that says it serves the corpus `real`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"status": "ok", "corpora": {"real": {}}}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()

@@ -1,0 +1,130 @@
+"""Every experiment composes with every pair and passes a dry run of each of its stages, before any stage has run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dgpo.__main__ import main
+from dgpo.config.load import group_choices, load_config
+from dgpo.config.methods import support_table
+from dgpo.data.rows import write_rows
+from tests.unit.stubs import healthy_server, make_model, make_row
+
+EXPERIMENTS = group_choices("experiment")
+PAIRS = group_choices("pair")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Questions and a retrieval server; no model, no earlier stage."""
+    folder = tmp_path_factory.mktemp("dry")
+    rows = str(folder / "rows.parquet")
+    write_rows(rows, [make_row(index) for index in range(512)])
+    with healthy_server() as url:
+        yield [
+            f"run_dir={folder / 'run'}",
+            f"retriever.url={url}",
+            f"data.collect_file={rows}",
+            f"data.train_file={rows}",
+            "dry_run=true",
+        ]
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These machines may have no hub: its models are then noted as not checked, and nothing waits for a network."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def dry_run(stage: str, overrides: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    code = main([stage, *overrides])
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    return output.out
+
+
+def test_the_rows_of_the_paper_are_all_there():
+    assert len(EXPERIMENTS) == 15
+    assert len(PAIRS) == 3
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_with_a_pair(experiment, pair, inputs, capsys):
+    overrides = [f"experiment={experiment}", f"pair={pair}", *inputs]
+    stages = load_config(overrides).stages
+    for stage in stages:
+        output = dry_run(stage, overrides, capsys)
+        if stage == "train" and "distill" in stages[: stages.index("train")]:
+            assert "train.init=" in output
+            assert "will be written by an earlier stage" in output
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_on_the_tiny_world(experiment, inputs, tmp_path, capsys):
+    models = [
+        f"student.path={make_model(tmp_path / 'student')}",
+        f"teacher.path={make_model(tmp_path / 'teacher', weights=b'teacher')}",
+        f"teacher.init={make_model(tmp_path / 'teacher_untrained', weights=b'untrained')}",
+    ]
+    overrides = [f"experiment={experiment}", "world=tiny", "hardware=cpu", *models, *inputs]
+    for stage in load_config(overrides).stages:
+        dry_run(stage, overrides, capsys)
+
+
+def test_a_teacher_that_is_not_published_is_planned(inputs, capsys):
+    output = dry_run("collect", ["experiment=kd", "pair=qwen7b_05b", *inputs], capsys)
+    assert "will be made from Qwen/Qwen2.5-7B-Instruct by experiment=teacher_ppo" in output
+
+
+def test_a_real_run_misses_what_no_stage_has_written(inputs, tmp_path, capsys):
+    overrides = [f"student.path={make_model(tmp_path / 'student')}", "train.teacher_term.gate=none", *inputs[:-1]]
+    assert main(["train", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert "run the stage before it (distill) with this run_dir first, or set train.init" in error
+
+
+def test_without_a_cold_start_training_begins_at_the_student(inputs, tmp_path):
+    from dgpo.config.stages import initial_model
+
+    config = load_config(["experiment=no_cold_start", f"student.path={tmp_path}", *inputs])
+    assert initial_model(config, "train") == ("student.path", str(tmp_path))
+
+
+def test_the_inverted_order_distils_what_rl_made(inputs):
+    from dgpo.config.stages import initial_model
+
+    config = load_config(["experiment=inverted", "student.path=s", *inputs])
+    assert initial_model(config, "train") == ("student.path", "s")
+    assert initial_model(config, "distill")[1] == f"{config.run_dir}/train/model"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["experiment=gkd", "train.teacher_term.gate=none"], "nothing is left to learn from"),
+        (["experiment=gkd", "train.teacher_term.form=reward"], "choose exact or token"),
+        (["experiment=gkd", "train.init_kl_coef=0.001"], "set it to 0"),
+        (["experiment=dgpo_grpo", "train.samples_per_question=1"], "train.samples_per_question=1 leaves nothing"),
+        (["train.teacher_term.form=exact", "train.temperature=0.7"], "train.temperature=0.7"),
+        (["stages=[train,train]"], "at most once"),
+        (["stages=[distil]"], "expected each of collect, distill, train, test"),
+    ],
+)
+def test_a_combination_without_sense_is_refused_with_the_reason(overrides, reason, inputs, capsys):
+    assert main(["train", "pair=qwen3b_05b", *overrides, *inputs]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
+
+
+def test_the_support_table_covers_every_combination():
+    table = support_table()
+    assert len(table) == 27
+    assert sum(reason is None for *_, reason in table) == 22
+    assert {algorithm for algorithm, *_, reason in table if reason} == {"gkd"}
