@@ -5,7 +5,7 @@ Answer: `{"result": [[{"document": {"id", "contents"}, "score": float}, ..], ..]
 the lists hold the documents themselves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,11 @@ FIELDS = ("queries", "query", "topk", "return_scores")
 
 
 class RequestError(Exception):
-    """A request that cannot be served, with the HTTP status and the message for the client."""
+    """A request that cannot be served, with the HTTP status, the message for the client, and further headers."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.headers = status, headers
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,16 @@ def parse_request(body: bytes, limits: ServerLimits) -> RetrieveRequest:
     for number, query in enumerate(queries):
         if not isinstance(query, str):
             raise RequestError(422, f"queries[{number}] is a JSON {_kind(query)}; expected a string")
-        if not query.strip():
-            raise RequestError(422, f"queries[{number}] is empty; expected text to search for")
         if len(query) > limits.max_query_chars:
             raise RequestError(
                 422, f"queries[{number}] has {len(query)} characters; at most {limits.max_query_chars}: shorten it"
             )
+        if not query.strip():
+            raise RequestError(422, f"queries[{number}] is empty; expected text to search for")
     if topk is None:
         topk = limits.default_topk
+    if isinstance(topk, float) and topk.is_integer() and abs(topk) < 2**53:
+        topk = int(topk)  # JSON does not tell 3.0 from 3
     if not isinstance(topk, int) or isinstance(topk, bool) or not 1 <= topk <= limits.max_topk:
         shown = topk if isinstance(topk, int | float) else f"a JSON {_kind(topk)}"
         raise RequestError(422, f"topk is {shown}; expected null or an integer from 1 to {limits.max_topk}")

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 
 from retriever.build import build_indexes
+from retriever.collection import Collection, Hits, LoadProgress, SearchJob
+from retriever.limits import ServerLimits
+from retriever.server import create_app
+from retriever.service import LoadFunction, RetrievalService
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTUP_TIMEOUT_S = 120
@@ -93,19 +99,29 @@ class Reply:
         return json.loads(self.body)
 
 
-def post(url: str, body: Any) -> Reply:
+def post(url: str, body: Any, **headers: str) -> Reply:
     """POST json (or raw bytes); an HTTP error is a reply like any other."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=60) as reply:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60) as reply:
             return Reply(reply.status, dict(reply.headers), reply.read())
     except urllib.error.HTTPError as error:
         return Reply(error.code, dict(error.headers), error.read())
 
 
-def get(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=60) as reply:
-        return json.loads(reply.read())
+def get(url: str, **headers: str) -> Reply:
+    """GET; an HTTP error is a reply like any other."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
+            return Reply(reply.status, dict(reply.headers), reply.read())
+    except urllib.error.HTTPError as error:
+        return Reply(error.code, dict(error.headers), error.read())
+
+
+def metrics(url: str) -> dict[str, float]:
+    """The server's counters; those with labels are named `name{label="value"}`."""
+    lines = get(url + "/metrics").body.decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -119,18 +135,58 @@ class Server:
     process: subprocess.Popen[bytes]
 
 
+class HeldCollection(Collection):
+    """Real corpora behind a search that waits for `release` and notes what it is asked."""
+
+    def __init__(self, collection: Collection) -> None:
+        super().__init__(collection.corpora, collection.encoders)
+        self.started, self.release = threading.Event(), threading.Event()
+        self.searched: list[str] = []
+
+    def search(self, jobs: Sequence[SearchJob]) -> list[list[Hits]]:
+        self.searched += [query for job in jobs for query in job.queries]
+        self.started.set()
+        assert self.release.wait(30)
+        return super().search(jobs)
+
+
 @contextmanager
-def started_server(port_file: Path, *arguments: str) -> Iterator[Server]:
-    """`python -m retriever.serve` on a free port, until the block ends."""
+def served_here(load: Collection | LoadFunction, *, limits: ServerLimits, token: str | None = None) -> Iterator[str]:
+    """The real application on a free port, in a thread of this process; its corpora are those of `indexes`."""
+
+    def loaded(_: LoadProgress) -> Collection:
+        assert isinstance(load, Collection)
+        return load
+
+    names = list(load.corpora) if isinstance(load, Collection) else ["words"]
+    function = loaded if isinstance(load, Collection) else load
+    service = RetrievalService(function, names=names, default="words", limits=limits, token=token)
+    config = uvicorn.Config(create_app(service), port=0, log_level="warning", timeout_graceful_shutdown=limits.drain_s)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started or (isinstance(load, Collection) and not service.ready):
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def started_server(port_file: Path, *arguments: str, wait: bool = True) -> Iterator[Server]:
+    """`python -m retriever.serve` on a free port, until the block ends; without `wait` it has no url yet."""
     command = [sys.executable, "-m", "retriever.serve", "--port", "0", "--port-file", str(port_file), *arguments]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         deadline = time.monotonic() + STARTUP_TIMEOUT_S
-        while not port_file.exists():
+        while wait and not port_file.exists():
             assert process.poll() is None, f"the server ended with {process.returncode} before it was ready"
             assert time.monotonic() < deadline, f"no port file after {STARTUP_TIMEOUT_S} s"
             time.sleep(0.02)
-        yield Server(f"http://127.0.0.1:{port_file.read_text().strip()}", process)
+        yield Server(f"http://127.0.0.1:{port_file.read_text().strip() if wait else 0}", process)
     finally:
         process.kill()
         process.wait()

@@ -29,18 +29,18 @@ def job(*queries: str) -> SearchJob:
     return SearchJob("c", queries, 1)
 
 
-async def submit_behind(batcher: Batcher, search: HeldSearch, *jobs: SearchJob) -> list[asyncio.Task]:
+async def submit_behind(batcher: Batcher, search: HeldSearch, *jobs: SearchJob) -> list[asyncio.Future]:
     """Submit a first job that occupies the worker, then `jobs`, which wait."""
-    first = asyncio.create_task(batcher.submit(job("first")))
+    first = batcher.submit(job("first"))
     await asyncio.to_thread(search.started.wait, 10)
-    tasks = [asyncio.create_task(batcher.submit(waiting)) for waiting in jobs]
+    tasks = [batcher.submit(waiting) for waiting in jobs]
     await asyncio.sleep(0)
     return [first, *tasks]
 
 
 async def test_what_waits_is_taken_together_up_to_the_batch_size() -> None:
     search = HeldSearch()
-    batcher = Batcher(search, max_batch=3, max_waiting=100)
+    batcher = Batcher(lambda: search, max_batch=3, max_waiting=100)
     tasks = await submit_behind(batcher, search, job("a"), job("bb", "ccc"), job("dddd"), job(*"eeeee"))
     search.release.set()
     results = await asyncio.gather(*tasks)
@@ -51,10 +51,10 @@ async def test_what_waits_is_taken_together_up_to_the_batch_size() -> None:
 
 async def test_a_full_queue_refuses_at_once_and_recovers() -> None:
     search = HeldSearch()
-    batcher = Batcher(search, max_batch=8, max_waiting=2)
+    batcher = Batcher(lambda: search, max_batch=8, max_waiting=2)
     tasks = await submit_behind(batcher, search, job("a"), job("b"))
     with pytest.raises(QueueFullError):
-        await batcher.submit(job("c"))
+        batcher.submit(job("c"))
     search.release.set()
     await asyncio.gather(*tasks)
     assert [hits.rows for hits in await batcher.submit(job("now"))] == [(3,)]
@@ -63,7 +63,7 @@ async def test_a_full_queue_refuses_at_once_and_recovers() -> None:
 
 async def test_a_request_that_fails_does_not_fail_its_neighbours() -> None:
     search = HeldSearch()
-    batcher = Batcher(search, max_batch=8, max_waiting=100)
+    batcher = Batcher(lambda: search, max_batch=8, max_waiting=100)
     tasks = await submit_behind(batcher, search, job("good"), job("bad"))
     search.release.set()
     _, good, bad = await asyncio.gather(*tasks, return_exceptions=True)
@@ -75,11 +75,11 @@ async def test_a_request_that_fails_does_not_fail_its_neighbours() -> None:
 
 async def test_a_caller_that_goes_away_frees_its_slot() -> None:
     search = HeldSearch()
-    batcher = Batcher(search, max_batch=8, max_waiting=1)
+    batcher = Batcher(lambda: search, max_batch=8, max_waiting=1)
     first, gone = await submit_behind(batcher, search, job("gone"))
     gone.cancel()
     await asyncio.gather(gone, return_exceptions=True)
-    stays = asyncio.create_task(batcher.submit(job("stays")))
+    stays = batcher.submit(job("stays"))
     await asyncio.sleep(0)
     search.release.set()
     await asyncio.gather(first, stays)
@@ -89,10 +89,10 @@ async def test_a_caller_that_goes_away_frees_its_slot() -> None:
 
 async def test_closing_finishes_what_waits_and_refuses_what_comes() -> None:
     search = HeldSearch()
-    batcher = Batcher(search, max_batch=1, max_waiting=100)
+    batcher = Batcher(lambda: search, max_batch=1, max_waiting=100)
     tasks = await submit_behind(batcher, search, job("a"), job("b"))
     search.release.set()
     await asyncio.to_thread(batcher.close)
     assert len(await asyncio.gather(*tasks)) == 3
     with pytest.raises(QueueFullError):
-        await batcher.submit(job("late"))
+        batcher.submit(job("late"))

@@ -1,21 +1,31 @@
 import ast
+import hashlib
 import json
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import uvicorn
-from conftest import FACTS, QUESTIONS, ROOT, Reply, Server, get, post, run_module, started_server
+from conftest import (
+    FACTS,
+    QUESTIONS,
+    ROOT,
+    HeldCollection,
+    Reply,
+    Server,
+    get,
+    metrics,
+    post,
+    run_module,
+    served_here,
+    started_server,
+)
 
-from retriever.cache import LRUCache
-from retriever.collection import Collection, Hits, SearchJob, load_collection
+from retriever.cache import ENTRY_BYTES, LRUCache
+from retriever.collection import load_collection
 from retriever.limits import ServerLimits
-from retriever.server import create_app
 
 Retrieve = Callable[..., Reply]
 TITLES = list(FACTS)
@@ -107,7 +117,7 @@ def test_bad_input_gets_a_message_and_the_server_lives_on(
     reply = retrieve(body)
     assert reply.status == status
     assert message in reply.json["detail"]
-    assert get(server.url + "/health")["status"] == "ok"
+    assert get(server.url + "/ready").json["status"] == "ready"
 
 
 def test_an_unknown_corpus_gets_404_and_the_names(retrieve: Retrieve) -> None:
@@ -116,12 +126,16 @@ def test_an_unknown_corpus_gets_404_and_the_names(retrieve: Retrieve) -> None:
     assert reply.json["detail"] == "no corpus 'nowhere'; this server has cities, facts, words"
 
 
-def test_health_states_what_is_served(server: Server) -> None:
-    health = get(server.url + "/health")
-    assert (health["status"], health["default"]) == ("ok", "facts")
-    assert (health["encoder"], health["method"]) == ("minilm", "dense")
-    counts = {name: (corpus["count"], corpus["method"]) for name, corpus in health["corpora"].items()}
+def test_info_states_what_is_served(server: Server, indexes: dict[str, Path]) -> None:
+    info = get(server.url + "/info").json
+    assert info["default"] == "facts"
+    assert info["limits"]["max_queries"] == 600
+    counts = {name: (corpus["count"], corpus["method"]) for name, corpus in info["corpora"].items()}
     assert counts == {"facts": (12, "dense"), "cities": (2, "dense"), "words": (12, "bm25")}
+    facts, words = info["corpora"]["facts"], info["corpora"]["words"]
+    assert (facts["encoder"]["spec"], facts["dimension"], words["encoder"]) == ("minilm", 384, None)
+    stored = hashlib.sha256((indexes["facts"] / "corpus.jsonl").read_bytes()).hexdigest()
+    assert facts["corpus_sha256"] == words["corpus_sha256"] == stored
 
 
 def test_concurrent_requests_get_the_answers_of_sequential_ones(indexes: dict[str, Path]) -> None:
@@ -132,74 +146,48 @@ def test_concurrent_requests_get_the_answers_of_sequential_ones(indexes: dict[st
         for name in indexes
         for question, title in QUESTIONS.items()
     ]
-    with served_here(load_collection(indexes), limits=ServerLimits(cache_size=0)) as url:
+    with served_here(load_collection(indexes), limits=ServerLimits(cache_mb=0)) as url:
 
         def ask(body: tuple[str, object]) -> bytes:
             return post(f"{url}/corpora/{body[0]}/retrieve", body[1]).body
 
         sequential = [ask(body) for body in bodies]
-        before = get(url + "/health")["num_batches"]
+        before = metrics(url)["retriever_batch_queries_count"]
         with ThreadPoolExecutor(16) as pool:
             concurrent = list(pool.map(ask, bodies))
-        health = get(url + "/health")
+        after = metrics(url)
     assert concurrent == sequential
-    assert health["num_batches"] - before < len(bodies)  # requests did share batches
-    assert health["num_requests"] == 2 * len(bodies)
+    assert after["retriever_batch_queries_count"] - before < len(bodies)  # requests did share batches
+    assert after["retriever_batch_queries_sum"] == after["retriever_queries_total"] == 2 * 2 * len(bodies)
 
 
 def test_a_repeated_query_comes_from_the_cache(retrieve: Retrieve, server: Server) -> None:
     body = {"queries": ["a query of this test", "a query of this test"], "topk": 2, "return_scores": True}
     first = retrieve(body)
-    before = get(server.url + "/health")
+    before = metrics(server.url)
     assert retrieve(body).body == first.body
-    after = get(server.url + "/health")
-    assert after["cache"]["num_hits"] == before["cache"]["num_hits"] + 1
-    assert after["num_batches"] == before["num_batches"]
+    after = metrics(server.url)
+    assert after["retriever_cache_hits_total"] == before["retriever_cache_hits_total"] + 1
+    assert after["retriever_batch_queries_count"] == before["retriever_batch_queries_count"]
     retrieve(body | {"topk": 3})
     retrieve(body, "cities")
-    assert get(server.url + "/health")["cache"]["num_misses"] == before["cache"]["num_misses"] + 2
+    assert metrics(server.url)["retriever_cache_misses_total"] == before["retriever_cache_misses_total"] + 2
 
 
-def test_the_cache_forgets_the_least_recently_used() -> None:
-    cache: LRUCache[int] = LRUCache(2)
-    cache.put("a", 1)
-    cache.put("b", 2)
-    cache.get("a")
-    cache.put("c", 3)
-    assert [cache.get(key) for key in "abc"] == [1, None, 3]
+def test_the_cache_forgets_the_least_recently_used_beyond_its_bytes() -> None:
+    cache: LRUCache[int] = LRUCache(2 * (ENTRY_BYTES + 4 + 100))  # two entries of one letter and 100 bytes
+    for value, query in enumerate("ab"):
+        cache.put(("c", query, 1), value, value_bytes=100)
+    cache.get(("c", "a", 1))
+    cache.put(("c", "d", 1), 3, value_bytes=100)
+    assert [cache.get(("c", query, 1)) for query in "abd"] == [0, None, 3]
+    cache.put(("c", "a", 1), 4, value_bytes=100)
+    assert (len(cache), cache.num_bytes) == (2, 2 * (ENTRY_BYTES + 4 + 100))
+    cache.put(("c", "large", 1), 5, value_bytes=10_000)
+    assert len(cache) == 2
     off: LRUCache[int] = LRUCache(0)
-    off.put("a", 1)
+    off.put(("c", "a", 1), 1, value_bytes=0)
     assert len(off) == 0
-
-
-class HeldCollection(Collection):
-    """Real corpora behind a search that waits for `release`."""
-
-    def __init__(self, collection: Collection) -> None:
-        super().__init__(collection.corpora, collection.encoders)
-        self.started, self.release = threading.Event(), threading.Event()
-
-    def search(self, jobs: Sequence[SearchJob]) -> list[list[Hits]]:
-        self.started.set()
-        assert self.release.wait(30)
-        return super().search(jobs)
-
-
-@contextmanager
-def served_here(collection: Collection, *, limits: ServerLimits) -> Iterator[str]:
-    """The real application on a free port, in a thread of this process."""
-    app = create_app(collection, default="words", limits=limits)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def test_past_the_queue_bound_requests_get_503_and_the_server_recovers(indexes: dict[str, Path]) -> None:
@@ -209,7 +197,7 @@ def test_past_the_queue_bound_requests_get_503_and_the_server_recovers(indexes: 
         running = pool.submit(post, url + "/retrieve", {"query": "rings"})
         assert held.started.wait(10)
         waiting = pool.submit(post, url + "/retrieve", {"queries": ["city", "river"]})
-        while get(url + "/health")["num_waiting"] < 2:
+        while metrics(url)["retriever_waiting_queries"] < 2:
             time.sleep(0.01)
         refused = post(url + "/retrieve", {"query": "coffee"})
         held.release.set()
@@ -217,12 +205,12 @@ def test_past_the_queue_bound_requests_get_503_and_the_server_recovers(indexes: 
         assert refused.json == {"detail": "2 queries wait; try again in 7 s"}
         assert [len(running.result().json["result"]), len(waiting.result().json["result"])] == [1, 2]
         assert post(url + "/retrieve", {"query": "coffee"}).status == 200
-        assert get(url + "/health")["num_refused"] == 1
+        assert metrics(url)['retriever_requests_total{corpus="words",status="503"}'] == 1
 
 
 def test_sigterm_ends_a_server_cleanly_and_a_taken_port_is_named(indexes: dict[str, Path], tmp_path: Path) -> None:
     with started_server(tmp_path / "port", f"--index={indexes['words']}") as server:
-        assert get(server.url + "/health")["default"] == "words"  # a bare folder is named after itself
+        assert get(server.url + "/info").json["default"] == "words"  # a bare folder is named after itself
         port = server.url.rsplit(":", 1)[1]
         second = run_module("serve", "--index", str(indexes["words"]), "--port", port)
         assert second.returncode == 1
