@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _quickstart(overrides: Sequence[str]) -> None:
-    from dgpo.quickstart import StageFailedError, quickstart
+    from dgpo.pipeline.processes import StageFailedError
+    from dgpo.quickstart import quickstart
 
     try:
         quickstart(overrides)
@@ -99,6 +100,16 @@ def _report(overrides: Sequence[str]) -> None:
         raise CommandFailedError(str(error)) from error
 
 
+def _reproduce(overrides: Sequence[str]) -> None:
+    from dgpo.pipeline.processes import StageFailedError
+    from dgpo.pipeline.reproduce import reproduce
+
+    try:
+        reproduce(overrides)
+    except StageFailedError as error:
+        raise CommandFailedError(str(error)) from error
+
+
 def _play(stage: Callable[[Config], object], config: Config) -> None:
     """A stage that plays episodes: an outage of the retriever is for its user to mend."""
     from dgpo.engines.episode_runner import ResumeMismatchError, SearchOutageError
@@ -117,6 +128,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "distill": (_distill, "phase 1b: the student learns the kept episodes (cold start)"),
     "train": (_train, "phase 2: PPO with the teacher on failed episodes (DGPO), and its baselines"),
     "test": (_test, "greedy episodes of checkpoints on test sets: EM, F1, searches, hits, with intervals"),
+    "reproduce": (
+        _reproduce,
+        "a table of the paper (table=main|ablation|pairs): plans, runs what is missing",
+    ),
     "report": (_report, "report.html from what is in run_dir"),
 }
 

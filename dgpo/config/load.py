@@ -59,6 +59,12 @@ def group_choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml")) if group in GROUPS else []
 
 
+def chosen(group: str, overrides: Sequence[str]) -> str | None:
+    """The choice that the overrides make for a group; None where they leave it to `configs/config.yaml`."""
+    choices = [override.partition("=")[2] for override in overrides if override.startswith(f"{group}=")]
+    return choices[-1] if choices else None
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, as written into every run folder."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -105,20 +105,50 @@ class CollectConfig:
 
 
 @dataclass
+class TaidConfig:
+    """TAID's target: the teacher's share of its logits rises from `t_start` to `t_end` (paper's values)."""
+
+    t_start: float = 0.4
+    t_end: float = 1.0
+    alpha: float = 5e-4  # size of the adaptive increments
+    momentum: float = 0.99  # of the loss's relative change
+
+
+@dataclass
+class StudentEpisodesConfig:
+    """DistiLLM's use of student-generated episodes (dgpo/coldstart/replay.py; defaults of the authors' release)."""
+
+    initial_threshold: float = 0.0  # share of steps that train on the student's own episodes
+    increment: float = 0.1  # of the threshold, whenever the held-out loss rises
+    min_rise: float = 0.1  # nats; a smaller rise does not count
+    buffer_size: int = 1000  # episodes kept for training more than once
+    temperature: float = 1.0
+
+
+@dataclass
 class DistillConfig:
     """Phase 1b: the student learns the teacher's correct episodes (paper: 5 epochs, batch 64, lr 1e-4, r = 1)."""
 
     init: str | None = None  # what the student starts from; None: what `stages` says, else student.path
     episodes: str | None = None  # folder of a finished collection; None: the run's own
-    loss: str = "kd"  # kd | seqkd
-    kl_ratio: float = 1.0  # r in L = (1 - r) CE + r KL(teacher || student)
+    # kd | seqkd | distillm | taid | forward_kl | reverse_kl | jsd | skew_kl | skew_reverse_kl
+    loss: str = "kd"
+    kl_ratio: float = 1.0  # r in L = (1 - r) CE + r D(teacher, student)
+    skew: float = 0.1  # lambda of the skew KLs and of distillm
+    jsd_beta: float = 0.5  # the teacher's share in jsd
+    taid: TaidConfig = field(default_factory=TaidConfig)
+    student_episodes: StudentEpisodesConfig = field(default_factory=StudentEpisodesConfig)  # of loss=distillm
     epochs: int = 5
-    max_steps: int | None = None
-    batch_size: int = 64
-    micro_batch_size: int | None = None  # None: the whole batch at once
+    max_steps: int | None = None  # instead of epochs
+    batch_size: int = 64  # episodes per step, over all GPUs
+    micro_batch_size: int | None = None  # episodes per GPU and forward; None: hardware.micro_batch_size
     learning_rate: float = 1e-4
     warmup_ratio: float = 0.1
-    chunk_tokens: int = 1024  # tokens whose full-vocabulary logits exist at once
+    chunk_tokens: int = 128  # policy tokens whose full-vocabulary logits exist at once
+    sharding: str = "none"  # of the student over the GPUs: none (DDP) | full (FSDP2)
+    held_out_share: float = 0.02  # of the questions, on which the loss is watched
+    evaluate_every: int | None = None  # steps between held-out losses, each with a checkpoint; None: an epoch
+    patience: int | None = 3  # evaluations without a better held-out loss that end the training; None: never
 
 
 @dataclass
@@ -207,6 +237,7 @@ class Config:
     # What the experiment consists of, in order. A stage whose `init` is not set starts from what the stage before it
     # wrote in this run_dir.
     stages: list[str] = field(default_factory=lambda: ["collect", "distill", "train"])
+    table: str = "main"  # of `reproduce`: main | ablation | pairs
     seed: int = 1
     resume: bool = False
     dry_run: bool = False

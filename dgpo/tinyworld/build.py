@@ -1,4 +1,4 @@
-"""Write a tiny world to a folder: corpora, question files, tokenizer and the untrained student.
+"""Write a tiny world to a folder: corpora, question files, tokenizer and the untrained models.
 
 corpora/{world}.jsonl   one corpus per permuted world, and `real`
 data/collect.parquet    questions for the teacher's episodes      (permuted worlds)
@@ -6,7 +6,7 @@ data/train.parquet      questions for RL                          (permuted worl
 data/validation.parquet questions for choosing settings           (real world)
 data/test.parquet       questions for the final table             (real world, no text shared with validation)
 data/test_paraphrases.parquet  the same kind of questions in wordings that no training question uses
-tokenizer/, models/student_untrained/
+tokenizer/, models/student_untrained/, models/teacher_untrained/
 world.json              the settings, for the stages that follow
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from dgpo.artifacts import atomic_write_text, write_manifest
 from dgpo.data.rows import write_rows
 from dgpo.protocol import build_messages, normalize_question
-from dgpo.tinyworld.models import STUDENT_SIZE, make_model, save_model
+from dgpo.tinyworld.models import STUDENT_SIZE, TEACHER_SIZE, make_model, save_model
 from dgpo.tinyworld.oracle import template_texts
 from dgpo.tinyworld.tokenizer import build_tokenizer
 from dgpo.tinyworld.world import (
@@ -81,9 +81,10 @@ def build_world(out: Path, settings: WorldSettings) -> dict[str, int]:
     tokenizer = build_tokenizer(world_names(world), template_texts())
     tokenizer.save_pretrained(out / "tokenizer")
     counts["vocabulary"] = len(tokenizer)
-    student = make_model(STUDENT_SIZE, tokenizer, seed=settings.seed)
-    save_model(student, tokenizer, out / "models" / "student_untrained")
-    counts["student_parameters"] = student.num_parameters()
+    for role, size in (("student", STUDENT_SIZE), ("teacher", TEACHER_SIZE)):
+        model = make_model(size, tokenizer, seed=settings.seed)
+        save_model(model, tokenizer, out / "models" / f"{role}_untrained")
+        counts[f"{role}_parameters"] = model.num_parameters()
     atomic_write_text(out / "world.json", json.dumps(asdict(settings), indent=1) + "\n")
     write_manifest(out, stage="world", inputs={}, config=asdict(settings), counts=counts, seed=settings.seed)
     return counts

@@ -1,0 +1,148 @@
+"""Stages as child processes: a log file each, progress on the console, wall times and peak memory kept."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+SERVER_START_TIMEOUT_S = 120.0
+MEMORY_SAMPLE_S = 2.0
+LOG_TAIL_LINES = 25
+
+
+class StageFailedError(RuntimeError):
+    """A stage ended with an error; the message holds the end of its log."""
+
+
+class Stages:
+    """Runs stages as child processes: a log file each, progress on the console, wall times kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.wall_s: dict[str, float] = {}
+        self.logs = folder / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+
+    def run(self, **commands: Sequence[str]) -> None:
+        """Runs the named commands side by side and waits for all of them.
+
+        Raises:
+            StageFailedError: one failed; the others are stopped.
+        """
+        started = time.perf_counter()
+        children = {name: self.start(name, command) for name, command in commands.items()}
+        print(f"[{_clock()}] {' + '.join(commands)} ...", flush=True)
+        pending = dict(children)
+        try:
+            while pending:
+                for name, child in list(pending.items()):
+                    if child.poll() is None:
+                        continue
+                    del pending[name]
+                    self.wall_s[name] = round(time.perf_counter() - started, 1)
+                    if child.returncode != 0:
+                        raise StageFailedError(self.failure(name, child.returncode))
+                    print(f"[{_clock()}] {name} done in {self.wall_s[name]:.0f} s", flush=True)
+                time.sleep(0.1)
+        finally:
+            for child in pending.values():
+                stop(child)
+
+    def start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Starts a command in a process group of its own, its output appended to `logs/<name>.log`."""
+        with self._log(name).open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def _log(self, name: str) -> Path:
+        return self.logs / f"{name.replace('/', '-')}.log"
+
+    def failure(self, name: str, code: int) -> str:
+        """What a failed stage's user needs to see: its exit code and the end of its log."""
+        path = self._log(name)
+        tail = "\n".join(path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+        return f"stage {name} ended with exit code {code}; the end of {path}:\n{tail}"
+
+
+def python_module(module: str) -> list[str]:
+    """The command that runs a module with this interpreter."""
+    return [sys.executable, "-m", module]
+
+
+@contextlib.contextmanager
+def retrieval_server(stages: Stages, indexes: Path, *, default: str) -> Iterator[str]:
+    """Serves every index below `indexes` on a free port of the loopback address while the context lasts."""
+    port_file = indexes / "port"
+    command = [*python_module("retriever.serve"), "--port", "0", "--port-file", str(port_file), "--default", default]
+    for path in sorted(indexes.iterdir()):
+        if path.is_dir():
+            command += ["--index", f"{path.name}={path}"]
+    started = time.perf_counter()
+    child = stages.start("retriever", command)
+    try:
+        while not port_file.exists():
+            if child.poll() is not None or time.perf_counter() - started > SERVER_START_TIMEOUT_S:
+                raise StageFailedError(stages.failure("retriever", child.poll() or -1))
+            time.sleep(0.1)
+        stages.wall_s["retriever"] = round(time.perf_counter() - started, 1)
+        yield f"http://127.0.0.1:{port_file.read_text().strip()}"
+    finally:
+        stop(child)
+
+
+def stop(child: subprocess.Popen[bytes]) -> None:
+    """Ends a child and everything in its process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, 15)
+    try:
+        child.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, 9)
+        child.wait()
+
+
+class PeakMemory:
+    """Samples the proportional memory (PSS) of this process and all its descendants; keeps the peak."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        import psutil
+
+        root = psutil.Process()
+        while not self._stop.wait(MEMORY_SAMPLE_S):
+            processes = [root, *root.children(recursive=True)]
+            self.peak_bytes = max(self.peak_bytes, sum(_pss_bytes(process.pid) for process in processes))
+
+
+def _pss_bytes(pid: int) -> int:
+    """Proportional set size: shared pages are split among their users, so that a sum over processes is honest."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        return 0  # the process ended meanwhile
+    return 0
+
+
+def _clock() -> str:
+    return datetime.now().strftime("%H:%M:%S")

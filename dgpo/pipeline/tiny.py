@@ -1,0 +1,54 @@
+"""The tiny world on disk: built where it is missing, and where its stages find their inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from dgpo.artifacts import MANIFEST
+from dgpo.pipeline.processes import Stages, python_module, retrieval_server
+
+OVERRIDES = ("world=tiny", "hardware=cpu")
+
+
+def build_missing(stages: Stages, folder: Path, *, seed: int) -> None:
+    """World, then indexes and teacher side by side, below `folder`; what is there and complete is kept."""
+    world, indexes = folder / "world", folder / "indexes"
+    teacher = world / "models" / "teacher"
+    step = [*python_module("dgpo.tinyworld")]
+    where = ["--out", str(world), "--seed", str(seed)]
+    if not (world / MANIFEST).exists():
+        stages.run(world=[*step, "build", *where])
+    commands = {}
+    if not indexes.is_dir():
+        commands["index"] = [
+            *python_module("retriever.build"),
+            "--corpus",
+            str(world / "corpora"),
+            "--out",
+            str(indexes),
+        ]
+    if not (teacher / MANIFEST).exists():
+        commands["teacher"] = [*step, "teacher", *where]
+    if commands:
+        stages.run(**commands)
+
+
+@contextlib.contextmanager
+def served(stages: Stages, folder: Path) -> Iterator[list[str]]:
+    """Serves the world's corpora while the context lasts; yields the overrides that every stage needs."""
+    world = folder / "world"
+    data, models = world / "data", world / "models"
+    with retrieval_server(stages, folder / "indexes", default="real") as url:
+        yield [
+            *OVERRIDES,
+            f"student.path={models / 'student_untrained'}",
+            f"teacher.path={models / 'teacher'}",
+            f"teacher.init={models / 'teacher_untrained'}",
+            f"data.collect_file={data / 'collect.parquet'}",
+            f"data.train_file={data / 'train.parquet'}",
+            f"data.validation_file={data / 'validation.parquet'}",
+            f"data.test_files.real={data / 'test.parquet'}",
+            f"retriever.url={url}",
+        ]
