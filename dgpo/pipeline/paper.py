@@ -13,6 +13,7 @@ ROWS = {
     "ablation": ("dgpo", "no_cold_start", "uniform_kl", "no_teacher", "inverted", "dgpo_grpo", "kd_gkd"),
     "pairs": ("untrained", "teacher", "ppo", "kd", "dgpo"),
 }  # fmt: skip
+TEACHERLESS = ("untrained", "ppo")  # rows that are the same whoever teaches
 TABLES = tuple(ROWS)
 MAIN_PAIR = "qwen3b_05b"
 LABELS = {

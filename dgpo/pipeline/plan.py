@@ -10,7 +10,7 @@ from dgpo.artifacts import MANIFEST
 from dgpo.config.load import load_config
 from dgpo.config.schema import Config
 from dgpo.config.stages import stage_model
-from dgpo.pipeline.paper import ROWS
+from dgpo.pipeline.paper import ROWS, TEACHERLESS
 
 # The folder that shows a stage to be complete, below its run folder.
 RESULTS = {"collect": "collect", "distill": "distill", "train": "train/model", "test": "test"}
@@ -20,7 +20,7 @@ RESULTS = {"collect": "collect", "distill": "distill", "train": "train/model", "
 class PlannedStage:
     """One command `python -m dgpo <stage> <overrides>`."""
 
-    name: str  # unique in a plan, also of its log: "dgpo/train"
+    name: str  # unique in a plan, also of its log: "qwen3b_05b/dgpo/train"
     stage: str
     run_dir: Path
     overrides: tuple[str, ...]
@@ -54,7 +54,7 @@ class Plan:
             self.stages.append(stage)
 
 
-def plan_table(table: str, folder: Path, inputs: Sequence[str], overrides: Sequence[str]) -> Plan:
+def plan_table(table: str, folder: Path, shared: Path, inputs: Sequence[str], overrides: Sequence[str]) -> Plan:
     """The stages behind the rows of a table, for one pair.
 
     The teacher's episodes are collected once, and a cold start is shared by all rows that begin with the same loss.
@@ -62,6 +62,7 @@ def plan_table(table: str, folder: Path, inputs: Sequence[str], overrides: Seque
     Args:
         table: a key of `ROWS`.
         folder: one run folder for each row is made below it.
+        shared: instead of `folder`, for the rows that no teacher takes part in: pairs with one student share them.
         inputs: overrides that every stage gets (models, data, retriever).
         overrides: the user's, laid over everything.
     """
@@ -69,12 +70,14 @@ def plan_table(table: str, folder: Path, inputs: Sequence[str], overrides: Seque
 
     def stage(row: str, name: str, *more: str, experiment: str | None = None) -> PlannedStage:
         own = [f"experiment={experiment}"] if experiment else []
-        everything = (*own, *inputs, *more, *overrides, f"run_dir={folder / row}")
-        return PlannedStage(f"{row}/{name}", name, folder / row, everything)
+        run_dir = (shared if row in TEACHERLESS else folder) / row
+        everything = (*own, *inputs, *more, *overrides, f"run_dir={run_dir}")
+        return PlannedStage(f"{run_dir.parent.name}/{row}/{name}", name, run_dir, everything)
 
     def test(row: str, checkpoint: str | Path) -> None:
-        plan.add(stage(row, "test", f"test.models.{row}={checkpoint}"))
-        plan.results[row] = folder / row
+        planned = stage(row, "test", f"test.models.{row}={checkpoint}")
+        plan.add(planned)
+        plan.results[row] = planned.run_dir
 
     config = load_config([*inputs, *overrides])
     teacher = _plan_teacher(plan, config, inputs, overrides)
@@ -95,7 +98,7 @@ def plan_table(table: str, folder: Path, inputs: Sequence[str], overrides: Seque
                 init = [f"train.init={folder / cold_start / 'distill' / 'model'}"]
                 continue
             plan.add(stage(row, name, *(episodes if name == "distill" else init), experiment=row))
-        settings.run_dir = str(folder / row)
+        settings.run_dir = str((shared if row in TEACHERLESS else folder) / row)
         test(row, stage_model(settings, settings.stages[-1]))
     return plan
 

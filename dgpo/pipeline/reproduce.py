@@ -46,21 +46,27 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
     if config.dry_run:
         for pair in pairs:
             inputs = ["student.path=student", "teacher.path=teacher"] if pair == "tiny" else [f"pair={pair}"]
-            _print_plan(pair, plan_table(config.table, folder / pair, inputs, own))
+            _print_plan(pair, _plan(pair, folder, config, inputs, own))
         return None
     _check_settings(folder, own)
     stages = Stages(folder)
     plans: dict[str, Plan] = {}
     for pair in pairs:
         with _inputs(pair, stages, folder, config) as inputs:
-            plan = plans[pair] = plan_table(config.table, folder / pair, inputs, own)
+            plan = plans[pair] = _plan(pair, folder, config, inputs, own)
             _print_plan(pair, plan)
             for stage in plan.stages:
                 if not stage.is_done:
                     resume = ["resume=true"] if stage.has_begun else []
                     command = [*python_module("dgpo"), stage.stage, *stage.overrides, *resume]
-                    stages.run(**{f"{pair}/{stage.name}": command})
+                    stages.run(**{stage.name: command})
     return _write_table(folder, config.table, plans)
+
+
+def _plan(pair: str, folder: Path, config: Config, inputs: Sequence[str], own: Sequence[str]) -> Plan:
+    student = load_config([*inputs, *own]).student.path or ""
+    shared = folder / (pair if pair == "tiny" else Path(student).name)
+    return plan_table(config.table, folder / pair, shared, inputs, own)
 
 
 def _pairs(config: Config, overrides: Sequence[str]) -> list[str]:
