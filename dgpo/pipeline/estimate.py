@@ -1,9 +1,9 @@
 """How many H200 hours a stage takes: arithmetic from the paper's own figure and from counted operations.
 
 For planning only. RL is scaled from the paper's "about one day on 8 H200s" for 1000 steps of 512 episodes with a 0.5B
-student, of which scoring by the teacher took 9.5%; by parameters for a larger student, an upper bound, because much of a
-small model's step is waiting. The other stages count operations: two per parameter and token forward, six forward and
-backward.
+student, of which scoring by the teacher took 9.5%; by parameters for a larger student, which is an upper bound, because
+much of a small model's step is waiting. The other stages count operations: two per parameter and token forward, six
+forward and backward.
 """
 
 from __future__ import annotations
