@@ -1,4 +1,4 @@
-"""Asynchronous client of the retrieval server: one connection pool, timeouts, jittered retries."""
+"""Asynchronous client of one or more retrieval servers: balancing, failover, timeouts, jittered retries."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import asyncio
 import http.client
 import json
 import random
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -15,6 +18,8 @@ import aiohttp
 
 MAX_BACKOFF_S = 10.0
 MAX_RETRY_AFTER_S = 30.0  # a server that asks for more is treated as asking for this much
+CONNECT_TIMEOUT_S = 5.0
+FIRST_LEFT_OUT_S, MAX_LEFT_OUT_S = 1.0, 30.0  # of a server that failed; doubles with every failure in a row
 
 
 class SearchFailedError(RuntimeError):
@@ -29,30 +34,66 @@ class RetrieverUnavailableError(RuntimeError):
     """No healthy retrieval server at the URL."""
 
 
+@dataclass(eq=False)
+class _Replica:
+    """One server: what is in flight to it, and until when it is left out after a fault."""
+
+    url: str
+    in_flight: int = 0
+    num_faults: int = 0  # in a row
+    out_until: float = 0.0  # on the loop's clock
+
+    def usable(self, now: float) -> bool:
+        """Not left out; one that comes back is first tried with a single search."""
+        return self.out_until <= now and (self.num_faults == 0 or self.in_flight == 0)
+
+    def leave_out(self, now: float, seconds: float | None) -> None:
+        """For `seconds`, else for longer with each fault in a row; faults of what was in flight together are one."""
+        if seconds is not None:
+            self.out_until = max(self.out_until, now + seconds)
+        elif self.out_until <= now:
+            self.out_until = now + min(FIRST_LEFT_OUT_S * 2**self.num_faults, MAX_LEFT_OUT_S)
+            self.num_faults += 1
+
+
 class SearchClient:
     """A search function over HTTP. Use as `async with SearchClient(...) as client`, in one event loop.
 
+    Searches go to the server with the fewest in flight. One that fails is left out for a while, and its searches are
+    tried at once elsewhere; when it answers again it takes its share.
+
     Args:
-        url: of the server; `/retrieve`, or `/corpora/{corpus}/retrieve` for a named corpus, is appended.
+        url: of the server, or of several that serve the same, separated by commas; `/retrieve`, or
+            `/corpora/{corpus}/retrieve` for a named corpus, is appended.
         timeout_s: of one attempt, from the moment it is sent: waiting for a free slot does not count.
-        max_retries: further attempts after the first.
-        max_concurrency: requests in flight.
+        max_retries: further attempts after the first, over all servers.
+        max_concurrency: requests in flight, over all servers.
         backoff_s: the first wait between attempts; it doubles, and is shortened at random so that clients spread out.
+        token: sent as `Authorization: Bearer`.
 
     Attributes:
         num_retries, num_failed: attempts beyond the first, and searches given up, since the client was made.
     """
 
     def __init__(
-        self, url: str, *, timeout_s: float, max_retries: int, max_concurrency: int, backoff_s: float = 0.2
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        max_retries: int,
+        max_concurrency: int,
+        backoff_s: float = 0.2,
+        token: str | None = None,
     ) -> None:
-        self.url = url.rstrip("/")
-        self.timeout = aiohttp.ClientTimeout(total=timeout_s)
+        # A host that is gone takes no part of the time that a search may take.
+        self.timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, CONNECT_TIMEOUT_S))
         self.max_retries = max_retries
         self.max_concurrency = max_concurrency
         self.backoff_s = backoff_s
         self.num_retries = 0
         self.num_failed = 0
+        self._replicas = [_Replica(one) for one in split_urls(url)]
+        self._headers = _authorization(token)
         # Not the connector's own limit: its queue would count towards the timeout of every request that waits in it.
         self._slots = asyncio.Semaphore(max_concurrency)
         self._session: aiohttp.ClientSession | None = None
@@ -72,60 +113,140 @@ class SearchClient:
     async def search(self, query: str, *, topk: int, corpus: str | None) -> list[dict[str, Any]]:
         """The `topk` best documents `{"id", "contents"}`, best first.
 
-        Connection errors, timeouts, HTTP 429 and 5xx are tried again; a `Retry-After` in seconds is honoured.
+        Connection errors, timeouts, HTTP 429 and 5xx are tried again, on another server if there is one; a
+        `Retry-After` in seconds is honoured.
 
         Raises:
             SearchFailedError: no answer after `max_retries` retries.
             SearchRefusedError: another status, or an answer in another format. Not retried.
         """
-        url = f"{self.url}/corpora/{quote(corpus, safe='')}/retrieve" if corpus else f"{self.url}/retrieve"
+        path = f"corpora/{quote(corpus, safe='')}/retrieve" if corpus else "retrieve"
         body = {"queries": [query], "topk": topk, "return_scores": True}
+        clock = asyncio.get_running_loop().time
         attempt = 0
         while True:
-            retry_after_s = 0.0
-            try:
-                status, headers, text = await self._post(url, body)
-            except (TimeoutError, aiohttp.ClientError) as error:
-                reason = f"{type(error).__name__} {error}".strip()
-            else:
-                if status == 200:
-                    return _documents(text, url)
-                reason = f"HTTP {status} {text[:200]}".strip()
-                if status != 429 and status < 500:
-                    raise SearchRefusedError(
-                        f"{url} refuses the search ({reason}): check retriever.url, the corpus and the server's limits"
-                    )
-                retry_after_s = _retry_after_s(headers.get("Retry-After"))
+            async with self._slots:
+                replica = self._choose(clock())
+                url = f"{replica.url}/{path}"
+                retry_after_s: float | None = None
+                try:
+                    status, headers, text = await self._post(replica, url, body)
+                except (TimeoutError, aiohttp.ClientError) as error:
+                    reason = f"{type(error).__name__} {error}".strip()
+                else:
+                    if status == 200:
+                        replica.num_faults, replica.out_until = 0, 0.0
+                        return _documents(text, url)
+                    reason = f"HTTP {status} {text[:200]}".strip()
+                    if status != 429 and status < 500:
+                        raise SearchRefusedError(
+                            f"{url} refuses the search ({reason}): check retriever.url, the corpus, and the server's "
+                            "limits and token"
+                        )
+                    retry_after_s = _retry_after_s(headers.get("Retry-After"))
+                replica.leave_out(clock(), retry_after_s)
             if attempt == self.max_retries:
                 self.num_failed += 1
                 raise SearchFailedError(f"search at {url} failed after {attempt + 1} attempts, the last with {reason}")
             self.num_retries += 1
-            backoff_s = min(self.backoff_s * 2**attempt, MAX_BACKOFF_S)
-            await asyncio.sleep(max(retry_after_s, random.uniform(0.5, 1.0) * backoff_s))
+            if not any(other.usable(clock()) for other in self._replicas if other is not replica):
+                backoff_s = min(self.backoff_s * 2**attempt, MAX_BACKOFF_S)
+                await asyncio.sleep(max(retry_after_s or 0.0, random.uniform(0.5, 1.0) * backoff_s))
             attempt += 1
 
-    async def _post(self, url: str, body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], str]:
+    def _choose(self, now: float) -> _Replica:
+        """The server with the fewest requests in flight; of those left out, the one that comes back first."""
+        usable = [replica for replica in self._replicas if replica.usable(now)]
+        if not usable:
+            return min(self._replicas, key=lambda replica: replica.out_until)
+        fewest = min(replica.in_flight for replica in usable)
+        return random.choice([replica for replica in usable if replica.in_flight == fewest])
+
+    async def _post(self, replica: _Replica, url: str, body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], str]:
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=self.max_concurrency)
-            self._session = aiohttp.ClientSession(timeout=self.timeout, connector=connector)
-        async with self._slots, self._session.post(url, json=body) as response:
-            return response.status, response.headers, await response.text(errors="replace")
+            self._session = aiohttp.ClientSession(timeout=self.timeout, connector=connector, headers=self._headers)
+        replica.in_flight += 1
+        try:
+            async with self._session.post(url, json=body) as response:
+                return response.status, response.headers, await response.text(errors="replace")
+        finally:
+            replica.in_flight -= 1
 
 
-def check_health(url: str, timeout_s: float = 5.0) -> dict[str, Any]:
-    """What `{url}/health` says. Synchronous: for checks at start-up.
+def split_urls(url: str) -> list[str]:
+    """The servers of `retriever.url`; raises `ValueError` when it names none."""
+    urls = [one.strip().rstrip("/") for one in url.split(",") if one.strip()]
+    if not urls:
+        raise ValueError(f"retriever.url is {url!r}; expected http://host:port, or several separated by commas")
+    return urls
+
+
+def read_token(path: str | None) -> str | None:
+    """The token in a file (`retriever.token_file`), or None; raises `ValueError` for a file without one."""
+    if path is None:
+        return None
+    try:
+        token = Path(path).read_text().strip()
+    except OSError as error:
+        raise ValueError(f"retriever.token_file={path} cannot be read: {error.strerror}") from None
+    if not token:
+        raise ValueError(f"retriever.token_file={path} is empty; expected the token of the retrieval server")
+    return token
+
+
+def check_health(url: str, timeout_s: float = 5.0, *, token: str | None = None) -> dict[str, Any]:
+    """Checks every server of `url` and returns what they serve. Synchronous: for checks at start-up.
+
+    Returns:
+        the corpora that every server has, under `corpora`; without that key where a server of the same protocol
+        answers `/health` but does not tell.
 
     Raises:
-        RetrieverUnavailableError: nothing healthy answers there; names the command that starts a server.
+        RetrieverUnavailableError: a server does not answer or is not ready; names the way out.
     """
+    served = [_check_one(one, timeout_s, token) for one in split_urls(url)]
+    told = [info["corpora"] for info in served if "corpora" in info]
+    if len(told) < len(served):
+        return {}
+    return {"corpora": {name: corpus for name, corpus in told[0].items() if all(name in other for other in told)}}
+
+
+def _check_one(url: str, timeout_s: float, token: str | None) -> dict[str, Any]:
+    """What one server says of itself: the content of `/info`, or nothing where it has none."""
+    status, health = _get(url, "health", timeout_s, token)
+    if status != 200:
+        raise RetrieverUnavailableError(f"{url} answers /health with HTTP {status}: check retriever.url")
+    status, ready = _get(url, "ready", timeout_s, token)
+    if status == 503:
+        raise RetrieverUnavailableError(f"{url} is not ready ({ready.get('detail')}): wait until {url}/ready says so")
+    status, info = _get(url, "info", timeout_s, token)
+    if status == 401:
+        raise RetrieverUnavailableError(f"{url} wants its token: set retriever.token_file to a file that holds it")
+    return info if status == 200 else health
+
+
+def _get(url: str, path: str, timeout_s: float, token: str | None) -> tuple[int, dict[str, Any]]:
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout_s) as response:
-            return json.loads(response.read())
+        request = urllib.request.Request(f"{url}/{path}", headers=_authorization(token))
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            status, text = response.status, response.read()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read()
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise RetrieverUnavailableError(
             f"no retrieval server answers at {url} ({error}): start one with `python -m retriever.serve`, or set "
             "retriever.url"
         ) from error
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    return status, content if isinstance(content, dict) else {}
+
+
+def _authorization(token: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _documents(text: str, url: str) -> list[dict[str, Any]]:
@@ -144,8 +265,9 @@ def _documents(text: str, url: str) -> list[dict[str, Any]]:
     return documents
 
 
-def _retry_after_s(header: str | None) -> float:
+def _retry_after_s(header: str | None) -> float | None:
+    """Seconds, bounded; None for no header or an HTTP date: then our own back-off decides."""
     try:
-        return min(max(float(header or 0.0), 0.0), MAX_RETRY_AFTER_S)
+        return None if header is None else min(max(float(header), 0.0), MAX_RETRY_AFTER_S)
     except ValueError:
-        return 0.0  # an HTTP date: our own back-off decides
+        return None

@@ -1,7 +1,7 @@
 import asyncio
 import socket
 import time
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 from aiohttp import web
@@ -13,8 +13,11 @@ from dgpo.search import (
     SearchClient,
     SearchFailedError,
     SearchRefusedError,
+    _Replica,
     _retry_after_s,
     check_health,
+    read_token,
+    split_urls,
 )
 
 DOCUMENT = {"id": "0", "contents": '"Lyon"\nLyon is a city in France.'}
@@ -26,12 +29,13 @@ class Server:
 
     def __init__(self, *replies):
         self.replies = list(replies)
-        self.requests, self.times, self.peers = [], [], set()
+        self.requests, self.times, self.tokens, self.peers = [], [], [], set()
         self.in_flight = self.most_in_flight = 0
 
     async def handle(self, request):
         self.requests.append((request.path, await request.json()))
         self.times.append(time.monotonic())
+        self.tokens.append(request.headers.get("Authorization"))
         self.peers.add(request.transport.get_extra_info("peername"))
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -119,7 +123,7 @@ async def test_retry_after_is_honoured(status):
 
 @pytest.mark.parametrize(
     ("header", "expected"),
-    [(None, 0), ("2", 2), ("-1", 0), ("86400", MAX_RETRY_AFTER_S), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)],
+    [(None, None), ("2", 2), ("-1", 0), ("86400", MAX_RETRY_AFTER_S), ("Wed, 21 Oct 2015 07:28:00 GMT", None)],
 )
 def test_retry_after_is_bounded(header, expected):
     assert _retry_after_s(header) == expected
@@ -186,16 +190,150 @@ async def test_a_closed_client_can_search_again():
         assert await client.search("lyon", topk=1, corpus=None) == [DOCUMENT]
 
 
-async def answer_health(_request):
-    return web.json_response({"status": "ok"})
+@asynccontextmanager
+async def replicas(*reply_lists, **options):
+    """Several servers with their replies in turn, and one client of all of them."""
+    servers = [Server(*replies) for replies in reply_lists]
+    defaults = {"timeout_s": 5.0, "max_retries": 2, "max_concurrency": 8, "backoff_s": 0.01}
+    async with AsyncExitStack() as stack:
+        urls = []
+        for server in servers:
+            app = web.Application()
+            app.router.add_post("/{tail:.*}", server.handle)
+            urls.append(str((await stack.enter_async_context(TestServer(app))).make_url("/")))
+        client = await stack.enter_async_context(SearchClient(", ".join(urls), **(defaults | options)))
+        yield [*servers, client]
 
 
-async def test_health_is_read():
+async def test_searches_go_to_the_server_with_the_fewest_in_flight():
+    async with replicas([answer_slowly] * 8, [answer_slowly] * 8) as (left, right, client):
+        await asyncio.gather(*(client.search("lyon", topk=1, corpus=None) for _ in range(8)))
+        assert (left.most_in_flight, right.most_in_flight) == (4, 4)
+
+
+@pytest.mark.parametrize("fault", [web.Response(status=500), drop_connection])
+async def test_a_search_that_fails_is_tried_elsewhere_and_the_faulty_server_left_out(fault):
+    async with replicas([fault], [], backoff_s=60.0) as (faulty, _, client):
+        while not faulty.requests:  # chosen at random while both are idle
+            assert await client.search("lyon", topk=1, corpus=None) == [DOCUMENT]
+        for _ in range(10):
+            assert await client.search("lyon", topk=1, corpus=None) == [DOCUMENT]
+        assert len(faulty.requests) == 1
+        assert client.num_retries == 1
+
+
+async def test_a_server_that_was_left_out_comes_back(monkeypatch):
+    monkeypatch.setattr("dgpo.search.FIRST_LEFT_OUT_S", 0.05)
+    async with replicas([drop_connection], [drop_connection]) as (left, right, client):
+        for _ in range(10):
+            await client.search("lyon", topk=1, corpus=None)
+        await asyncio.sleep(0.1)
+        before = len(left.requests), len(right.requests)
+        for _ in range(40):
+            await client.search("lyon", topk=1, corpus=None)
+        assert len(left.requests) > before[0]
+        assert len(right.requests) > before[1]
+
+
+async def test_an_overloaded_server_is_left_out_for_as_long_as_it_asks():
+    busy = web.Response(status=503, headers={"Retry-After": "30"})
+    async with replicas([busy], []) as (left, _, client):
+        while not left.requests:
+            await client.search("lyon", topk=1, corpus=None)
+        started = time.monotonic()
+        for _ in range(10):
+            await client.search("lyon", topk=1, corpus=None)
+        assert len(left.requests) == 1
+        assert time.monotonic() - started < 5
+
+
+def test_faults_of_searches_in_flight_together_count_once():
+    replica = _Replica("http://a")
+    for _ in range(20):
+        replica.leave_out(100.0, None)
+    assert (replica.num_faults, replica.out_until) == (1, 101.0)
+    replica.leave_out(101.0, None)
+    assert replica.out_until == 103.0  # the next fault after it came back: twice as long
+    assert not replica.usable(102.9)
+    assert replica.usable(103.0)
+    replica.in_flight = 1
+    assert not replica.usable(103.0)  # one search tries it, the others wait for the outcome
+
+
+async def test_the_token_is_sent():
+    async with replicas([], token="s3cret") as (server, client):
+        await client.search("lyon", topk=1, corpus=None)
+        assert server.tokens == ["Bearer s3cret"]
+
+
+def test_urls_are_split_and_an_empty_one_is_refused():
+    assert split_urls("http://a:1/, http://b:2,") == ["http://a:1", "http://b:2"]
+    with pytest.raises(ValueError, match=r"retriever\.url is ' , '"):
+        split_urls(" , ")
+
+
+def test_the_token_is_read_from_its_file(tmp_path):
+    assert read_token(None) is None
+    path = tmp_path / "token"
+    with pytest.raises(ValueError, match=r"token_file=.*cannot be read"):
+        read_token(str(path))
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="is empty"):
+        read_token(str(path))
+    path.write_text("s3cret\n")
+    assert read_token(str(path)) == "s3cret"
+
+
+@asynccontextmanager
+async def probed(*, corpora=None, token=None, ready=200, health=200):
+    """The URL of a server that answers probes: of ours, or, without `corpora`, of another with the same protocol."""
+
+    async def answer(request):
+        path = request.path.strip("/")
+        if path == "health":
+            return web.json_response({"status": "ok"}, status=health)
+        if corpora is None:
+            return web.Response(status=404)
+        if path == "ready":
+            return web.json_response({"detail": "loading wiki: 0 of 1 corpora done"}, status=ready)
+        allowed = token is None or request.headers.get("Authorization") == f"Bearer {token}"
+        return web.json_response({"corpora": corpora} if allowed else {}, status=200 if allowed else 401)
+
     app = web.Application()
-    app.router.add_get("/health", answer_health)
+    app.router.add_get("/{tail:.*}", answer)
     async with TestServer(app) as running:
-        health = await asyncio.to_thread(check_health, str(running.make_url("/")))
-    assert health == {"status": "ok"}
+        yield str(running.make_url("/"))
+
+
+async def check(*urls, **options):
+    return await asyncio.to_thread(check_health, ",".join(urls), **options)
+
+
+async def test_health_tells_the_corpora_that_every_server_has():
+    async with probed(corpora={"a": {}, "b": {"count": 2}}) as left, probed(corpora={"b": {}, "c": {}}) as right:
+        assert await check(left, right) == {"corpora": {"b": {"count": 2}}}
+
+
+async def test_a_server_that_tells_no_corpora_is_healthy():
+    async with probed() as url:
+        assert await check(url) == {}
+
+
+async def test_every_server_must_be_healthy_and_ready():
+    async with probed(corpora={}) as good, probed(corpora={}, ready=503) as loading, probed(health=500) as sick:
+        with pytest.raises(RetrieverUnavailableError, match=r"is not ready \(loading wiki: 0 of 1"):
+            await check(good, loading)
+        with pytest.raises(RetrieverUnavailableError, match="answers /health with HTTP 500"):
+            await check(good, sick)
+        with pytest.raises(RetrieverUnavailableError, match=r"no retrieval server answers at http://127\.0\.0\.1:9"):
+            await check(good, "http://127.0.0.1:9", timeout_s=1)
+
+
+async def test_a_missing_token_is_named_before_the_first_search():
+    async with probed(corpora={"a": {}}, token="s3cret") as url:
+        with pytest.raises(RetrieverUnavailableError, match=r"set retriever\.token_file"):
+            await check(url)
+        assert await check(url, token="s3cret") == {"corpora": {"a": {}}}
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "not a url"])
