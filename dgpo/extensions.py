@@ -12,7 +12,7 @@ from typing import Any
 
 from dgpo.config.schema import RetrieverConfig
 from dgpo.episode import Search
-from dgpo.search import SearchClient
+from dgpo.search import SearchClient, read_token
 from dgpo.trajectory import Trajectory
 
 # (trajectory, golds, scores) -> the reward, or its named parts, whose sum is the reward.
@@ -95,6 +95,7 @@ def make_search(retriever: RetrieverConfig) -> Search:
         timeout_s=retriever.timeout_s,
         max_retries=retriever.max_retries,
         max_concurrency=retriever.max_concurrency,
+        token=read_token(retriever.token_file),
     )
 
 

@@ -23,7 +23,7 @@ from dgpo.config.model_files import (
 from dgpo.config.schema import Config
 from dgpo.config.stages import STAGES, collection, initial_model, is_planned
 from dgpo.data.rows import DataError, read_rows
-from dgpo.search import RetrieverUnavailableError, check_health
+from dgpo.search import RetrieverUnavailableError, check_health, read_token
 
 HEALTH_TIMEOUT_S = 5.0
 CHOICES = {
@@ -270,8 +270,9 @@ def _check_divides(name: str, value: int, divisor_name: str, divisor: int | None
 
 def _check_retriever(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
     try:
-        health = check_health(config.retriever.url, timeout_s=HEALTH_TIMEOUT_S)
-    except RetrieverUnavailableError as error:
+        token = read_token(config.retriever.token_file)
+        health = check_health(config.retriever.url, timeout_s=HEALTH_TIMEOUT_S, token=token)
+    except (RetrieverUnavailableError, ValueError) as error:
         raise ConfigError(str(error)) from None
     served = health.get("corpora")
     if served is None:

@@ -50,7 +50,8 @@ class EpisodeConfig:
 
 @dataclass
 class RetrieverConfig:
-    url: str = "http://127.0.0.1:8000"
+    url: str = "http://127.0.0.1:8000"  # or several that serve the same, separated by commas
+    token_file: str | None = None  # holds the servers' bearer token
     timeout_s: float = 30.0
     max_retries: int = 4
     max_concurrency: int = 64
