@@ -55,7 +55,13 @@ class TinyWorld:
     indexes: Path
     url: str
 
-    def overrides(self, run_dir: Path, url: str | None = None) -> list[str]:
+    @property
+    def student(self) -> Path:
+        """The one that has begun to search; `models/student_untrained` has not."""
+        return self.folder / "models" / "student"
+
+    def overrides(self, run_dir: Path, url: str | None = None, *, begun: bool = True) -> list[str]:
+        """What every stage needs. `begun`: RL starts from the student that has begun to search."""
         data, models = self.folder / "data", self.folder / "models"
         return [
             "world=tiny",
@@ -63,7 +69,8 @@ class TinyWorld:
             f"run_dir={run_dir}",
             f"student.path={models / 'student_untrained'}",
             f"teacher.path={models / 'teacher'}",
-            f"train.init={models / 'student'}",
+            f"teacher.init={models / 'teacher_untrained'}",
+            *([f"train.init={self.student}"] if begun else []),
             f"data.collect_file={data / 'collect.parquet'}",
             f"data.train_file={data / 'train.parquet'}",
             f"retriever.url={url or self.url}",

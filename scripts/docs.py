@@ -1,0 +1,96 @@
+"""Fills the generated tables of docs/methods.md from the presets and the rules that the checks use.
+
+python scripts/docs.py            writes
+python scripts/docs.py --check    fails where the page is not up to date
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dgpo.config.load import group_choices, load_config
+from dgpo.config.methods import ALGORITHMS, GATES, TEACHER_FORMS, support_table
+from dgpo.config.schema import DEFAULT_TEACHER_COEF, Config
+from dgpo.pipeline.paper import EXACT_MATCH, LABELS, MAIN_PAIR, ROWS
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
+WHERE = {"dgpo_grpo": "fig. 6", "kd_gkd": "fig. 6", "teacher_ppo": "Search-R1"}
+
+
+def main() -> int:
+    text = PAGE.read_text()
+    for name, lines in (("presets", preset_table()), ("support", rule_table())):
+        block = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not block.search(text):
+            raise SystemExit(f"{PAGE} has no block {name!r}: restore its `<!-- generated: {name} -->` line")
+        body = "\n".join(lines).replace("\\", r"\\")
+        text = block.sub(rf"\g<1>{body}\n\g<2>", text)
+    if "--check" in sys.argv[1:]:
+        if text != PAGE.read_text():
+            print(f"{PAGE.name} is not up to date: run `python scripts/docs.py`", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(text)
+    return 0
+
+
+def preset_table() -> list[str]:
+    """One line per experiment: what the composed configuration of the main pair says."""
+    names = list(dict.fromkeys([*ROWS["main"], *ROWS["ablation"], "teacher_ppo"]))
+    rows = [name for name in names if name in group_choices("experiment")]
+    assert set(rows) == set(group_choices("experiment"))
+    head = ("preset", "row of the paper", "stages", "cold start", "RL", "teacher term", "initial KL", "paper's EM")
+    return _table(head, [_preset_row(name) for name in rows])
+
+
+def _preset_row(name: str) -> Sequence[str]:
+    config = load_config([f"experiment={name}", f"pair={MAIN_PAIR}"])
+    trains, distils = "train" in config.stages, "distill" in config.stages
+    where = WHERE.get(name) or ("tab. 2" if name in ROWS["main"] else "tab. 6")
+    values = EXACT_MATCH[MAIN_PAIR].get(name)
+    return (
+        f"`{name}`",
+        f"{LABELS.get(name, 'how the teachers were made')} ({where})",
+        " -> ".join(config.stages),
+        f"`{config.distill.loss}`" if distils else "none",
+        config.train.algorithm if trains else "none",
+        _teacher_term(config) if trains else "-",
+        f"{config.train.init_kl_coef:g}" if trains and config.train.init_kl_coef else "-",
+        f"{values[-1]:.3f}" if values else "-",
+    )
+
+
+def _teacher_term(config: Config) -> str:
+    term = config.train.teacher_term
+    if term.gate == "none":
+        return "none"
+    coef = term.coef if term.coef is not None else DEFAULT_TEACHER_COEF[term.form]
+    return f"{term.form}, {term.gate}, {coef:g}"
+
+
+def rule_table() -> list[str]:
+    """Rows: algorithm and form; columns: gates; `yes`, or the number of the reason below."""
+    support = {(algorithm, form, gate): reason for algorithm, form, gate, reason in support_table()}
+    reasons = list(dict.fromkeys(reason for reason in support.values() if reason))
+    body = [
+        (f"`{a}`", f"`{f}`", *(f"no ({reasons.index(r) + 1})" if (r := support[a, f, g]) else "yes" for g in GATES))
+        for a in ALGORITHMS
+        for f in TEACHER_FORMS
+    ]
+    table = _table(("algorithm", "form", *(f"gate `{gate}`" for gate in GATES)), body)
+    return [*table, "", *(f"{number}. {reason}." for number, reason in enumerate(reasons, start=1))]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Each method by its preset, with the real engine on the tiny world: two steps of every stage that it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dgpo.config.load import group_choices, load_config
+from tests.conftest import TinyWorld, read_metrics, run_command
+
+pytestmark = pytest.mark.engine
+
+SMALL = [
+    "collect.max_questions=64",
+    "distill.max_steps=2",
+    "train.batch_size=16",
+    "train.mini_batch_size=8",
+    "hardware.micro_batch_size=8",
+    "train.num_steps=2",
+    "train.save_every=2",
+]
+
+
+def run_stages(world: TinyWorld, run_dir: Path, *overrides: str) -> dict[str, list[dict[str, float]]]:
+    """Runs every stage of the experiment; returns the metrics of those that train."""
+    arguments = [*world.overrides(run_dir, begun=False), *SMALL, *overrides]
+    stages = load_config(arguments).stages
+    for stage in stages:
+        result = run_command("-m", "dgpo", stage, *arguments)
+        assert result.returncode == 0, f"{stage}: {result.stderr[-3000:]}"
+    return {stage: read_metrics(run_dir / stage / "metrics.jsonl") for stage in stages if stage != "collect"}
+
+
+def test_gkd_has_no_reward_and_no_critic_only_the_teacher(tiny_world: TinyWorld, tmp_path: Path):
+    metrics = run_stages(tiny_world, tmp_path / "run", "experiment=gkd", f"train.init={tiny_world.student}")
+    for record in metrics["train"]:
+        assert record["teacher/gate_fraction"] == 1
+        assert record["actor/pg_loss"] == 0
+        assert record["actor/loss"] == pytest.approx(record["actor/teacher_loss"], rel=1e-4)
+        assert record["actor/teacher_loss"] > 0
+        assert record["actor/grad_norm"] > 0
+        assert "critic/vf_loss" not in record
+
+
+def test_grpo_with_the_token_form(tiny_world: TinyWorld, tmp_path: Path):
+    metrics = run_stages(
+        tiny_world,
+        tmp_path / "run",
+        "experiment=dgpo_grpo",
+        "stages=[train]",
+        f"train.init={tiny_world.student}",
+        "train.teacher_term.form=token",
+        "train.batch_size=8",
+        "train.mini_batch_size=4",
+    )
+    for record in metrics["train"]:
+        assert "critic/vf_loss" not in record
+        assert record["teacher/num_scored"] >= round(32 * record["teacher/gate_fraction"]) > 0
+        # The teacher term gives failed episodes an advantage even where a whole group failed.
+        assert record["critic/advantages/max"] > record["critic/advantages/min"]
+        assert "actor/teacher_loss" not in record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", group_choices("experiment"))
+def test_an_experiment(experiment: str, tiny_world: TinyWorld, tmp_path: Path):
+    metrics = run_stages(tiny_world, tmp_path / "run", f"experiment={experiment}")
+    for stage, records in metrics.items():
+        assert records, stage
+        if stage == "train":
+            assert [record["step"] for record in records] == [1, 2]

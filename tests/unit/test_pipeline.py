@@ -1,0 +1,184 @@
+"""The plan behind a table: every row's stages, each once, in an order that works; and the table itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dgpo.__main__ import main
+from dgpo.config.load import group_choices, load_config
+from dgpo.pipeline.estimate import PAPER_GPU_HOURS, billion_parameters, gpu_hours
+from dgpo.pipeline.paper import EXACT_MATCH, LABELS, ROWS, SETS, paper_value
+from dgpo.pipeline.plan import Plan, plan_table
+from dgpo.pipeline.reproduce import collect_rows, render_markdown
+
+ROOT = Path(__file__).parents[2]
+
+
+def plan(table: str, tmp_path: Path, pair: str = "qwen3b_05b") -> Plan:
+    return plan_table(table, tmp_path / pair, tmp_path / "student", [f"pair={pair}"], [])
+
+
+def names(table: str, tmp_path: Path, pair: str = "qwen3b_05b") -> list[str]:
+    return [stage.name for stage in plan(table, tmp_path, pair).stages]
+
+
+def test_every_row_of_the_tables_is_a_preset_or_a_model():
+    rows = {row for table in ROWS.values() for row in table}
+    assert rows - {"untrained", "teacher"} == set(group_choices("experiment")) - {"teacher_ppo"}
+    assert rows == set(LABELS)
+
+
+@pytest.mark.parametrize("pair", EXACT_MATCH)
+def test_the_papers_averages_are_the_means_of_its_sets(pair):
+    for row, values in EXACT_MATCH[pair].items():
+        assert len(values) == len(SETS) + 1
+        assert sum(values[:-1]) / len(SETS) == pytest.approx(values[-1], abs=0.0006), row
+
+
+def test_a_value_that_the_paper_does_not_print_is_none():
+    assert paper_value("qwen3b_05b", "dgpo", "average") == 0.329
+    assert paper_value("qwen3b_05b", "dgpo", "nq") == 0.378
+    assert paper_value("qwen3b_05b", "dgpo_grpo", "average") is None
+    assert paper_value("qwen3b_05b", "dgpo", "real") is None
+
+
+def test_rows_share_the_collection_and_the_cold_start(tmp_path):
+    stages = names("ablation", tmp_path)
+    assert stages.count("qwen3b_05b/teacher/collect") == 1
+    assert stages.count("qwen3b_05b/kd/distill") == 1
+    assert len(stages) == len(set(stages))
+
+
+def test_a_stage_comes_after_what_it_reads(tmp_path):
+    for table in ("main", "ablation"):
+        made: set[str] = set()
+        for stage in plan(table, tmp_path).stages:
+            config = stage.config
+            init = getattr(getattr(config, stage.stage), "init", None)
+            if init and str(tmp_path) in init:
+                assert str(Path(init).parent) in made
+            if stage.stage == "distill":
+                assert config.distill.episodes in made
+            if stage.stage == "test":
+                (checkpoint,) = config.test.models.values()
+                assert str(tmp_path) not in checkpoint or str(Path(checkpoint).parent) in made
+            made.add(str(stage.run_dir / stage.stage))
+
+
+def test_the_inverted_order_trains_first(tmp_path):
+    stages = names("ablation", tmp_path)
+    assert stages.index("qwen3b_05b/inverted/train") < stages.index("qwen3b_05b/inverted/distill")
+    (distill,) = [s for s in plan("ablation", tmp_path).stages if s.name.endswith("inverted/distill")]
+    from dgpo.config.stages import initial_model
+
+    assert initial_model(distill.config, "distill")[1] == f"{tmp_path}/qwen3b_05b/inverted/train/model"
+
+
+def test_sft_ppo_starts_from_the_seqkd_row(tmp_path):
+    (train,) = [s for s in plan("main", tmp_path).stages if s.name.endswith("sft_ppo/train")]
+    assert train.config.train.init == f"{tmp_path}/qwen3b_05b/seqkd/distill/model"
+    assert train.config.train.init_kl_coef == 0.001
+
+
+def test_an_unpublished_teacher_is_trained_first(tmp_path):
+    first = plan("pairs", tmp_path, "llama8b_1b").stages[0]
+    assert (first.name, first.stage) == ("llama8b/train", "train")
+    assert first.config.train.init == "meta-llama/Llama-3.1-8B-Instruct"
+
+
+def test_pairs_with_one_student_share_the_rows_without_a_teacher(tmp_path):
+    (a,) = [s for s in plan("pairs", tmp_path, "qwen3b_05b").stages if s.name.endswith("ppo/train")]
+    (b,) = [s for s in plan("pairs", tmp_path, "qwen7b_05b").stages if s.name.endswith("ppo/train")]
+    assert a.run_dir == b.run_dir == tmp_path / "student" / "ppo"
+
+
+def test_a_stage_is_done_when_its_manifest_is_there(tmp_path):
+    (stage,) = [s for s in plan("main", tmp_path).stages if s.name.endswith("dgpo/train")]
+    assert not stage.is_done
+    assert not stage.has_begun
+    (stage.run_dir / "train" / "model").mkdir(parents=True)
+    assert stage.has_begun
+    assert not stage.is_done
+    (stage.run_dir / "train" / "model" / "manifest.json").write_text("{}")
+    assert stage.is_done
+
+
+def test_the_estimate_is_the_papers_day_for_the_papers_run():
+    assert gpu_hours(load_config(["experiment=dgpo", "pair=qwen3b_05b"]), "train") == pytest.approx(PAPER_GPU_HOURS)
+    without = gpu_hours(load_config(["experiment=no_teacher", "pair=qwen3b_05b"]), "train")
+    assert without == pytest.approx(PAPER_GPU_HOURS / 1.095)
+    assert gpu_hours(load_config(["student.path=mine", "teacher.path=yours"]), "train") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("Qwen/Qwen2.5-0.5B-Instruct", 0.5), ("SearchR1-ppo-qwen2.5-3b-instruct", 3), ("mine", None)]
+)
+def test_a_models_size_is_read_from_its_name(name, size):
+    assert billion_parameters(name) == size
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Test folders of two rows: kd right on 2 of 4 questions, dgpo on 3 of them."""
+    results = {}
+    for row, em in (("kd", [1, 1, 0, 0]), ("dgpo", [1, 1, 1, 0])):
+        folder = tmp_path / row / "test" / row
+        folder.mkdir(parents=True)
+        scores = [{"episode_id": f"real/{i}", "set": "real", "em": float(value)} for i, value in enumerate(em)]
+        (folder / "scores.jsonl").write_text("".join(json.dumps(score) + "\n" for score in scores))
+        model = {
+            "num_questions": 4,
+            "average": {"em": sum(em) / 4, "em_ci95": [0.0, 1.0], "num_searches": 1.5, "answered": 1.0},
+            "sets": {"real": {"em": sum(em) / 4}},
+        }
+        (folder.parent / "results.json").write_text(json.dumps({"models": {row: model}}))
+        results[row] = tmp_path / row
+    return {"tiny": Plan([], results)}
+
+
+def test_a_row_holds_ours_the_papers_and_the_paired_difference(finished):
+    kd, dgpo = collect_rows(finished, baseline="kd")
+    assert kd["difference_to_baseline"] is None
+    assert dgpo["difference_to_baseline"][0] == pytest.approx(0.25)
+    text = render_markdown([kd, dgpo], baseline="kd")
+    assert "| DGPO | 0.750 | [0.000, 1.000] | +0.250 [" in text
+    assert text.splitlines()[-1].endswith("| 1.50 | 100% | 0.329 |")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["table=fig6"], "expected one of main, ablation, pairs"),
+        (["experiment=kd"], "the rows of the table decide that"),
+        (["table=pairs", "world=tiny"], "the tiny world has one pair"),
+    ],
+)
+def test_a_request_without_sense_is_refused(overrides, message, tmp_path, capsys):
+    assert main(["reproduce", *overrides, f"run_dir={tmp_path}"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_made_with_other_overrides_is_refused(tmp_path, capsys):
+    (tmp_path / "reproduce.json").write_text(json.dumps({"overrides": ["train.num_steps=5"], "versions": {}}))
+    assert main(["reproduce", "train.num_steps=6", f"run_dir={tmp_path}"]) == 2
+    assert "was made with train.num_steps=5" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys):
+    assert main(["reproduce", "table=pairs", f"run_dir={tmp_path / 'tables'}", "dry_run=true"]) == 0
+    output = capsys.readouterr().out
+    assert "Stages for llama8b_1b" in output
+    assert "total" in output
+    assert not (tmp_path / "tables").exists()
+
+
+def test_the_methods_page_is_what_the_presets_say():
+    result = subprocess.run(
+        [sys.executable, "scripts/docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
