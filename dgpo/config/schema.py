@@ -165,7 +165,7 @@ class TeacherTermConfig:
 
 @dataclass
 class StabilityConfig:
-    """The collapse detector (docs/stability.md). A rule raises an alarm when it is broken for `patience` steps in a row.
+    """The collapse detector (docs/stability.md): a rule that is broken for `patience` steps in a row raises an alarm.
 
     The thresholds leave room for what healthy runs do; a run of your own may allow tighter ones.
     """

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from omegaconf import OmegaConf
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
+from dgpo.config.schema import RetrieverConfig
 from dgpo.episode import EpisodeLimits, Generation, run_episode
+from dgpo.extensions import load_reward, make_search
 from dgpo.protocol import encode_prompt
-from dgpo.rl.scoring import episode_scores
-from dgpo.search import SearchClient
+from dgpo.rl.scoring import episode_reward, episode_scores
 from dgpo.seeds import derive_seed
 from dgpo.trajectory import Trajectory
 
 AGENT_NAME = "search_agent"
+
+logger = logging.getLogger(__name__)
 
 
 class RolloutPolicy:
@@ -54,23 +59,19 @@ class RolloutPolicy:
 
 
 class WorkerResources:
-    """What the episodes of one Ray worker share: a search client with its connections, and the concurrency bound."""
+    """What the episodes of one Ray worker share: the search with its connections, the reward, the concurrency bound."""
 
     _instance: WorkerResources | None = None
 
-    def __init__(self, retriever: Mapping[str, Any], concurrency: int | None) -> None:
-        self.search = SearchClient(
-            retriever["url"],
-            timeout_s=retriever["timeout_s"],
-            max_retries=retriever["max_retries"],
-            max_concurrency=retriever["max_concurrency"],
-        )
+    def __init__(self, retriever: RetrieverConfig, reward: str | None, concurrency: int | None) -> None:
+        self.search = make_search(retriever)
+        self.reward = load_reward(reward) if reward else None
         self.slots = asyncio.Semaphore(concurrency or 1_000_000)
 
     @classmethod
-    def get(cls, retriever: Mapping[str, Any], concurrency: int | None) -> WorkerResources:
+    def get(cls, retriever: RetrieverConfig, reward: str | None, concurrency: int | None) -> WorkerResources:
         if cls._instance is None:
-            cls._instance = cls(retriever, concurrency)
+            cls._instance = cls(retriever, reward, concurrency)
         return cls._instance
 
 
@@ -80,6 +81,7 @@ class SearchAgentLoop(AgentLoopBase):
     Args:
         episode: the fields of `EpisodeConfig`.
         retriever: the fields of `RetrieverConfig`.
+        reward: the name of a reward function, None for exact match.
         seed: the run's seed; a turn samples with a seed derived from (seed, step, episode, session, turn).
         concurrency: episodes in flight in this worker, or None for no bound.
     """
@@ -90,22 +92,33 @@ class SearchAgentLoop(AgentLoopBase):
         episode: Mapping[str, Any],
         retriever: Mapping[str, Any],
         seed: int,
+        reward: str | None = None,
         concurrency: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.limits = EpisodeLimits(**{k: v for k, v in episode.items() if k != "max_prompt_tokens"})
         self.max_prompt_tokens = episode["max_prompt_tokens"]
-        self.resources = WorkerResources.get(retriever, concurrency)
+        self.retriever = RetrieverConfig(**OmegaConf.to_container(OmegaConf.create(dict(retriever))))
+        self.reward = reward
+        self.concurrency = concurrency
         self.seed = seed
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Plays the episode of one data row and scores it.
 
         Returns:
-            The episode in veRL's form. An episode whose search failed carries an all-zero `response_mask`: it takes
-            part in no statistic and no gradient, and is counted by the trainer.
+            The episode in veRL's form. One that failed (its search, or an error) carries an all-zero `response_mask`:
+            it takes part in no statistic and no gradient, and is counted by the trainer. veRL itself would only log an
+            error and go on with padding in the episode's place.
         """
+        try:
+            return await self._play(sampling_params, row)
+        except Exception as error:  # a reward function or a search backend may raise anything
+            logger.exception("episode %s failed", row["uid"])
+            return self._failed_output(f"raised {type(error).__name__}: {error}", step=row["global_steps"])
+
+    async def _play(self, sampling_params: dict[str, Any], row: Mapping[str, Any]) -> AgentLoopOutput:
         info = row["extra_info"]
         prompt_ids = encode_prompt(self.tokenizer, list(row["raw_prompt"]))
         if len(prompt_ids) > self.max_prompt_tokens:
@@ -114,28 +127,37 @@ class SearchAgentLoop(AgentLoopBase):
                 f"episode.max_prompt_tokens={self.max_prompt_tokens}: raise the limit or drop the question"
             )
         policy = RolloutPolicy(self.server_manager, sampling_params)
-        async with self.resources.slots:
+        resources = WorkerResources.get(self.retriever, self.reward, self.concurrency)
+        async with resources.slots:
             trajectory = await run_episode(
                 episode_id=str(row["uid"]),
                 prompt_ids=prompt_ids,
                 policy=policy,
-                search=self.resources.search,
+                search=resources.search,
                 tokenizer=self.tokenizer,
                 limits=self.limits,
                 corpus=info.get("corpus"),
                 seed=derive_seed(self.seed, row["global_steps"], info.get("id", info.get("index")), row["session_id"]),
             )
-        return self._output(trajectory, policy, row["reward_model"]["ground_truth"]["target"])
+        golds = list(row["reward_model"]["ground_truth"]["target"])
+        scores = episode_scores(trajectory, golds)
+        return self._output(trajectory, policy, scores, *episode_reward(resources.reward, trajectory, golds, scores))
 
-    def _output(self, trajectory: Trajectory, policy: RolloutPolicy, golds: Sequence[str]) -> AgentLoopOutput:
-        scores = episode_scores(trajectory, list(golds))
+    def _output(
+        self,
+        trajectory: Trajectory,
+        policy: RolloutPolicy,
+        scores: dict[str, float],
+        reward: float,
+        reward_parts: dict[str, float],
+    ) -> AgentLoopOutput:
         trained = trajectory.status != "search_failed"
         return AgentLoopOutput(
             prompt_ids=trajectory.prompt_ids,
             response_ids=trajectory.response_ids,
             response_mask=trajectory.response_mask if trained else [0] * len(trajectory.response_mask),
             response_logprobs=trajectory.log_probs,
-            reward_score=scores["em"],
+            reward_score=reward if trained else 0.0,
             num_turns=2 * len(trajectory.turns),
             metrics=AgentLoopMetrics(
                 generate_sequences=policy.generate_s,
@@ -143,7 +165,29 @@ class SearchAgentLoop(AgentLoopBase):
             ),
             extra_fields={
                 **policy.extra_fields,
-                "reward_extra_info": scores,
+                "reward_extra_info": {**scores, **reward_parts, "error": 0.0},
+                "failure": None if trained else "lost a search: the retriever is down or overloaded",
+                "turn_scores": [],
+                "tool_rewards": [],
+            },
+        )
+
+    def _failed_output(self, failure: str, *, step: int) -> AgentLoopOutput:
+        """Stands in for an episode that could not be played or scored: one token, masked out."""
+        token = self.tokenizer.eos_token_id
+        return AgentLoopOutput(
+            prompt_ids=[token],
+            response_ids=[token],
+            response_mask=[0],
+            response_logprobs=[0.0],
+            reward_score=0.0,
+            num_turns=0,
+            metrics=AgentLoopMetrics(),
+            extra_fields={
+                "min_global_steps": step - 1,  # veRL's weight version; those of step - 1 play the episodes of a step
+                "max_global_steps": step - 1,
+                "reward_extra_info": {"em": 0.0, "error": 1.0},
+                "failure": failure,
                 "turn_scores": [],
                 "tool_rewards": [],
             },

@@ -8,11 +8,37 @@ import torch
 
 from dgpo.algorithms.reduce import masked_mean
 
+SHARES = {  # name -> (part, whole), counted over all episodes of the step
+    "repeated_token_share": ("num_repeated_tokens", "num_policy_tokens"),
+    "truncated_turn_share": ("num_truncated_turns", "num_turns"),
+    "invalid_action_rate": ("num_invalid_actions", "num_turns"),
+}
 
-def episode_metrics(scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the step's episodes under `episode/`: EM, searches, hits, how they ended, what was cut."""
+
+def episode_metrics(scores: Sequence[dict[str, float]], *, max_response_tokens: int) -> dict[str, float]:
+    """Of the step's episodes, under `episode/`: means of every score, and the shares that tell of a collapse.
+
+    Args:
+        scores: of each episode, from `dgpo.rl.scoring`. A name that an episode lacks counts as 0 in it.
+        max_response_tokens: the limit of which `response_fill` is the mean share that the responses fill.
+    """
     names = sorted(set().union(*scores))
-    return {f"episode/{name}": sum(score.get(name, 0.0) for score in scores) / len(scores) for name in names}
+    means = {name: sum(score.get(name, 0.0) for score in scores) / len(scores) for name in names}
+    shares = {
+        name: means.get(part, 0.0) / means[whole] for name, (part, whole) in SHARES.items() if means.get(whole, 0.0) > 0
+    }
+    fill = means.get("num_response_tokens", 0.0) / max_response_tokens
+    return {f"episode/{name}": value for name, value in {**means, **shares, "response_fill": fill}.items()}
+
+
+def sampled_kl(log_ratio: torch.Tensor, response_mask: torch.Tensor) -> float:
+    """Mean k1 estimate of KL(student || other) in nats per policy token.
+
+    Args:
+        log_ratio: [B, T] log p_student - log p_other of the tokens that the student sampled.
+        response_mask: [B, T] 1 on policy tokens.
+    """
+    return masked_mean(log_ratio, response_mask).item()
 
 
 def choose_monitored(

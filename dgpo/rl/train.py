@@ -22,6 +22,8 @@ from dgpo.config.stages import initial_model
 from dgpo.engines.environment import export_environment
 from dgpo.platforms.shared_memory import remove_abandoned_segments
 from dgpo.protocol import STOP_STRINGS
+from dgpo.rl.rollback import EVENTS, after_rollbacks, num_rollbacks, roll_back
+from dgpo.rl.stops import CollapseError, RunStoppedError
 
 
 class TrainingFailedError(RuntimeError):
@@ -48,7 +50,7 @@ def train(config: Config) -> Path | None:
     export_environment(config.hardware)
     _use_private_ray(folder)
     remove_abandoned_segments()
-    _run_verl(config, folder)
+    _run_with_rollbacks(config, folder)
     return _export(config, folder)
 
 
@@ -65,7 +67,29 @@ def _use_private_ray(folder: Path) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def _run_with_rollbacks(config: Config, folder: Path) -> None:
+    """Runs veRL to the end, starting it again from an earlier checkpoint where the collapse detector asks for it."""
+    while True:
+        try:
+            return _run_verl(after_rollbacks(config, folder), folder)
+        except CollapseError as error:
+            event = roll_back(folder, error)
+            print(
+                f"rollback {event['rollback']} of {config.train.stability.max_rollbacks} to step {event['to_step']} "
+                f"({folder / EVENTS}): {error}",
+                file=sys.stderr,
+                flush=True,
+            )
+        except RunStoppedError as error:
+            raise TrainingFailedError(str(error)) from None
+
+
 def _run_verl(config: Config, folder: Path) -> None:
+    """One run of veRL's trainer.
+
+    Raises:
+        RunStoppedError: the trainer stopped for a reason that its user can act on.
+    """
     import ray
     from verl.trainer import main_ppo
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
@@ -78,10 +102,8 @@ def _run_verl(config: Config, folder: Path) -> None:
     try:
         main_ppo.run_ppo(verl, task_runner_class=ray.remote(task_runner_class()))
     except ray.exceptions.RayTaskError as error:
-        from dgpo.rl.trainer import TooManyFailedSearchesError
-
-        if isinstance(error.cause, TooManyFailedSearchesError):
-            raise TrainingFailedError(str(error.cause)) from None
+        if isinstance(error.cause, RunStoppedError):
+            raise error.cause from None
         raise
     finally:
         ray.shutdown()
@@ -119,7 +141,7 @@ def _export(config: Config, folder: Path) -> Path:
         stage="train",
         inputs={"init": initial_model(config, "train")[1], "teacher": config.teacher.path},
         config=to_yaml(config),
-        counts={"steps": step},
+        counts={"steps": step, "rollbacks": num_rollbacks(folder)},
         seed=config.seed,
     )
     print(f"checkpoint after step {step}: {target}", file=sys.stderr)

@@ -6,7 +6,6 @@ The trainer decides who is scored by what; the mathematics is in `dgpo.algorithm
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,20 @@ from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from dgpo.algorithms.advantages import group_relative_advantages
 from dgpo.algorithms.selective_kl import compute_gate, selective_kl_advantages, selective_kl_rewards
-from dgpo.rl.metrics import choose_monitored, episode_metrics, log_prob_disagreement, teacher_kl_metrics
+from dgpo.artifacts import atomic_write_text
+from dgpo.config.schema import StabilityConfig
+from dgpo.rl.alarms import report_alarms
+from dgpo.rl.guards import FROM_TRAINED_WEIGHTS, SOURCES, check_finite
+from dgpo.rl.metrics import choose_monitored, episode_metrics, log_prob_disagreement, sampled_kl, teacher_kl_metrics
+from dgpo.rl.rollback import keep_last_good
+from dgpo.rl.stability import Alarm, CollapseDetector
+from dgpo.rl.stops import CollapseError, NonFiniteError, RunStoppedError
 from dgpo.rl.verl_config import TRAINER_NAME
 from dgpo.rl.worker import SeededTrainingWorker, TeacherGuidedWorker
 
 
-class TooManyFailedSearchesError(RuntimeError):
-    """More episodes lost their search than `retriever.max_failed_share` allows; the run was saved and can resume."""
+class TooManyFailedEpisodesError(RunStoppedError):
+    """More episodes failed than `retriever.max_failed_share` allows; the run was saved and can resume."""
 
 
 @register_trainer(TRAINER_NAME)
@@ -47,6 +53,8 @@ class DGPOTrainer(PPOTrainerSync):
         super().__init__(config)
         self.use_reference_policy = self.term.path is not None or self.term.needs_initial_policy
         self.metrics_path = Path(self.term.metrics_path)
+        self.stability = StabilityConfig(**self.term.stability)
+        self.detector = CollapseDetector(self.stability, num_questions=config.data.train_batch_size)
         # Of the step in progress:
         self.scores: list[dict[str, float]] = []  # one per episode, in batch order
         self.teacher_log_probs: dict[str, torch.Tensor] = {}  # key -> [T] of the episodes that the teacher scored
@@ -70,7 +78,7 @@ class DGPOTrainer(PPOTrainerSync):
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
-        _drop_metrics_after(self.metrics_path, self.global_steps)
+        self.detector.restore(_drop_metrics_after(self.metrics_path, self.global_steps))
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         """Questions with ids made of step and row, so that a batch has one order whatever finishes first."""
@@ -85,11 +93,12 @@ class DGPOTrainer(PPOTrainerSync):
         batch = super()._balance_batch(batch, metrics, **kwargs)
         fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
         self.scores = [extra["reward_extra_info"] for extra in fields["extra_fields"]]
-        self._stop_on_failed_searches()
+        self._stop_on_failed_episodes([extra["failure"] for extra in fields["extra_fields"] if extra.get("failure")])
         return batch
 
-    def _stop_on_failed_searches(self) -> None:
-        share = float(np.mean([score["search_failed"] for score in self.scores]))
+    def _stop_on_failed_episodes(self, failures: list[str]) -> None:
+        """Failed episodes take no part in the update; too many of them are no accident."""
+        share = len(failures) / len(self.scores)
         if share <= self.term.max_failed_share:
             return
         self.global_steps -= 1  # the last step whose update was made; 0 leaves nothing to save
@@ -97,10 +106,9 @@ class DGPOTrainer(PPOTrainerSync):
             self._save_checkpoint()
             folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
             torch.save(self.dataloader_state, folder / "data.pt")
-        raise TooManyFailedSearchesError(
-            f"{share:.0%} of this step's episodes lost a search (retriever.max_failed_share="
-            f"{self.term.max_failed_share}): the retriever is down or overloaded. Saved after step "
-            f"{self.global_steps}; start it again and continue with resume=true"
+        raise TooManyFailedEpisodesError(
+            f"{share:.0%} of this step's episodes failed (retriever.max_failed_share={self.term.max_failed_share}): "
+            f"the first {failures[0]}. Saved after step {self.global_steps}; continue with resume=true"
         )
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -154,9 +162,14 @@ class DGPOTrainer(PPOTrainerSync):
         response_mask = nested["response_mask"]
         data = DataProto(batch=nested.to_padded_tensor())
         data.non_tensor_batch["uid"] = np.array(data.batch.pop("uid").tolist(), dtype=object)
+        measured = {name: values for name, values in data.batch.items() if name in SOURCES}
+        self._check_finite(data, batch.keys, measured)
         metrics["rollout/log_prob_diff_max"] = log_prob_disagreement(
             data.batch["rollout_log_probs"], data.batch["old_log_probs"], data.batch["response_mask"]
         )
+        if self.term.needs_initial_policy:
+            log_ratio = data.batch["old_log_probs"] - data.batch["ref_log_prob"]
+            metrics["actor/kl_to_init"] = sampled_kl(log_ratio, data.batch["response_mask"])
         data.batch["token_level_scores"] = data.batch["rm_scores"] * data.batch["response_mask"]
         data.batch["token_level_rewards"] = data.batch["token_level_scores"]
         if self.config.algorithm.use_kl_in_reward:
@@ -170,10 +183,9 @@ class DGPOTrainer(PPOTrainerSync):
         self._estimate_advantages(batch, data)
         if teacher and self.term.form == "token":
             data.batch["advantages"] = selective_kl_advantages(data.batch["advantages"], **teacher)
-        output = {
-            name: response_to_nested(data.batch[name], response_mask)
-            for name in ("advantages", "returns", "token_level_rewards")
-        }
+        made = ("token_level_rewards", "advantages", "returns")
+        self._check_finite(data, batch.keys, {name: data.batch[name] for name in made})
+        output = {name: response_to_nested(data.batch[name], response_mask) for name in made}
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch))
         )
@@ -212,6 +224,7 @@ class DGPOTrainer(PPOTrainerSync):
             if key in self.teacher_log_probs:
                 values = self.teacher_log_probs[key]
                 teacher[row, : len(values)] = values
+        self._check_finite(data, batch.keys, {"teacher_log_probs": teacher})
         metrics.update(
             teacher_kl_metrics(
                 student - teacher,
@@ -228,13 +241,54 @@ class DGPOTrainer(PPOTrainerSync):
             "kl_coef": self.term.coef,
         }
 
+    def _check_finite(self, data: DataProto, episode_ids: list[str], tensors: dict[str, torch.Tensor]) -> None:
+        """Stops the run, or sends it back where an earlier checkpoint may be sound, before anything is updated."""
+        try:
+            check_finite(tensors, response_mask=data.batch["response_mask"], episode_ids=episode_ids)
+        except NonFiniteError as error:
+            if self._may_roll_back() and error.tensor in FROM_TRAINED_WEIGHTS:
+                raise CollapseError(str(error), self.global_steps) from error
+            raise
+
+    def _may_roll_back(self) -> bool:
+        return self.stability.action == "rollback" and self.term.rollbacks_left > 0
+
+    def _respond(self, alarms: list[Alarm], metrics: dict) -> None:
+        """Warns, stops, or asks for a rollback, as `train.stability.action` says."""
+        folder = self.metrics_path.parent
+        first_of_run = report_alarms(alarms, folder)
+        first_step = min(alarm.first_step for alarm in alarms)
+        goes_on = self.stability.action == "warn"
+        if not goes_on:
+            self.logger.log(data=metrics, step=self.global_steps)  # veRL would have done so after this
+        if self._may_roll_back():
+            raise CollapseError(str(alarms[0]), first_step)
+        if first_of_run or not goes_on:
+            keep_last_good(folder, first_step)
+            self._save_at_alarm()
+        if not goes_on:
+            raise RunStoppedError(
+                f"{alarms[0]}. Saved after step {self.global_steps}; resume=true goes on all the same"
+            )
+
+    def _save_at_alarm(self) -> None:
+        if (Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}" / "data.pt").exists():
+            return
+        self.checkpoint_manager.sleep_replicas()  # as at veRL's own time of saving: the engine gives its memory back
+        self._save_checkpoint()
+        self.checkpoint_manager.update_weights(self.global_steps)
+
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, **kwargs: Any) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
-        metrics.update(episode_metrics(self.scores))
+        metrics.update(episode_metrics(self.scores, max_response_tokens=self.config.data.max_response_length))
         lengths = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"])
         mask = lengths["response_mask"].values().float()
         metrics["episode/trained_token_share"] = mask.mean().item()
-        _append_metrics(self.metrics_path, {"step": self.global_steps, **_plain(metrics)})
+        record = {"step": self.global_steps, **_plain(metrics)}
+        _append_metrics(self.metrics_path, record)
+        alarms = self.detector.observe(record)
+        if alarms:
+            self._respond(alarms, metrics)
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, float]:
@@ -251,11 +305,10 @@ def _append_metrics(path: Path, record: dict[str, float]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def _drop_metrics_after(path: Path, last_step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint: their old records go."""
+def _drop_metrics_after(path: Path, last_step: int) -> list[dict[str, float]]:
+    """A resumed run repeats the steps after its checkpoint: their old records go. Returns the others."""
     if not path.exists():
-        return
-    kept: Iterable[str] = (line for line in path.read_text().splitlines() if json.loads(line)["step"] <= last_step)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
+        return []
+    kept = [record for line in path.read_text().splitlines() if (record := json.loads(line))["step"] <= last_step]
+    atomic_write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dgpo.config.schema import DEFAULT_TEACHER_COEF, Config
 from dgpo.config.stages import initial_model
 from dgpo.rl.agent_loop import AGENT_NAME
+from dgpo.rl.rollback import checkpoints_to_keep, num_rollbacks
 
 TRAINER_NAME = "dgpo"
 
@@ -50,6 +51,7 @@ def _write_agent_loop(config: Config, folder: Path) -> str:
         "_target_": "dgpo.rl.agent_loop.SearchAgentLoop",
         "episode": asdict(config.episode),
         "retriever": retriever,
+        "reward": config.train.reward,
         "seed": config.seed,
         "concurrency": config.train.generation_concurrency,
     }
@@ -221,8 +223,8 @@ def _trainer(config: Config, folder: Path) -> dict[str, Any]:
         "trainer.test_freq": train.validate_every if config.data.validation_file else -1,
         "trainer.val_before_train": False,
         "trainer.default_local_dir": str((folder / "checkpoints").resolve()),
-        "trainer.max_actor_ckpt_to_keep": train.keep_checkpoints,
-        "trainer.max_critic_ckpt_to_keep": train.keep_checkpoints,
+        "trainer.max_actor_ckpt_to_keep": checkpoints_to_keep(config),
+        "trainer.max_critic_ckpt_to_keep": checkpoints_to_keep(config),
         "trainer.resume_mode": "auto" if config.resume else "disable",
         **ray_init,
     }
@@ -248,7 +250,9 @@ def _teacher(config: Config) -> dict[str, Any]:
         "coef": term.coef if term.coef is not None else DEFAULT_TEACHER_COEF[term.form],
         "num_monitored": term.num_monitored,
         "chunk_tokens": term.chunk_tokens,
-        "needs_initial_policy": config.train.init_kl_coef > 0,
+        "needs_initial_policy": config.train.init_kl_coef > 0 or config.train.stability.measure_init_kl,
+        "stability": asdict(config.train.stability),
+        "rollbacks_left": config.train.stability.max_rollbacks - num_rollbacks(Path(config.run_dir) / "train"),
         "replay_poll_s": config.hardware.replay_poll_s,
         "max_failed_share": config.retriever.max_failed_share,
         "metrics_path": str((Path(config.run_dir) / "train" / "metrics.jsonl").resolve()),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
@@ -63,8 +64,13 @@ class TeacherGuidedWorker(ActorRolloutRefWorker):
         if self.teacher is not None and self.config.teacher.form == "exact":
             # veRL's name for "also call the loss function with the logits" (engine/fsdp/transformer_impl.py).
             tu.assign_non_tensor(data, distillation_use_topk=True)
-        output = self.actor.train_mini_batch(data=data)
-        return output.cpu() if output is not None else None
+        return count_skipped_updates(self.actor.train_mini_batch(data=data))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super().load_checkpoint(*args, **kwargs)
+        engine = self.actor.engine
+        set_learning_rate(engine.optimizer, engine.lr_scheduler, engine.optimizer_config.lr)
 
 
 class SeededTrainingWorker(TrainingWorker):
@@ -74,6 +80,35 @@ class SeededTrainingWorker(TrainingWorker):
     def reset(self) -> None:
         torch.manual_seed(self.engine_config.seed)
         super().reset()
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
+    def train_mini_batch(self, data: Any) -> Any:
+        return count_skipped_updates(super().train_mini_batch(data))
+
+
+def count_skipped_updates(output: Any) -> Any:
+    """Adds `skipped_updates`: mini-batches whose gradient norm was not finite, which veRL's engine steps over.
+
+    Args:
+        output: what `train_mini_batch` returned, None on ranks that have nothing to say.
+    """
+    if output is None:
+        return None
+    metrics = tu.get(output, "metrics")
+    norms = np.asarray(metrics["grad_norm"], dtype=float)
+    metrics["skipped_updates"] = float((~np.isfinite(norms)).sum())
+    return tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": metrics}).cpu()
+
+
+def set_learning_rate(optimizer: Any, scheduler: Any, learning_rate: float) -> None:
+    """Puts the configured rate in place of the one in a checkpoint, at the schedule's present step.
+
+    Without this a resumed run would keep the rate that the checkpoint was made with, whatever its configuration says.
+    """
+    scheduler.base_lrs = [learning_rate] * len(scheduler.base_lrs)
+    scheduler._last_lr = [learning_rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["initial_lr"], group["lr"] = learning_rate, rate
 
 
 def _teacher_model(model: DictConfig, term: DictConfig) -> Any:
