@@ -14,9 +14,9 @@ from typing import Any
 from dgpo.artifacts import atomic_write_text
 from dgpo.config.schema import Config
 from dgpo.data.rows import DataError, row_id
-from dgpo.episode import EpisodeLimits, Policy, run_episode
+from dgpo.episode import EpisodeLimits, Policy, Search, run_episode
+from dgpo.extensions import open_search
 from dgpo.protocol import STOP_STRINGS, encode_prompt
-from dgpo.search import SearchClient
 from dgpo.seeds import derive_seed
 from dgpo.trajectory import Trajectory, write_trajectories
 
@@ -104,14 +104,8 @@ async def play_episodes(
     limits = EpisodeLimits(**{k: v for k, v in asdict(config.episode).items() if k != "max_prompt_tokens"})
     num_failed = 0
     retriever = config.retriever
-    client = SearchClient(
-        retriever.url,
-        timeout_s=retriever.timeout_s,
-        max_retries=retriever.max_retries,
-        max_concurrency=retriever.max_concurrency,
-    )
 
-    async def play_pending(search: SearchClient) -> None:
+    async def play_pending(search: Search) -> None:
         nonlocal num_failed
         for episode in pending:  # one iterator shared by all workers
             trajectory = await run_episode(
@@ -140,7 +134,7 @@ async def play_episodes(
                 )
 
     try:
-        async with client as search, asyncio.TaskGroup() as workers:
+        async with open_search(retriever) as search, asyncio.TaskGroup() as workers:
             for _ in range(config.hardware.engine.concurrency):
                 workers.create_task(play_pending(search))
     except ExceptionGroup as group:

@@ -33,7 +33,7 @@ def test_values_off_the_mask_may_be_anything():
 
 def test_the_first_of_several_tensors_is_the_cause():
     broken = tensor_with(float("nan"), row=0, column=0)
-    with pytest.raises(NonFiniteError, match="^old_log_probs is nan"):
+    with pytest.raises(NonFiniteError, match=r"^old_log_probs is nan"):
         check_finite({"old_log_probs": broken, "advantages": broken}, response_mask=MASK, episode_ids=IDS)
 
 
