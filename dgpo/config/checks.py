@@ -6,7 +6,7 @@ yet: what an earlier stage of the experiment will write, and hub models where th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dgpo.config.model_files import (
 from dgpo.config.schema import Config
 from dgpo.config.stages import STAGES, collection, initial_model, is_planned
 from dgpo.data.rows import DataError, read_rows
+from dgpo.extensions import ExtensionError, check_search, load_reward
 from dgpo.search import RetrieverUnavailableError, check_health, read_token
 
 HEALTH_TIMEOUT_S = 5.0
@@ -32,6 +33,7 @@ CHOICES = {
     "train.algorithm": ALGORITHMS,
     "train.teacher_term.form": TEACHER_FORMS,
     "train.teacher_term.gate": GATES,
+    "train.stability.action": ("warn", "stop", "rollback"),
     "distill.loss": ("kd", "seqkd"),
 }
 POSITIVE = {  # section -> the keys whose values must be above 0
@@ -84,6 +86,9 @@ def check_train(config: Config) -> list[str]:
     notes: list[str] = []
     _check_values(config, "hardware", "episode", "train")
     _check_stage_folder(config, "train")
+    _check_stability(config)
+    if config.train.reward:
+        _check_extension(load_reward, config.train.reward)
     conflict = rl_conflict(config)
     if conflict:
         raise ConfigError(conflict)
@@ -268,7 +273,33 @@ def _check_divides(name: str, value: int, divisor_name: str, divisor: int | None
         raise ConfigError(f"{name}={value} is not a multiple of {divisor_name}={divisor}: change one of them")
 
 
+def _check_stability(config: Config) -> None:
+    stability = config.train.stability
+    for name in ("patience", "window"):
+        if getattr(stability, name) < 1:
+            raise ConfigError(f"train.stability.{name}={getattr(stability, name)}: expected at least 1")
+    for name in ("max_entropy_ratio", "max_kl_ratio", "max_grad_norm_ratio"):
+        if getattr(stability, name) <= 1:
+            raise ConfigError(
+                f"train.stability.{name}={getattr(stability, name)}: expected more than 1, it multiplies a healthy value"
+            )
+    if not 0 < stability.rollback_learning_rate_scale <= 1:
+        raise ConfigError(
+            f"train.stability.rollback_learning_rate_scale={stability.rollback_learning_rate_scale}: expected a share "
+            "above 0 and at most 1"
+        )
+
+
+def _check_extension(check: Callable[[Any], object], argument: Any) -> None:
+    try:
+        check(argument)
+    except ExtensionError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
 def _check_retriever(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
+    if config.retriever.backend:
+        return _check_extension(check_search, config.retriever)  # it has no server, and does not name its corpora
     try:
         token = read_token(config.retriever.token_file)
         health = check_health(config.retriever.url, timeout_s=HEALTH_TIMEOUT_S, token=token)
