@@ -281,7 +281,7 @@ def _check_stability(config: Config) -> None:
     for name in ("max_entropy_ratio", "max_kl_ratio", "max_grad_norm_ratio"):
         if getattr(stability, name) <= 1:
             raise ConfigError(
-                f"train.stability.{name}={getattr(stability, name)}: expected more than 1, it multiplies a healthy value"
+                f"train.stability.{name}={getattr(stability, name)}: expected more than 1, times a healthy value"
             )
     if not 0 < stability.rollback_learning_rate_scale <= 1:
         raise ConfigError(
@@ -299,7 +299,8 @@ def _check_extension(check: Callable[[Any], object], argument: Any) -> None:
 
 def _check_retriever(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
     if config.retriever.backend:
-        return _check_extension(check_search, config.retriever)  # it has no server, and does not name its corpora
+        _check_extension(check_search, config.retriever)
+        return  # it has no server, and does not name its corpora
     try:
         token = read_token(config.retriever.token_file)
         health = check_health(config.retriever.url, timeout_s=HEALTH_TIMEOUT_S, token=token)
