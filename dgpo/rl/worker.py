@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
@@ -18,6 +17,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from dgpo.rl.exact_loss import ExactTeacherLoss
+from dgpo.rl.updates import num_skipped, set_learning_rate
 
 
 class TeacherGuidedWorker(ActorRolloutRefWorker):
@@ -87,7 +87,7 @@ class SeededTrainingWorker(TrainingWorker):
 
 
 def count_skipped_updates(output: Any) -> Any:
-    """Adds `skipped_updates`: mini-batches whose gradient norm was not finite, which veRL's engine steps over.
+    """Adds the metric `skipped_updates`.
 
     Args:
         output: what `train_mini_batch` returned, None on ranks that have nothing to say.
@@ -95,20 +95,8 @@ def count_skipped_updates(output: Any) -> Any:
     if output is None:
         return None
     metrics = tu.get(output, "metrics")
-    norms = np.asarray(metrics["grad_norm"], dtype=float)
-    metrics["skipped_updates"] = float((~np.isfinite(norms)).sum())
+    metrics["skipped_updates"] = num_skipped(metrics["grad_norm"])
     return tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": metrics}).cpu()
-
-
-def set_learning_rate(optimizer: Any, scheduler: Any, learning_rate: float) -> None:
-    """Puts the configured rate in place of the one in a checkpoint, at the schedule's present step.
-
-    Without this a resumed run would keep the rate that the checkpoint was made with, whatever its configuration says.
-    """
-    scheduler.base_lrs = [learning_rate] * len(scheduler.base_lrs)
-    scheduler._last_lr = [learning_rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
-        group["initial_lr"], group["lr"] = learning_rate, rate
 
 
 def _teacher_model(model: DictConfig, term: DictConfig) -> Any:

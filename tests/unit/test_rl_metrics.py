@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dgpo.rl.metrics import choose_monitored, episode_metrics, teacher_kl_metrics
+from dgpo.rl.metrics import choose_monitored, episode_metrics, sampled_kl, teacher_kl_metrics
 
 
 def test_kl_is_reported_apart_for_failed_correct_and_all_episodes():
@@ -42,5 +42,25 @@ def test_the_total_is_filled_to_a_multiple_of_the_ranks():
 
 
 def test_episode_metrics_are_means_and_missing_counters_are_zero():
-    metrics = episode_metrics([{"em": 1.0, "num_cut_passages": 2.0}, {"em": 0.0}])
-    assert metrics == {"episode/em": 0.5, "episode/num_cut_passages": 1.0}
+    metrics = episode_metrics([{"em": 1.0, "num_cut_passages": 2.0}, {"em": 0.0}], max_response_tokens=10)
+    assert metrics == {"episode/em": 0.5, "episode/num_cut_passages": 1.0, "episode/response_fill": 0.0}
+
+
+def test_shares_are_of_all_tokens_and_turns_of_the_step():
+    """Not means of each episode's share: a long loop weighs more than a short sound episode."""
+    looping = {"num_repeated_tokens": 90.0, "num_policy_tokens": 100.0, "num_response_tokens": 100.0}
+    sound = {"num_repeated_tokens": 0.0, "num_policy_tokens": 20.0, "num_response_tokens": 60.0}
+    turns = [
+        {"num_turns": 5.0, "num_truncated_turns": 5.0, "num_invalid_actions": 4.0},
+        {"num_turns": 3.0, "num_truncated_turns": 0.0, "num_invalid_actions": 0.0},
+    ]
+    metrics = episode_metrics([looping | turns[0], sound | turns[1]], max_response_tokens=400)
+    assert metrics["episode/repeated_token_share"] == 90 / 120
+    assert metrics["episode/truncated_turn_share"] == 5 / 8
+    assert metrics["episode/invalid_action_rate"] == 4 / 8
+    assert metrics["episode/response_fill"] == 80 / 400
+
+
+def test_a_sampled_kl_is_the_mean_over_policy_tokens():
+    log_ratio = torch.tensor([[1.0, -0.5, 99.0], [2.5, 99.0, 99.0]])
+    assert sampled_kl(log_ratio, torch.tensor([[1, 1, 0], [1, 0, 0]])) == pytest.approx(1.0)
