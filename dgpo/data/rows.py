@@ -63,6 +63,16 @@ def row_golds(row: Mapping[str, Any]) -> list[str]:
     return list(row["reward_model"]["ground_truth"]["target"])
 
 
+def row_gold_passages(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The annotated evidence, `extra_info.gold_passages`, as documents `{"id", "contents"}`; empty where there is none."""
+    return list(row["extra_info"].get("gold_passages") or [])
+
+
+def row_hops(row: Mapping[str, Any]) -> int | None:
+    """How many passages the question needs one after another, `extra_info.hops`; None where the source does not say."""
+    return row["extra_info"].get("hops")
+
+
 def row_id(row: Mapping[str, Any]) -> str:
     """An id that is unique over data sources: `extra_info.id`, else source, split and index."""
     info = row["extra_info"]
@@ -85,6 +95,9 @@ def _problem(row: Mapping[str, Any]) -> str | None:
     info = row.get("extra_info")
     if not (isinstance(info, Mapping) and isinstance(info.get("index"), int)):
         return f"`extra_info` is {info!r}, expected {{'split': str, 'index': int}}"
+    passages = info.get("gold_passages") or []
+    if not (isinstance(passages, list) and all(isinstance(_field(p, "contents"), str) for p in passages)):
+        return f"`extra_info.gold_passages` is {passages!r}, expected a list of {{'id': str, 'contents': str}}"
     return None
 
 

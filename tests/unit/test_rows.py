@@ -2,7 +2,16 @@ import copy
 
 import pytest
 
-from dgpo.data.rows import DataError, read_rows, row_golds, row_id, row_question, write_rows
+from dgpo.data.rows import (
+    DataError,
+    read_rows,
+    row_gold_passages,
+    row_golds,
+    row_hops,
+    row_id,
+    row_question,
+    write_rows,
+)
 
 ROW = {
     "data_source": "nq",
@@ -45,6 +54,15 @@ def test_ids_are_unique_over_data_sources():
     assert row_id(changed("extra_info.id", "0")) == "0"
 
 
+def test_evidence_and_hops_survive_parquet_where_the_source_has_them(tmp_path):
+    passages = [{"id": "q-gold-0", "contents": '"Ada"\nAda wrote it.'}]
+    evidence = {**ROW, "extra_info": {"split": "test", "index": 0, "hops": 2, "gold_passages": passages}}
+    write_rows(tmp_path / "a.parquet", [evidence, ROW])
+    first, second = read_rows(tmp_path / "a.parquet")
+    assert (row_gold_passages(first), row_hops(first)) == (passages, 2)
+    assert (row_gold_passages(second), row_hops(second)) == ([], None)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -58,6 +76,8 @@ def test_ids_are_unique_over_data_sources():
         ("reward_model.ground_truth.target", [" "], "no accepted answer"),
         ("extra_info", None, "`extra_info` is None, expected"),
         ("extra_info.index", "4", "`extra_info` is .* expected"),
+        ("extra_info.gold_passages", "a text", "gold_passages` is 'a text', expected a list of {'id': str"),
+        ("extra_info.gold_passages", ["a text"], "gold_passages` is \\['a text'\\], expected a list of"),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path, path, value, message):
