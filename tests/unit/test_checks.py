@@ -125,8 +125,8 @@ def test_a_corpus_that_is_not_served_is_named(config, tmp_path):
 
 
 def test_episodes_longer_than_the_model_are_refused(config):
-    config.episode.max_response_tokens = 4096
-    refused(check_train, config, "max_response_tokens", "2048 positions")
+    config.episode.max_response_tokens = 16384
+    refused(check_train, config, "max_response_tokens", "8192 positions")
 
 
 def test_passages_that_can_never_fit_are_refused(config):
@@ -190,6 +190,43 @@ def test_one_question_sampled_greedily_twice_is_refused(config, tmp_path):
     config.run_dir, config.data.collect_file = str(tmp_path / "other"), config.data.train_file
     config.collect.samples_per_question, config.collect.temperature = 2, 0.0
     refused(check_collect, config, "collect.temperature=0")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("action", "panic"),
+        ("patience", 0),
+        ("window", 0),
+        ("max_kl_ratio", 1.0),
+        ("max_entropy_ratio", 0.5),
+        ("max_grad_norm_ratio", 1.0),
+        ("rollback_learning_rate_scale", 0.0),
+        ("rollback_learning_rate_scale", 1.5),
+    ],
+)
+def test_a_detector_setting_that_makes_no_sense_is_refused(config, tmp_path, name, value):
+    config.run_dir = str(tmp_path / "other")
+    setattr(config.train.stability, name, value)
+    refused(check_train, config, f"train.stability.{name}={value}: expected")
+
+
+def test_a_reward_that_cannot_be_found_is_refused_before_anything_starts(config, tmp_path):
+    config.run_dir, config.train.reward = str(tmp_path / "other"), "examples.format_reward:rewrad"
+    refused(check_train, config, "train.reward=examples.format_reward:rewrad", "has no rewrad")
+
+
+@pytest.mark.parametrize("check", [check_collect, check_train, check_test])
+def test_every_stage_with_episodes_asks_a_backend_of_the_users_and_no_server(config, tmp_path, check):
+    config.run_dir, config.data.collect_file = str(tmp_path / "other"), config.data.train_file
+    config.retriever.url = "http://127.0.0.1:9"
+    config.retriever.backend, config.retriever.backend_options = (
+        "examples.jsonl_search:JsonlSearch",
+        {"path": "x.jsonl"},
+    )
+    check(config)
+    config.retriever.backend_options = {"file": "x.jsonl"}
+    refused(check, config, "retriever.backend=examples.jsonl_search:JsonlSearch", "'path'")
 
 
 @pytest.mark.parametrize(
