@@ -35,6 +35,80 @@ class DataConfig:
 
 
 @dataclass
+class HubFilesConfig:
+    """Files of a data set on the Hugging Face hub; `repo` may be a mirror of yours."""
+
+    repo: str = ""
+    revision: str = "main"  # branch, tag or commit; download.json records the commit
+    files: list[str] = field(default_factory=list)
+    joined: str | None = None  # the files, one after the other, are one file of this name
+
+
+@dataclass
+class DownloadConfig:
+    what: list[str] = field(default_factory=lambda: ["corpus", "index", "train"])  # and benchmarks
+    folder: str = "data"  # each goes to a folder of its name below
+    endpoint: str | None = None  # of a mirror; None: HF_ENDPOINT, else the hub
+    verify: bool = False  # read again what is there already, and compare its checksums
+    corpus: HubFilesConfig = field(
+        default_factory=lambda: HubFilesConfig("PeterJinGo/wiki-18-corpus", files=["wiki-18.jsonl.gz"])
+    )
+    index: HubFilesConfig = field(
+        default_factory=lambda: HubFilesConfig(
+            "PeterJinGo/wiki-18-e5-index", files=["part_aa", "part_ab"], joined="e5_Flat.index"
+        )
+    )
+    train: HubFilesConfig = field(
+        default_factory=lambda: HubFilesConfig("PeterJinGo/nq_hotpotqa_train", files=["train.parquet"])
+    )
+    benchmarks: HubFilesConfig = field(
+        default_factory=lambda: HubFilesConfig(
+            "RUC-NLPIR/FlashRAG_datasets",
+            files=[
+                "nq/train.jsonl",
+                "nq/test.jsonl",
+                "triviaqa/test.jsonl",
+                "popqa/test.jsonl",
+                "hotpotqa/train.jsonl",
+                "hotpotqa/dev.jsonl",
+                "2wikimultihopqa/dev.jsonl",
+                "musique/dev.jsonl",
+                "bamboogle/test.jsonl",
+            ],
+        )
+    )
+
+
+@dataclass
+class PrepareConfig:
+    """Question files and corpora (docs/data.md): the paper's sets, or, with `source` or `documents`, your own."""
+
+    out: str = "data/prepared"
+    overwrite: bool = False
+    benchmarks: str = "data/benchmarks"  # what download.what=[benchmarks] wrote: <set>/<split>.jsonl
+    test_sets: list[str] = field(
+        default_factory=lambda: ["nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle"]
+    )
+    train_sets: list[str] = field(default_factory=lambda: ["nq", "hotpotqa"])
+    allow_other_sizes: bool = False  # than the published ones
+    nq_annotations: str | None = None  # NQ's own jsonl, jsonl.gz, or a folder of them: the long answers
+    source: str | None = None  # jsonl of your questions and answers
+    name: str = "own"  # data_source of those
+    test_share: float = 0.1  # of them, drawn by seed, where a line names no split
+    documents: str | None = None  # a folder of .txt and .md files, or a jsonl: becomes corpus.jsonl
+    passage_words: int = 100  # longer documents are cut
+    passage_overlap: int = 0  # words that a passage repeats of the one before
+    max_bad_lines: int = 0  # more stop the command; up to here they are named, left out and counted
+    drop_overlap: bool = False  # training questions that also stand in a test set
+
+
+@dataclass
+class ContaminationConfig:
+    ngram: int = 8  # words
+    min_share: float = 0.5  # of a test question's n-grams in one training question: a near duplicate
+
+
+@dataclass
 class EpisodeConfig:
     """Rules of one episode (method.md section 1); lengths in tokens of the policy's tokenizer."""
 
@@ -181,7 +255,7 @@ class StabilityConfig:
     max_repeated_token_share: float = 0.5
     max_truncated_turn_share: float = 0.5
     max_response_fill: float = 0.9  # of episode.max_response_tokens
-    max_kl: float = 2.0  # nats per policy token, to the teacher or to the initial policy; and
+    max_kl: float = 2.0  # nats per policy token, to the initial policy; to the teacher also
     max_kl_ratio: float = 4.0  # of its early value
     max_grad_norm_ratio: float = 10.0  # of its median so far
     max_rollbacks: int = 2
@@ -245,6 +319,9 @@ class Config:
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    download: DownloadConfig = field(default_factory=DownloadConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    contamination: ContaminationConfig = field(default_factory=ContaminationConfig)
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
     retriever: RetrieverConfig = field(default_factory=RetrieverConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)

@@ -17,7 +17,7 @@ Record = Mapping[str, float]
 
 # Metrics that are finite in every sound step. Others may be NaN where they are undefined (a correlation of constants).
 FINITE_PREFIXES = ("actor/", "critic/", "teacher/", "episode/")
-KL_METRICS = ("teacher/kl_failed", "teacher/kl_all", "actor/kl_to_init")
+TEACHER_KL_METRICS = ("teacher/kl_failed", "teacher/kl_all")
 GRAD_METRICS = ("actor/grad_norm", "critic/grad_norm")
 NOISE_SIGMAS = 3.0  # a fall of a rate counts if it is beyond this many standard errors of two moving averages
 
@@ -142,7 +142,8 @@ class CollapseDetector:
         yield from _above("repetition", "episode/repeated_token_share", finite, limits.max_repeated_token_share)
         yield from _above("turn_length", "episode/truncated_turn_share", finite, limits.max_truncated_turn_share)
         yield from _above("response_length", "episode/response_fill", finite, limits.max_response_fill)
-        for name in KL_METRICS:
+        yield from _above("kl", "actor/kl_to_init", finite, limits.max_kl)  # 0 at the start by its nature
+        for name in TEACHER_KL_METRICS:
             early = self._early(name)
             if early is not None:
                 yield from _above("kl", name, finite, max(limits.max_kl, limits.max_kl_ratio * early))
