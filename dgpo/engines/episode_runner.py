@@ -128,7 +128,7 @@ async def play_episodes(
             allowed = retriever.max_failed_share * max(len(finished), min(len(planned), MIN_EPISODES_FOR_SHARE))
             if num_failed > allowed:
                 raise SearchOutageError(
-                    f"{num_failed} of {len(finished)} episodes lost a search at {retriever.url} "
+                    f"{num_failed} of {len(finished)} episodes lost a search at {retriever.backend or retriever.url} "
                     f"(retriever.max_failed_share={retriever.max_failed_share}): start the retriever again and repeat "
                     f"the command with resume=true; {len(finished) - num_failed} finished episodes are kept"
                 )

@@ -143,3 +143,26 @@ def test_a_prompt_that_is_too_long_is_named(config, tmp_path):
 def test_two_rows_with_one_id_are_refused(config):
     with pytest.raises(DataError, match="two rows"):
         plan_episodes(make_rows(1) * 2, Tokenizer(), config=config)
+
+
+def test_episodes_search_in_a_backend_of_the_users_without_a_server(config, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(json.dumps({"id": "7", "contents": '"X"\nx marks the spot'}) + "\n")
+    config.retriever.url = "http://127.0.0.1:9"
+    config.retriever.backend = "examples.jsonl_search:JsonlSearch"
+    config.retriever.backend_options = {"path": str(corpus)}
+    trajectories = play(config, tmp_path / "t.jsonl", SearchOnceThenAnswer())
+    found = [document["id"] for t in trajectories for record in t.searches for document in record.documents]
+    assert found == ["7"] * 8
+
+
+def test_a_backend_without_an_answer_counts_like_a_server_that_is_down(config, tmp_path, monkeypatch):
+    (tmp_path / "users_down.py").write_text(
+        "from dgpo.search import SearchFailedError\n"
+        "class Down:\n"
+        "    async def search(self, query, *, topk, corpus): raise SearchFailedError('gone')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config.retriever.backend = "users_down:Down"
+    with pytest.raises(SearchOutageError, match=r"lost a search at users_down:Down"):
+        play(config, tmp_path / "t.jsonl", SearchOnceThenAnswer())

@@ -13,7 +13,11 @@ LIGHT_ROOMS = [
     "dgpo.metrics.exact_match",
     "dgpo.metrics.hits",
     "dgpo.metrics.intervals",
+    "dgpo.metrics.repetition",
     "dgpo.config.load",
+    "dgpo.extensions",
+    "dgpo.rl.stability",
+    "dgpo.rl.rollback",
 ]
 ALGORITHMS = ["reduce", "divergences", "selective_kl", "exact_kl", "distillation"]
 ENGINES = ("verl", "ray", "vllm", "transformers", "datasets")
