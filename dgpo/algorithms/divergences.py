@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 
 def mixture_divergence(
@@ -125,7 +126,9 @@ def _lift(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _log_probs(logits: torch.Tensor) -> torch.Tensor:
-    return _lift(logits).log_softmax(-1)
+    # Clamped, so that a token that neither can produce adds 0, not NaN, to values and gradients.
+    log_probs = _lift(logits).log_softmax(-1)
+    return log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
 
 
 def _log_mixture(student: torch.Tensor, teacher: torch.Tensor, teacher_share: float) -> torch.Tensor:
@@ -137,5 +140,4 @@ def _log_mixture(student: torch.Tensor, teacher: torch.Tensor, teacher_share: fl
 
 
 def _kl(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """KL of two distributions given as log-probs; what has no probability on the left adds exactly 0."""
-    return (left.exp() * (left - right).masked_fill(left == -torch.inf, 0.0)).sum(-1)
+    return F.kl_div(right, left, log_target=True, reduction="none").sum(-1)  # its arguments are the other way round

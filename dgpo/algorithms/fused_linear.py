@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -11,7 +9,11 @@ from torch.autograd.function import once_differentiable
 from dgpo.algorithms.distillation import TokenLoss
 from dgpo.algorithms.reduce import divide
 
-CHUNK_SIZE = 128
+CHUNK_SIZE = 256  # smaller chunks read and write the output matrix's gradient more often; scripts/bench/kd_loss.py
+# Tokens whose loss is computed at once: few enough for a CPU's cache, enough to outweigh a GPU's cost per launch.
+_LOSS_TOKENS_CPU, _LOSS_TOKENS_GPU = 8, 64
+# Rows of the output matrix whose gradient exists twice, where it is summed in a wider type than the products'.
+_ROWS_AT_ONCE = 16_384
 
 
 def fused_linear_loss(
@@ -90,15 +92,15 @@ class _FusedLinearLoss(torch.autograd.Function):
                 teacher_logits = None
                 if teacher_hidden is not None:
                     teacher_logits = F.linear(teacher_hidden[part].to(teacher_head.dtype), teacher_head)
-                values, grad = _values_and_grad(token_loss, logits, teacher_logits, targets[part], any(wanted))
-                del logits, teacher_logits
-                total += values.sum()
+                total += _sum_values(token_loss, logits, teacher_logits, targets[part], to_gradient=any(wanted))
+                del teacher_logits
                 if grad_hidden is not None:
-                    grad_hidden[part] = grad @ head
+                    grad_hidden[part] = logits @ head
                 if grad_head is not None:
-                    _add_product(grad_head, grad.T, states)
+                    _add_product(grad_head, logits.T, states)
                 if grad_bias is not None:
-                    grad_bias += grad.sum(0)
+                    grad_bias += logits.sum(0)
+                del logits  # before the next chunk's are made
         ctx.save_for_backward(*grads)
         return total
 
@@ -110,24 +112,34 @@ class _FusedLinearLoss(torch.autograd.Function):
         return *scaled, None, None, None, None, None, None
 
 
-def _values_and_grad(
+def _sum_values(
     token_loss: TokenLoss,
     logits: torch.Tensor,
     teacher_logits: torch.Tensor | None,
     targets: torch.Tensor,
-    needs_grad: bool,
-) -> tuple[torch.Tensor, Any]:
-    if not needs_grad:
-        return token_loss(logits, teacher_logits, targets), None
-    with torch.enable_grad():
-        logits.requires_grad_()
-        values = token_loss(logits, teacher_logits, targets)
-        (grad,) = torch.autograd.grad(values.sum(), logits)
-    return values.detach(), grad
+    *,
+    to_gradient: bool,
+) -> torch.Tensor:
+    """The sum of the chunk's values; with `to_gradient`, its gradient is left in `logits`, in place of them.
 
-
-# Rows of the output matrix whose gradient exists twice, where it is summed in a wider type than the products'.
-_ROWS_AT_ONCE = 16_384
+    Matrix products want many tokens at a time, but what the loss computes on the way is several times as large as the
+    logits: it gets a few tokens at a time.
+    """
+    block = _LOSS_TOKENS_CPU if logits.device.type == "cpu" else _LOSS_TOKENS_GPU
+    starts = range(0, len(logits), block)
+    sums = []
+    for part in (slice(start, start + block) for start in starts):
+        teacher_part = None if teacher_logits is None else teacher_logits[part]
+        if not to_gradient:
+            sums.append(token_loss(logits[part], teacher_part, targets[part]).sum())
+            continue
+        with torch.enable_grad():
+            student_part = logits[part].detach().requires_grad_()
+            value = token_loss(student_part, teacher_part, targets[part]).sum()
+            (gradient,) = torch.autograd.grad(value, student_part)
+        logits[part] = gradient
+        sums.append(value.detach())
+    return torch.stack(sums).sum()
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
