@@ -180,6 +180,24 @@ class CollapseDetector:
         yield _Finding(rule, name, mean, floor, mean < floor, lag=window - 1)
 
 
+def choose_response(action: str, *, rollbacks_left: int, first_of_run: bool) -> str:
+    """What to do about alarms.
+
+    Args:
+        action: `train.stability.action`.
+        rollbacks_left: how many the run may still make.
+        first_of_run: whether no step before raised one.
+
+    Returns:
+        `go_on`; `save`, then go on; `stop`, saved; or `roll_back`.
+    """
+    if action == "rollback" and rollbacks_left > 0:
+        return "roll_back"
+    if action == "warn":
+        return "save" if first_of_run else "go_on"
+    return "stop"
+
+
 def _above(rule: str, name: str, finite: Record, limit: float) -> Iterator[_Finding]:
     if name in finite:
         yield _Finding(rule, name, finite[name], limit, finite[name] > limit)

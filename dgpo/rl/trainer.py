@@ -31,7 +31,7 @@ from dgpo.rl.alarms import report_alarms
 from dgpo.rl.guards import FROM_TRAINED_WEIGHTS, SOURCES, check_finite
 from dgpo.rl.metrics import choose_monitored, episode_metrics, log_prob_disagreement, sampled_kl, teacher_kl_metrics
 from dgpo.rl.rollback import keep_last_good
-from dgpo.rl.stability import Alarm, CollapseDetector
+from dgpo.rl.stability import Alarm, CollapseDetector, choose_response
 from dgpo.rl.stops import CollapseError, NonFiniteError, RunStoppedError
 from dgpo.rl.verl_config import TRAINER_NAME
 from dgpo.rl.worker import SeededTrainingWorker, TeacherGuidedWorker
@@ -246,27 +246,28 @@ class DGPOTrainer(PPOTrainerSync):
         try:
             check_finite(tensors, response_mask=data.batch["response_mask"], episode_ids=episode_ids)
         except NonFiniteError as error:
-            if self._may_roll_back() and error.tensor in FROM_TRAINED_WEIGHTS:
+            if self._response() == "roll_back" and error.tensor in FROM_TRAINED_WEIGHTS:
                 raise CollapseError(str(error), self.global_steps) from error
             raise
 
-    def _may_roll_back(self) -> bool:
-        return self.stability.action == "rollback" and self.term.rollbacks_left > 0
+    def _response(self, *, first_of_run: bool = False) -> str:
+        return choose_response(
+            self.stability.action, rollbacks_left=self.term.rollbacks_left, first_of_run=first_of_run
+        )
 
     def _respond(self, alarms: list[Alarm], metrics: dict) -> None:
-        """Warns, stops, or asks for a rollback, as `train.stability.action` says."""
+        """Warns, saves, stops, or asks for a rollback, as `train.stability.action` says."""
         folder = self.metrics_path.parent
-        first_of_run = report_alarms(alarms, folder)
+        response = self._response(first_of_run=report_alarms(alarms, folder))
         first_step = min(alarm.first_step for alarm in alarms)
-        goes_on = self.stability.action == "warn"
-        if not goes_on:
+        if response in ("stop", "roll_back"):
             self.logger.log(data=metrics, step=self.global_steps)  # veRL would have done so after this
-        if self._may_roll_back():
+        if response == "roll_back":
             raise CollapseError(str(alarms[0]), first_step)
-        if first_of_run or not goes_on:
+        if response in ("stop", "save"):
             keep_last_good(folder, first_step)
             self._save_at_alarm()
-        if not goes_on:
+        if response == "stop":
             raise RunStoppedError(
                 f"{alarms[0]}. Saved after step {self.global_steps}; resume=true goes on all the same"
             )
