@@ -64,6 +64,16 @@ def _quickstart(overrides: Sequence[str]) -> None:
         raise CommandFailedError(str(error)) from error
 
 
+def _download(overrides: Sequence[str]) -> None:
+    from dgpo.data.download import download
+    from dgpo.data.hub import DownloadError
+
+    try:
+        download(load_config(overrides))
+    except (DownloadError, OSError) as error:
+        raise CommandFailedError(str(error)) from error
+
+
 def _collect(overrides: Sequence[str]) -> None:
     from dgpo.coldstart.collect import collect
 
@@ -72,8 +82,14 @@ def _collect(overrides: Sequence[str]) -> None:
 
 def _distill(overrides: Sequence[str]) -> None:
     from dgpo.coldstart.distill import distill
+    from dgpo.coldstart.errors import CheckpointMismatchError, DivergedError
 
-    distill(load_config(overrides))
+    try:
+        _play(distill, load_config(overrides))
+    except CheckpointMismatchError as error:
+        raise ConfigError(str(error)) from error
+    except DivergedError as error:
+        raise CommandFailedError(str(error)) from error
 
 
 def _train(overrides: Sequence[str]) -> None:
@@ -124,6 +140,7 @@ def _play(stage: Callable[[Config], object], config: Config) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "quickstart": (_quickstart, "the whole method on the tiny world, on a CPU: collect, distil, train, test, report"),
+    "download": (_download, "corpus, index, training set, benchmark files from the hub; resumable, checksummed"),
     "collect": (_collect, "phase 1a: the teacher plays episodes, the correct ones are kept"),
     "distill": (_distill, "phase 1b: the student learns the kept episodes (cold start)"),
     "train": (_train, "phase 2: PPO with the teacher on failed episodes (DGPO), and its baselines"),

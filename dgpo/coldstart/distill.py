@@ -1,28 +1,34 @@
 """Phase 1b: the student learns the teacher's correct episodes, on policy tokens only.
 
-    L = (1 - r) * CE + r * KL(teacher || student)        mean over the policy tokens of the whole batch
+    L = (1 - r) * CE + r * D(teacher, student)        mean over the policy tokens of the whole batch
 
 python -m dgpo distill pair=qwen3b_05b run_dir=runs/dgpo
+python -m dgpo distill experiment=taid pair=qwen3b_05b run_dir=runs/taid hardware.num_nodes=2
 """
 
-import os
-from dataclasses import asdict
-from pathlib import Path
+from __future__ import annotations
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
 
 from dgpo.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
-from dgpo.coldstart.trainer import TrainingExample, train_on_examples
+from dgpo.coldstart.ranks import run_on_ranks
 from dgpo.config.checks import check_distill
-from dgpo.config.schema import Config, DistillConfig, HardwareConfig
+from dgpo.config.load import to_yaml
+from dgpo.config.schema import Config
+from dgpo.config.stages import collection, initial_model
+from dgpo.engines.environment import export_environment
 from dgpo.trajectory import read_trajectories
 
 LOSSES_WITHOUT_TEACHER = ("seqkd",)
 
 
 def distill(config: Config) -> Path | None:
-    """Run the stage: `{run_dir}/collect/episodes.jsonl` -> the checkpoint `{run_dir}/distill/model`.
+    """Runs the stage: the collected episodes -> the checkpoint `{run_dir}/distill/model`.
+
+    One GPU (or CPU rank) trains in this process; more are started over Ray, on `hardware.num_nodes` nodes.
 
     Returns:
         The stage's folder, or None for a dry run.
@@ -30,87 +36,118 @@ def distill(config: Config) -> Path | None:
     Raises:
         ConfigError: from the checks, before any model is loaded.
         ManifestError: the collection did not finish, or was changed since.
+        CheckpointMismatchError: `resume=true` under other settings.
+        DivergedError: the loss or its gradient is not finite.
+        SearchOutageError: of `distillm`, the retriever failed too often; `resume=true` continues.
     """
-    check_distill(config)
-    collected = Path(config.run_dir) / "collect"
-    counts = read_manifest(collected, stage="collect")["counts"]
+    notes = check_distill(config)
+    collected = collection(config)
     if config.dry_run:
-        print(f"dry run: {config.student.path} would learn from {config.teacher.path} on the episodes {counts}.")
+        print(_plan(config, notes))
         return None
-    output = prepare_run_folder(Path(config.run_dir) / "distill", resume=config.resume)
-    (output / MANIFEST).unlink(missing_ok=True)
-    return distill_episodes(
-        student=config.student.path or "",
-        teacher=config.teacher.path,
-        episodes=collected / "episodes.jsonl",
-        output=output,
-        settings=config.distill,
-        hardware=config.hardware,
+    read_manifest(collected, stage="collect")
+    output = Path(config.run_dir) / "distill"
+    if config.resume and (output / MANIFEST).exists():
+        read_manifest(output, stage="distill")
+        print(f"distill: {output} is finished already; to repeat it, delete the folder", file=sys.stderr)
+        return output
+    prepare_run_folder(output, resume=config.resume)
+    export_environment(config.hardware)
+    counts = run_on_ranks(distill_rank, config, folder=output)
+    write_manifest(
+        output,
+        stage="distill",
+        inputs={
+            "student": initial_model(config, "distill")[1],
+            "teacher": None if config.distill.loss in LOSSES_WITHOUT_TEACHER else config.teacher.path,
+            "episodes": str(collected / "episodes.jsonl"),
+        },
+        config=to_yaml(config),
+        counts=counts,
         seed=config.seed,
     )
-
-
-def distill_episodes(
-    *,
-    student: str,
-    teacher: str | None,
-    episodes: Path,
-    output: Path,
-    settings: DistillConfig,
-    hardware: HardwareConfig,
-    seed: int,
-) -> Path:
-    """Train the model at `student` on the trajectories in the file `episodes`; write `output`/model and a manifest.
-
-    `teacher` may be None for losses without one (`seqkd`). Returns `output`.
-    Raises ValueError when the models do not share a tokenizer, and for what `train_on_examples` refuses.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(student)
-    examples = [TrainingExample(t.prompt_ids, t.response_ids, t.response_mask) for t in read_trajectories(episodes)]
-    # The optimiser keeps float32 weights; bfloat16, where asked for, is autocast in the forward pass.
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, attn_implementation=hardware.attention)
-    frozen = None
-    if settings.loss not in LOSSES_WITHOUT_TEACHER:
-        frozen = _load_teacher(teacher, student, tokenizer, settings=settings, hardware=hardware)
-    train_on_examples(
-        model,
-        frozen,
-        examples,
-        tokenizer,
-        checkpoint=output / "model",
-        metrics=output / "metrics.jsonl",
-        settings=settings,
-        hardware=hardware,
-        seed=seed,
-        name="distill",
-    )
-    if int(os.environ.get("RANK", "0")) == 0:
-        write_manifest(
-            output,
-            stage="distill",
-            inputs={"student": student, "teacher": teacher, "episodes": str(episodes)},
-            config=asdict(settings),
-            counts={"episodes": len(examples), "trained_tokens": sum(sum(e.response_mask) for e in examples)},
-            seed=seed,
-        )
     return output
 
 
-def _load_teacher(
-    teacher: str | None,
-    student: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    settings: DistillConfig,
-    hardware: HardwareConfig,
-) -> PreTrainedModel:
-    if teacher is None:
-        raise ValueError(f"distill.loss={settings.loss} needs a teacher: set teacher.path, or distill.loss=seqkd")
-    if AutoTokenizer.from_pretrained(teacher).get_vocab() != tokenizer.get_vocab():
+def distill_rank(config: Config, *, rank: int = 0, num_ranks: int = 1) -> dict[str, Any]:
+    """One rank's part of the stage, in its own process: loads the models, trains, and returns the counts.
+
+    Raises:
+        ValueError: the models do not share a tokenizer, and what `train_on_examples` refuses.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from dgpo.coldstart.examples import TrainingExample
+    from dgpo.coldstart.student_episodes import StudentEpisodes
+    from dgpo.coldstart.trainer import train_on_examples
+
+    logging.disable_progress_bar()
+    settings, hardware = config.distill, config.hardware
+    student, output = initial_model(config, "distill")[1], Path(config.run_dir) / "distill"
+    tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=config.student.trust_remote_code)
+    # The optimiser keeps float32 weights; bfloat16, where asked for, is autocast in the forward pass.
+    model = AutoModelForCausalLM.from_pretrained(
+        student,
+        dtype=torch.float32,
+        attn_implementation=hardware.attention,
+        trust_remote_code=config.student.trust_remote_code,
+    )
+    with contextlib.ExitStack() as stack:
+        student_episodes = None
+        if settings.loss == "distillm":
+            student_episodes = stack.enter_context(
+                StudentEpisodes(
+                    config, model=student, tokenizer=tokenizer, folder=output, rank=rank, num_ranks=num_ranks
+                )
+            )
+        return train_on_examples(
+            model,
+            None if settings.loss in LOSSES_WITHOUT_TEACHER else _load_teacher(config, student, tokenizer),
+            [TrainingExample.from_trajectory(t) for t in read_trajectories(collection(config) / "episodes.jsonl")],
+            tokenizer,
+            checkpoint=output / "model",
+            metrics=output / "metrics.jsonl",
+            settings=settings,
+            hardware=hardware,
+            seed=config.seed,
+            name="distill",
+            checkpoints=output / "checkpoints",
+            resume=config.resume,
+            student_episodes=student_episodes,
+        )
+
+
+def _load_teacher(config: Config, student: str, tokenizer: Any) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    teacher, trust = config.teacher.path or "", config.teacher.trust_remote_code
+    if AutoTokenizer.from_pretrained(teacher, trust_remote_code=trust).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"student {student} and teacher {teacher} have different tokenizers: "
             "distillation compares their distributions token by token, so choose two of one family"
         )
     return AutoModelForCausalLM.from_pretrained(
-        teacher, dtype=getattr(torch, hardware.dtype), attn_implementation=hardware.attention
+        teacher,
+        dtype=getattr(torch, config.hardware.dtype),
+        attn_implementation=config.hardware.attention,
+        trust_remote_code=trust,
+    )
+
+
+def _plan(config: Config, notes: list[str]) -> str:
+    """What would run, on what; and what could not be looked into yet."""
+    settings, hardware = config.distill, config.hardware
+    teacher = "the teacher's tokens" if settings.loss in LOSSES_WITHOUT_TEACHER else config.teacher.path
+    length = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs} epochs"
+    return "\n".join(
+        [
+            f"dry run: {initial_model(config, 'distill')[1]} would learn from {teacher} by {settings.loss}, {length} "
+            f"of {settings.batch_size} episodes a step, from {collection(config)}, on {hardware.num_nodes} x "
+            f"{hardware.gpus_per_node} {'GPUs' if hardware.platform == 'cuda' else 'CPU ranks'} "
+            f"(sharding: {settings.sharding}).",
+            *(f"  planned: {note}" for note in notes),
+        ]
     )

@@ -34,7 +34,18 @@ CHOICES = {
     "train.teacher_term.form": TEACHER_FORMS,
     "train.teacher_term.gate": GATES,
     "train.stability.action": ("warn", "stop", "rollback"),
-    "distill.loss": ("kd", "seqkd"),
+    "distill.loss": (
+        "kd",
+        "seqkd",
+        "distillm",
+        "taid",
+        "forward_kl",
+        "reverse_kl",
+        "jsd",
+        "skew_kl",
+        "skew_reverse_kl",
+    ),
+    "distill.sharding": ("none", "full"),
 }
 POSITIVE = {  # section -> the keys whose values must be above 0
     "hardware": "num_nodes gpus_per_node micro_batch_size",
@@ -70,15 +81,52 @@ def check_distill(config: Config) -> list[str]:
     _check_values(config, "hardware", "distill")
     _check_stage_folder(config, "distill")
     settings = config.distill
-    if not 0 <= settings.kl_ratio <= 1:
-        raise ConfigError(f"distill.kl_ratio={settings.kl_ratio}: expected a share between 0 and 1")
-    _check_divides("distill.batch_size", settings.batch_size, "distill.micro_batch_size", settings.micro_batch_size)
+    _check_distill_values(config)
     key, student = initial_model(config, "distill")
     there = _check_model(config, student, key=key, notes=notes)
     if settings.loss != "seqkd":
         _check_teacher(config, key, student if there else None, notes)
     _check_collection(config, notes)
+    if settings.loss == "distillm":
+        _check_values(config, "episode")
+        if there:
+            _check_lengths(config, key, student)
+        _check_retriever(config, [])
     return notes
+
+
+def _check_distill_values(config: Config) -> None:
+    settings, hardware = config.distill, config.hardware
+    shares = {name: getattr(settings, name) for name in ("kl_ratio", "skew", "jsd_beta", "held_out_share")}
+    shares |= {f"taid.{name}": getattr(settings.taid, name) for name in ("t_start", "t_end", "momentum")}
+    shares["student_episodes.initial_threshold"] = settings.student_episodes.initial_threshold
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"distill.{name}={value}: expected a share between 0 and 1")
+    if settings.taid.t_start > settings.taid.t_end:
+        raise ConfigError(
+            f"distill.taid.t_start={settings.taid.t_start} is above distill.taid.t_end={settings.taid.t_end}: lower it"
+        )
+    counts = {name: getattr(settings, name) for name in ("max_steps", "micro_batch_size", "evaluate_every", "patience")}
+    counts["student_episodes.buffer_size"] = settings.student_episodes.buffer_size
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"distill.{name}={value}: expected at least 1")
+    num_gpus = hardware.num_nodes * hardware.gpus_per_node
+    if settings.batch_size < num_gpus:
+        raise ConfigError(f"distill.batch_size={settings.batch_size} on {num_gpus} GPUs leaves some without an episode")
+    if settings.sharding == "full" and num_gpus == 1:
+        raise ConfigError("distill.sharding=full needs more than one GPU: set distill.sharding=none")
+    if hardware.dtype == "float16":
+        raise ConfigError("hardware.dtype=float16 overflows in distillation: use bfloat16 or float32")
+    if settings.loss == "distillm":
+        if settings.held_out_share == 0:
+            raise ConfigError("distill.loss=distillm adapts to the held-out loss: set distill.held_out_share above 0")
+        buffer = settings.student_episodes.buffer_size
+        if buffer < settings.batch_size:
+            raise ConfigError(
+                f"distill.student_episodes.buffer_size={buffer} holds no batch of {settings.batch_size}: raise it"
+            )
 
 
 def check_train(config: Config) -> list[str]:

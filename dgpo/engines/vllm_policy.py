@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +17,8 @@ from dgpo.episode import Generation
 # always sits out the whole wait.
 SHUTDOWN_TIMEOUT_S = {"cuda": 20.0, "cpu": 0.5}
 REAP_TIMEOUT_S = 5.0
+FIXED = "dgpo.engines.die_with_parent.DieWithParent"
+REPLACEABLE = "dgpo.engines.replaceable_weights.ReplaceableWeights"
 
 
 class VllmPolicy:
@@ -27,6 +30,7 @@ class VllmPolicy:
         max_model_len: longest sequence in tokens, prompt and response together.
         temperature: 0 decodes greedily.
         seed: of the engine; a request that brings its own seed does not depend on it.
+        replaceable_weights: whether `load_weights` will be called; costs CPU engines their packed weights.
 
     The log-probs are the model's own (before temperature), in nats, one per sampled token.
     """
@@ -40,6 +44,7 @@ class VllmPolicy:
         temperature: float,
         seed: int,
         trust_remote_code: bool = False,
+        replaceable_weights: bool = False,
     ) -> None:
         self.model_path = model_path
         self.hardware = hardware
@@ -47,6 +52,7 @@ class VllmPolicy:
         self.temperature = temperature
         self.seed = seed
         self.trust_remote_code = trust_remote_code
+        self.replaceable_weights = replaceable_weights
         self._engine: Any = None
 
     async def __aenter__(self) -> VllmPolicy:
@@ -86,7 +92,7 @@ class VllmPolicy:
                 seed=self.seed,
                 disable_log_stats=True,
                 trust_remote_code=self.trust_remote_code,
-                worker_extension_cls="dgpo.engines.die_with_parent.DieWithParent",
+                worker_extension_cls=REPLACEABLE if self.replaceable_weights else FIXED,
             )
         )
 
@@ -98,6 +104,17 @@ class VllmPolicy:
             for child in multiprocessing.active_children():
                 if child.name.startswith("EngineCore"):
                     child.join(timeout=REAP_TIMEOUT_S)  # killed, and reaped only by this
+
+    async def load_weights(self, folder: str | Path) -> None:
+        """Replaces the model's weights by those in a Hugging Face folder of the same model, while no request runs.
+
+        Raises:
+            RuntimeError: the policy was not started, or not with `replaceable_weights`.
+        """
+        if self._engine is None or not self.replaceable_weights:
+            raise RuntimeError("load_weights needs a started VllmPolicy(..., replaceable_weights=True)")
+        await self._engine.collective_rpc("load_weights_from", args=(str(folder),))
+        await self._engine.reset_prefix_cache()  # its keys and values are the old weights'
 
     async def generate(
         self, token_ids: list[int], *, max_tokens: int, stop: Sequence[str], seed: int | None, request_id: str

@@ -7,8 +7,6 @@ python -m dgpo train world=tiny hardware=cpu dry_run=true ...
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +18,7 @@ from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
 from dgpo.engines.environment import export_environment
+from dgpo.engines.private_ray import use_private_ray
 from dgpo.platforms.shared_memory import remove_abandoned_segments
 from dgpo.protocol import STOP_STRINGS
 from dgpo.rl.rollback import EVENTS, after_rollbacks, num_rollbacks, roll_back
@@ -48,23 +47,10 @@ def train(config: Config) -> Path | None:
     prepare_run_folder(folder, resume=config.resume)
     (folder / "config.yaml").write_text(to_yaml(config))
     export_environment(config.hardware)
-    _use_private_ray(folder)
+    use_private_ray(folder)
     remove_abandoned_segments()
     _run_with_rollbacks(config, folder)
     return _export(config, folder)
-
-
-def _use_private_ray(folder: Path) -> None:
-    """A token of the run's own: Ray listens on ports that every user of the machine can reach."""
-    token = folder / "ray_token"
-    if not token.exists():
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token.resolve()))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _run_with_rollbacks(config: Config, folder: Path) -> None:

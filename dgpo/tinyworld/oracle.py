@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from dgpo.coldstart.trainer import TrainingExample
+from dgpo.coldstart.examples import TrainingExample
 from dgpo.protocol import build_messages, render_observation, render_passages
 from dgpo.tinyworld.tokenizer import TAGS
 from dgpo.tinyworld.world import (

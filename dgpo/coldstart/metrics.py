@@ -1,0 +1,68 @@
+"""What a distillation tells while it runs: metrics.jsonl, and a line on the console now and then."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+NUM_LINES = 8
+
+
+class StepClock:
+    """Time and tokens of the training steps since the last reading; evaluation and saving do not count."""
+
+    def __init__(self) -> None:
+        self._num_steps, self._seconds, self._tokens, self._started = 0, 0.0, 0.0, 0.0
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self, num_tokens: float) -> None:
+        self._seconds += time.perf_counter() - self._started
+        self._tokens += num_tokens
+        self._num_steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Seconds per step, and tokens of prompts and responses per second over all ranks; starts anew."""
+        seconds, tokens, steps = max(self._seconds, 1e-9), self._tokens, max(self._num_steps, 1)
+        self._num_steps, self._seconds, self._tokens = 0, 0.0, 0.0
+        return {"step_s": seconds / steps, "tokens_per_s": tokens / seconds}
+
+
+class MetricsFile(TrainerCallback):
+    """Appends losses and speed to a jsonl file and prints a line now and then, on the first rank."""
+
+    def __init__(self, path: Path, *, name: str, num_steps: int, steps_per_epoch: int):
+        self.path, self.name, self.num_steps, self.steps_per_epoch = path, name, num_steps, steps_per_epoch
+        self._printed = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A run that continues keeps the lines up to its checkpoint: it will write the later ones again."""
+        if state.is_world_process_zero:
+            lines = self.path.read_text().splitlines() if state.global_step and self.path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or not logs or not {"loss", "held_out_loss"} & logs.keys():
+            return
+        step = state.global_step
+        line = {"step": step, **logs, "epoch": round(step / self.steps_per_epoch, 4)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if "held_out_loss" in logs:
+            print(f"{self.name}: step {step}/{self.num_steps} held-out loss {logs['held_out_loss']:.3f}", flush=True)
+        elif (step - self._printed) * NUM_LINES >= self.num_steps:
+            self._printed = step
+            left = timedelta(seconds=round((self.num_steps - step) * logs["step_s"]))
+            print(
+                f"{self.name}: step {step}/{self.num_steps} loss {logs['loss']:.3f}, "
+                f"{logs['tokens_per_s']:,.0f} tokens/s, {left} left",
+                flush=True,
+            )

@@ -1,0 +1,122 @@
+"""Data-parallel ranks on 1..N nodes: one Ray actor per GPU, in the environment that torch.distributed reads.
+
+Plain actors, as veRL's own: Ray Train would add its controller, a storage folder and packages that our locks do not ask
+for, to set the same six variables.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dgpo.config.load import ConfigError
+from dgpo.config.schema import Config
+from dgpo.engines.private_ray import use_private_ray
+
+RESOURCES_TIMEOUT_S = 60.0
+OBJECT_STORE_BYTES = 200_000_000  # of a Ray of our own: only settings and counts travel
+
+
+def run_on_ranks(work: Callable[..., Any], config: Config, *, folder: Path) -> Any:
+    """`work(config, rank=, num_ranks=)` on every rank; in this process, without Ray, where there is but one.
+
+    With `RAY_ADDRESS` set, the ranks run in that cluster, else in a Ray of their own on this machine. `run_dir` and the
+    models must be there under the same paths on every node.
+
+    Args:
+        work: a module's own function.
+        folder: where the token of a Ray of our own is kept meanwhile.
+
+    Returns:
+        What rank 0 returned.
+
+    Raises:
+        ConfigError: the cluster has fewer GPUs than configured.
+        Exception: what `work` raised, of the first rank that failed; the others are ended.
+    """
+    num_ranks = config.hardware.num_nodes * config.hardware.gpus_per_node
+    if num_ranks == 1:
+        return work(config, rank=0, num_ranks=1)
+    use_private_ray(folder)
+    import ray
+
+    try:
+        _connect(ray, config)
+        return _run(ray, work, config, num_ranks)
+    finally:
+        ray.shutdown()
+        (folder / "ray_token").unlink(missing_ok=True)
+
+
+def _connect(ray: Any, config: Config) -> None:
+    settings: dict[str, Any] = {"runtime_env": {"env_vars": dict(config.hardware.env)}}
+    if "RAY_ADDRESS" not in os.environ:
+        settings |= {
+            "num_cpus": config.hardware.logical_cpus,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    ray.init(**settings)
+
+
+def _run(ray: Any, work: Callable[..., Any], config: Config, num_ranks: int) -> Any:
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    needs = {"CPU": 1.0} if config.hardware.platform == "cpu" else {"CPU": 1.0, "GPU": 1.0}
+    group = placement_group([needs] * num_ranks, strategy="PACK")
+    if not group.wait(RESOURCES_TIMEOUT_S):
+        there = {name: count for name, count in ray.cluster_resources().items() if name in needs}
+        raise ConfigError(
+            f"hardware.num_nodes={config.hardware.num_nodes} x hardware.gpus_per_node={config.hardware.gpus_per_node} "
+            f"needs {num_ranks} x {needs}, but Ray has {there}: lower them, or set RAY_ADDRESS to a larger cluster"
+        )
+    rank_class = ray.remote(num_cpus=1, num_gpus=needs.get("GPU", 0))(_Rank)
+    ranks = [
+        rank_class.options(
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+        ).remote()
+        for index in range(num_ranks)
+    ]
+    address, port = ray.get(ranks[0].free_address.remote())
+    pending = [
+        actor.run.remote(work, config, rank=rank, num_ranks=num_ranks, address=address, port=port)
+        for rank, actor in enumerate(ranks)
+    ]
+    first = pending[0]
+    try:
+        while pending:  # one that failed is seen at once, though the others wait for it
+            done, pending = ray.wait(pending)
+            ray.get(done)
+        return ray.get(first)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    finally:
+        for actor in ranks:
+            ray.kill(actor)
+
+
+class _Rank:
+    def free_address(self) -> tuple[str, int]:
+        """Of this rank's node, for the others to meet at."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def run(
+        self, work: Callable[..., Any], config: Config, *, rank: int, num_ranks: int, address: str, port: int
+    ) -> Any:
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(num_ranks),
+            LOCAL_RANK="0",  # Ray shows each actor its own GPU only
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR=address,
+            MASTER_PORT=str(port),
+        )
+        return work(config, rank=rank, num_ranks=num_ranks)
