@@ -74,6 +74,16 @@ def _download(overrides: Sequence[str]) -> None:
         raise CommandFailedError(str(error)) from error
 
 
+def _download(overrides: Sequence[str]) -> None:
+    from dgpo.data.download import download
+    from dgpo.data.hub import DownloadError
+
+    try:
+        download(load_config(overrides))
+    except (DownloadError, OSError) as error:
+        raise CommandFailedError(str(error)) from error
+
+
 def _collect(overrides: Sequence[str]) -> None:
     from dgpo.coldstart.collect import collect
 
@@ -140,6 +150,7 @@ def _play(stage: Callable[[Config], object], config: Config) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "quickstart": (_quickstart, "the whole method on the tiny world, on a CPU: collect, distil, train, test, report"),
+    "download": (_download, "corpus, index, training set, benchmark files from the hub; resumable, checksummed"),
     "download": (_download, "corpus, index, training set, benchmark files from the hub; resumable, checksummed"),
     "collect": (_collect, "phase 1a: the teacher plays episodes, the correct ones are kept"),
     "distill": (_distill, "phase 1b: the student learns the kept episodes (cold start)"),

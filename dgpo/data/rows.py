@@ -64,7 +64,7 @@ def row_golds(row: Mapping[str, Any]) -> list[str]:
 
 
 def row_gold_passages(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The annotated evidence, `extra_info.gold_passages`, as documents `{"id", "contents"}`; empty where there is none."""
+    """The annotated evidence, `extra_info.gold_passages`: documents `{"id", "contents"}`; empty where there is none."""
     return list(row["extra_info"].get("gold_passages") or [])
 
 

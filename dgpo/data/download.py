@@ -1,0 +1,252 @@
+"""`dgpo download`: corpus, index, training set and benchmark files from the hub; resumable, checked, one copy on disk.
+
+Each goes to `<download.folder>/<what>/`. A file grows under the name `<file>.partial` and gets its own once its
+checksum is right. The index's parts are appended to one file while they arrive, so that no second copy ever exists. The
+corpus stays gzipped: `retriever.build` reads it so, and expands it once, into its own folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dgpo.artifacts import atomic_write_text
+from dgpo.config.load import ConfigError
+from dgpo.config.schema import Config, HubFilesConfig
+from dgpo.data.hub import DownloadError, HubFile, HubRevision, check, fetch, look_up, verified_sha256
+
+ITEMS = ("corpus", "index", "train", "benchmarks")
+MANIFEST = "download.json"
+FreeBytes = Callable[[Path], int]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One file to have on disk: its parts on the hub, one after the other."""
+
+    what: str
+    folder: Path  # of `what`, with its manifest
+    name: str  # below it
+    source: HubRevision
+    revision: str  # as it was asked for
+    parts: tuple[HubFile, ...]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.name
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.partial")
+
+    @property
+    def partial_record(self) -> Path:
+        """What the partial file is a part of: it must never be completed with other bytes."""
+        return self.path.with_name(f"{self.path.name}.partial.json")
+
+    @property
+    def missing(self) -> int:
+        """Bytes still to come."""
+        there = next((path.stat().st_size for path in (self.path, self.partial) if path.is_file()), 0)
+        return max(0, self.size - there)
+
+
+def download(config: Config, *, free_bytes: FreeBytes | None = None) -> None:
+    """Fetches what `download.what` names and is not there yet.
+
+    Args:
+        config: reads `download` and `dry_run`, which prints the plan and fetches nothing.
+        free_bytes: free space of the file system that holds a folder.
+
+    Raises:
+        ConfigError: no such item, data set, revision or file; a file that is there and is another.
+        DownloadError: no connection, too little space, or a wrong checksum.
+    """
+    settings = config.download
+    unknown = [what for what in settings.what if what not in ITEMS]
+    if unknown or not settings.what:
+        raise ConfigError(f"download.what={settings.what}: expected one or more of {', '.join(ITEMS)}")
+    targets = [target for what in settings.what for target in _targets(config, what)]
+    for target in targets:
+        there = ", there already" if target.path.is_file() else ""
+        _say(f"{target.path}: {readable(target.size)} from {target.source.repo}@{target.source.commit[:12]}{there}")
+    check_space(targets, free_bytes or _free_bytes)
+    if config.dry_run:
+        return
+    for target in targets:
+        _have(target, verify=settings.verify)
+
+
+def _targets(config: Config, what: str) -> list[Target]:
+    settings: HubFilesConfig = getattr(config.download, what)
+    key, folder = f"download.{what}", Path(config.download.folder) / what
+    if not settings.files:
+        raise ConfigError(f"{key}.files is empty: name the files of {settings.repo} to fetch")
+    for name in (*settings.files, settings.joined or "x"):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ConfigError(f"{key}: {name!r} leads out of {folder}: expected a path inside the data set")
+    source = look_up(settings.repo, settings.revision, settings.files, endpoint=config.download.endpoint, key=key)
+    groups = [source.files] if settings.joined else [(file,) for file in source.files]
+    names = [settings.joined] if settings.joined else [file.name for file in source.files]
+    return [
+        Target(what, folder, name, source, settings.revision, parts) for name, parts in zip(names, groups, strict=True)
+    ]
+
+
+def check_space(targets: Sequence[Target], free_bytes: FreeBytes) -> None:
+    """Raises `DownloadError`, with the numbers, where the missing bytes do not fit; file systems are counted apart."""
+    by_device: dict[int, list[Target]] = {}
+    for target in targets:
+        by_device.setdefault(_existing(target.path).stat().st_dev, []).append(target)
+    for group in by_device.values():
+        folder = _existing(group[0].path)
+        needed, free = sum(target.missing for target in group), free_bytes(folder)
+        if needed > free:
+            parts = ", ".join(f"{target.path.name} {readable(target.missing)}" for target in group if target.missing)
+            raise DownloadError(
+                f"the download needs {readable(needed)} more ({parts}), but {folder} has {readable(free)} free: free "
+                f"{readable(needed - free)}, or choose another download.folder or fewer download.what"
+            )
+
+
+def _have(target: Target, *, verify: bool) -> None:
+    """Makes sure that the target is there, whole and right, and recorded."""
+    if target.path.is_file():
+        if _recorded(target) and not verify:
+            return
+        _say(f"{target.path}: checking {readable(target.size)}")
+        digest = verified_sha256(target.path, target.parts)
+        if digest is None:
+            raise ConfigError(
+                f"{target.path} is there, but is not what {target.source.repo}@{target.source.commit[:12]} holds "
+                f"({target.path.stat().st_size:,} bytes, expected {target.size:,} with other checksums): move it away"
+            )
+    else:
+        digest = _grow(target)
+    _record(target, digest)
+    _say(f"{target.path}: sha256 {digest}")
+
+
+def _grow(target: Target) -> str:
+    """Appends what is missing to the partial file, part by part, each checked; then renames it. Returns its SHA-256."""
+    target.path.parent.mkdir(parents=True, exist_ok=True)
+    _check_partial(target)
+    target.partial.touch()
+    with target.partial.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DownloadError(f"another process is downloading {target.partial}: wait for it, or stop it") from None
+        whole, start = hashlib.sha256(), 0
+        try:
+            for part in target.parts:
+                _append(target, part, file, start)
+                _say(f"{target.path}: checking {part.name}, {readable(part.size)}")
+                if not check(file, part, start=start, whole=whole):
+                    file.truncate(start)
+                    raise DownloadError(
+                        f"{part.name} of {target.source.repo} has another checksum than the hub names "
+                        f"({part.checksum}): it was removed; run the same command again, or try another endpoint"
+                    )
+                start += part.size
+            file.truncate(start)
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise DownloadError(
+                f"the disk is full: {target.partial} has {target.partial.stat().st_size:,} of {target.size:,} bytes; "
+                "make space and run the same command again, it goes on from there"
+            ) from error
+    target.partial.replace(target.path)
+    target.partial_record.unlink(missing_ok=True)
+    return str(whole.hexdigest())
+
+
+def _append(target: Target, part: HubFile, file: Any, start: int) -> None:
+    present = min(part.size, file.seek(0, os.SEEK_END) - start)
+    if present == part.size:
+        return
+    if present:
+        _say(f"{target.path}: {part.name} goes on at {readable(present)} of {readable(part.size)}")
+    fetch(target.source, part, file, present=present)
+    file.flush()
+
+
+def _check_partial(target: Target) -> None:
+    """A partial file goes on only with the bytes that it began with, from whatever mirror they come."""
+    parts = [asdict(part) for part in target.parts]
+    if target.partial.is_file():
+        began = json.loads(target.partial_record.read_text()) if target.partial_record.is_file() else {}
+        if [_content(part) for part in began.get("parts", ())] != [_content(part) for part in parts]:
+            raise ConfigError(
+                f"{target.partial} is a part of {began.get('repo')}@{began.get('commit')}, and "
+                f"{target.source.repo}@{target.source.commit} holds other bytes: set download.{target.what}.revision="
+                f"{began.get('commit')} to finish it, or delete it"
+            )
+    record = {"repo": target.source.repo, "commit": target.source.commit, "parts": parts}
+    atomic_write_text(target.partial_record, json.dumps(record))
+
+
+def _content(part: dict[str, Any]) -> tuple[int, str]:
+    return part["size"], part["checksum"]
+
+
+def _recorded(target: Target) -> bool:
+    """Whether the manifest says that this file was checked against these very parts; its size must still fit."""
+    entry = _manifest(target).get(target.name)
+    if entry is None or target.path.stat().st_size != target.size:
+        return False
+    return [_content(part) for part in entry["parts"]] == [_content(asdict(part)) for part in target.parts]
+
+
+def _record(target: Target, digest: str) -> None:
+    entry = {
+        "sha256": digest,
+        "bytes": target.size,
+        "repo": target.source.repo,
+        "revision": target.revision,
+        "commit": target.source.commit,
+        "endpoint": target.source.endpoint,
+        "checked_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "parts": [asdict(part) for part in target.parts],
+    }
+    files = {**_manifest(target), target.name: entry}
+    atomic_write_text(target.folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def _manifest(target: Target) -> dict[str, Any]:
+    path = target.folder / MANIFEST
+    return dict(json.loads(path.read_text())["files"]) if path.is_file() else {}
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def readable(count: int) -> str:
+    """Bytes in the largest decimal unit that leaves at least a tenth."""
+    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if count >= s / 10), ("kB", 1e3))
+    return f"{count / size:.1f} {unit}"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,191 @@
+"""Data sets on the Hugging Face hub, or a mirror of its layout: what a revision holds, and its bytes from any offset.
+
+`hf_hub_download` starts a file over when the process ended in the middle of it, and cannot append to one. Corpora of
+tens of gigabytes need both, so the library's building blocks are used: look-up, URLs, login, retries, range requests.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dgpo.config.load import ConfigError
+
+BLOCK_BYTES = 1 << 22
+LOOK_UP_TIMEOUT_S = 30.0
+
+
+class DownloadError(RuntimeError):
+    """A download that stopped; the same command goes on from there unless the message says otherwise."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a revision.
+
+    Attributes:
+        name: path in the repository.
+        size: bytes.
+        checksum: SHA-256 of large files (LFS), git's SHA-1 of a blob for small ones, as hexadecimal digits.
+    """
+
+    name: str
+    size: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class HubRevision:
+    """Chosen files of a data set at one commit."""
+
+    repo: str
+    commit: str
+    endpoint: str
+    files: tuple[HubFile, ...]
+
+    def url(self, file: HubFile) -> str:
+        """Where the file's bytes are; large ones redirect to a content server, through a link that expires."""
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.repo, file.name, repo_type="dataset", revision=self.commit, endpoint=self.endpoint)
+
+
+def look_up(repo: str, revision: str, files: Sequence[str], *, endpoint: str | None, key: str) -> HubRevision:
+    """Sizes and checksums of `files` at a revision.
+
+    Args:
+        revision: branch, tag or commit.
+        endpoint: None: HF_ENDPOINT, else the hub.
+        key: the config section to name, such as "download.index".
+
+    Raises:
+        ConfigError: no such data set, revision or file.
+        DownloadError: the endpoint does not answer.
+    """
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    api = HfApi(endpoint=endpoint.rstrip("/") if endpoint else None)
+    try:
+        info = api.dataset_info(repo, revision=revision, files_metadata=True, timeout=LOOK_UP_TIMEOUT_S)
+    except HFValidationError as error:
+        raise ConfigError(f"{key}.repo={repo}: {error}") from None
+    except RepositoryNotFoundError:
+        raise ConfigError(
+            f"{key}.repo={repo}: {api.endpoint} has no such data set, or hides it; correct the name, or log in "
+            "(`hf auth login`)"
+        ) from None
+    except RevisionNotFoundError:
+        raise ConfigError(
+            f"{key}.revision={revision}: {repo} has no such branch, tag or commit; `main` is its newest"
+        ) from None
+    except (HfHubHTTPError, httpx.HTTPError) as error:
+        raise _no_answer(api.endpoint, error) from error
+    if info.sha is None:
+        raise DownloadError(
+            f"{api.endpoint} does not name the commit of {repo}@{revision}: it has not the hub's layout"
+        )
+    listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    missing = [name for name in files if name not in listed]
+    if missing:
+        raise ConfigError(
+            f"{key}.files: {repo}@{revision} has no {', '.join(missing)}; it has {', '.join(sorted(listed)[:20])}"
+        )
+    known = [_described(listed[name]) or _asked(api, repo, info.sha, name) for name in files]
+    return HubRevision(repo, info.sha, api.endpoint, tuple(known))
+
+
+def _described(sibling: Any) -> HubFile | None:
+    """What the listing itself says; mirrors may leave sizes out."""
+    checksum = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+    return HubFile(sibling.rfilename, sibling.size, checksum) if sibling.size is not None and checksum else None
+
+
+def _asked(api: Any, repo: str, commit: str, name: str) -> HubFile:
+    """What the headers of the file say."""
+    import httpx
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    url = hf_hub_url(repo, name, repo_type="dataset", revision=commit, endpoint=api.endpoint)
+    try:
+        metadata = get_hf_file_metadata(url, endpoint=api.endpoint, retry_on_errors=True)
+    except (HfHubHTTPError, httpx.HTTPError) as error:
+        raise _no_answer(url, error) from error
+    if metadata.size is None or metadata.etag is None:
+        raise DownloadError(
+            f"{url} has no size or no ETag, so nothing to check it by: choose another download.endpoint"
+        )
+    return HubFile(name, metadata.size, metadata.etag)
+
+
+def fetch(source: HubRevision, part: HubFile, file: BinaryIO, *, present: int) -> None:
+    """Appends the part's bytes from `present` on to `file`, whose position is where they go; shows progress.
+
+    A connection that breaks is taken up again where it broke, until five attempts in a row bring nothing.
+
+    Raises:
+        DownloadError: it broke for good; what came stays in the file.
+        OSError: the disk is full.
+    """
+    import httpx
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    start = file.tell() - present
+    try:
+        # Without `expected_size`: given one above 50 GB, http_get refuses, whatever the mirror can serve.
+        http_get(
+            source.url(part),
+            file,
+            resume_size=present,
+            headers={**build_hf_headers(), "Accept-Encoding": "identity"},
+            displayed_filename=part.name,
+        )
+    except (httpx.HTTPError, OSError, ValueError) as error:  # the hub's own errors are OSErrors
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        came = file.tell() - start
+        raise DownloadError(
+            f"{part.name} of {source.repo} broke off after {came:,} of {part.size:,} bytes ({_reason(error)}): run the "
+            "same command again, it goes on from there"
+        ) from error
+
+
+def check(file: BinaryIO, part: HubFile, *, start: int, whole: Any) -> bool:
+    """Whether the bytes of `file` from `start` are the part's; feeds them to the hash `whole` too."""
+    large = len(part.checksum) == 64
+    own = hashlib.sha256() if large else hashlib.sha1(f"blob {part.size}\0".encode(), usedforsecurity=False)
+    file.seek(start)
+    left = part.size
+    while left and (block := file.read(min(BLOCK_BYTES, left))):
+        own.update(block)
+        whole.update(block)
+        left -= len(block)
+    return left == 0 and own.hexdigest() == part.checksum
+
+
+def verified_sha256(path: Path, parts: Sequence[HubFile]) -> str | None:
+    """The file's SHA-256, or None where it is not the parts, one after the other."""
+    if path.stat().st_size != sum(part.size for part in parts):
+        return None
+    whole, start = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        for part in parts:
+            if not check(file, part, start=start, whole=whole):
+                return None
+            start += part.size
+    return str(whole.hexdigest())
+
+
+def _no_answer(url: str, error: BaseException) -> DownloadError:
+    return DownloadError(f"{url} does not answer ({_reason(error)}): try again, or set download.endpoint")
+
+
+def _reason(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

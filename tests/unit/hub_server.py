@@ -1,0 +1,161 @@
+"""A small server of the hub's layout: what `huggingface_hub` asks for when it looks up and downloads data sets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+LARGE = 100  # bytes; files from here on are stored as LFS files on the "content server"
+
+
+class HubServer(ThreadingHTTPServer):
+    """Data sets by name, each of one commit, and the faults that a test asks for.
+
+    Attributes:
+        data_sets: name -> (commit, file name -> content).
+        cuts: for the coming downloads, after how many bytes the connection breaks.
+        refused: downloads answered with 503 from now on.
+        with_sizes: whether the listing has sizes and checksums; some mirrors' have not.
+        served: content that is sent instead, by file name.
+        ranges: the `Range` header of every download, "" without one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.data_sets: dict[str, tuple[str, dict[str, bytes]]] = {}
+        self.cuts: list[int] = []
+        self.refused = False
+        self.with_sizes = True
+        self.served: dict[str, bytes] = {}
+        self.ranges: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def add(self, repo: str, files: dict[str, bytes]) -> str:
+        """Adds or replaces a data set; returns its commit."""
+        commit = hashlib.sha1(repr((repo, files)).encode()).hexdigest()
+        self.data_sets[repo] = (commit, files)
+        return commit
+
+
+@contextmanager
+def serving() -> Iterator[HubServer]:
+    server = HubServer()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/revision/(.+)", path):
+            self._listing(*match.groups())
+        elif match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._resolve(*match.groups())
+        elif path.startswith("/content/"):
+            self._content(path.removeprefix("/content/"))
+        else:
+            self._send(404)
+
+    def _found(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        if repo not in self.server.data_sets:
+            self._send(404, {"X-Error-Code": "RepoNotFound"})
+            return None
+        commit, files = self.server.data_sets[repo]
+        if revision not in ("main", commit):
+            self._send(404, {"X-Error-Code": "RevisionNotFound"})
+            return None
+        return commit, files
+
+    def _listing(self, repo: str, revision: str) -> None:
+        if found := self._found(repo, revision):
+            commit, files = found
+            siblings = [self._sibling(name, content) for name, content in files.items()]
+            self._send(200, {}, json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode())
+
+    def _sibling(self, name: str, content: bytes) -> dict[str, object]:
+        if not self.server.with_sizes:
+            return {"rfilename": name}
+        lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        return {
+            "rfilename": name,
+            "size": len(content),
+            "blobId": git_sha1(content),
+            **({"lfs": lfs} if len(content) >= LARGE else {}),
+        }
+
+    def _resolve(self, repo: str, revision: str, name: str) -> None:
+        if not (found := self._found(repo, revision)):
+            return
+        commit, files = found
+        content = files[name]
+        if len(content) >= LARGE:  # the etag of the linked file; its content lies on another host
+            linked = {
+                "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+                "X-Linked-Size": str(len(content)),
+                "Location": f"{self.server.url.replace('127.0.0.1', 'localhost')}/content/{repo}/{name}",
+                "ETag": f'"{git_sha1(b"pointer")}"',
+            }
+            self._send(302, {"X-Repo-Commit": commit, **linked})
+        else:
+            self._bytes(content, {"X-Repo-Commit": commit, "ETag": f'"{git_sha1(content)}"'})
+
+    def _content(self, path: str) -> None:
+        namespace, name, file = path.split("/", 2)
+        content = self.server.data_sets[f"{namespace}/{name}"][1][file]
+        self._bytes(self.server.served.get(file, content), {})
+
+    def _bytes(self, content: bytes, headers: dict[str, str]) -> None:
+        if self.command == "GET":
+            if self.server.refused:
+                self._send(503)
+                return
+            self.server.ranges.append(self.headers.get("Range", ""))
+        start = 0
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(match[1])
+            headers = {**headers, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+        cut = self.server.cuts.pop(0) if self.command == "GET" and self.server.cuts else None
+        self._send(206 if match else 200, headers, content[start:], cut=cut)
+
+    def _send(
+        self, status: int, headers: dict[str, str] | None = None, body: bytes = b"", *, cut: int | None = None
+    ) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:cut])
+            self.close_connection = self.close_connection or cut is not None
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def git_sha1(content: bytes) -> str:
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
