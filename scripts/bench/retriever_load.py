@@ -1,0 +1,140 @@
+"""Closed-loop load on a retrieval server: many clients that each wait for their answer before they ask again.
+
+The clients speak HTTP/1.1 over bare sockets on uvloop (about 30 microseconds a request), so that the server rather
+than they are measured.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import cast
+from urllib.parse import urlsplit
+
+import orjson
+
+
+@dataclass
+class LoadResult:
+    """What one server did under one load. Throughput counts what was answered between warm-up and end."""
+
+    seconds: float = 0.0
+    num_answered: int = 0
+    """Queries answered within `seconds`."""
+    num_errors: int = 0
+    """Requests with another status than 200, or none."""
+    latencies_s: list[float] = field(default_factory=list)
+    """Of every request sent after the warm-up, also of those answered after the end."""
+    answers: list[tuple[tuple[int, ...], bytes]] = field(default_factory=list)
+    """Query numbers and body of the answers kept for checking."""
+
+
+class _Run:
+    """The state that all clients of one run share."""
+
+    def __init__(self, requests: Iterator[tuple[tuple[int, ...], bytes]], *, num_kept: int) -> None:
+        self.requests, self.num_kept = requests, num_kept
+        self.result = LoadResult()
+        self.measuring = self.stopping = False
+        self.num_open = 0
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def answered(self, numbers: tuple[int, ...], status: int, body: bytes, sent: float, *, measured: bool) -> None:
+        result = self.result
+        if status != 200:
+            result.num_errors += 1
+            return
+        if measured:
+            result.latencies_s.append(time.perf_counter() - sent)
+        if self.measuring and not self.stopping:
+            result.num_answered += len(numbers)
+        if len(result.answers) < self.num_kept:
+            result.answers.append((numbers, body))
+
+    def closed(self) -> None:
+        self.num_open -= 1
+        if self.num_open == 0 and not self.done.done():
+            self.done.set_result(None)
+
+
+class _Client(asyncio.Protocol):
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self._buffer = bytearray()
+        self._waiting = False
+        self._numbers: tuple[int, ...] = ()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._ask()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if self._waiting:
+            self._run.answered(self._numbers, 0, b"", self._sent, measured=self._measured)
+        self._run.closed()
+
+    def data_received(self, data: bytes) -> None:
+        buffer = self._buffer
+        buffer += data
+        head_end = buffer.find(b"\r\n\r\n")
+        if head_end < 0:
+            return
+        head = bytes(buffer[:head_end]).lower()
+        start = head.index(b"content-length:") + 15
+        length = int(head[start:].split(b"\r\n", 1)[0])
+        if len(buffer) < head_end + 4 + length:
+            return
+        self._waiting = False
+        body = bytes(buffer[head_end + 4 : head_end + 4 + length])
+        self._run.answered(self._numbers, int(head[9:12]), body, self._sent, measured=self._measured)
+        buffer.clear()
+        if self._run.stopping:
+            self._transport.close()
+        else:
+            self._ask()
+
+    def _ask(self) -> None:
+        self._numbers, request = next(self._run.requests)
+        self._sent, self._measured, self._waiting = time.perf_counter(), self._run.measuring, True
+        self._transport.write(request)
+
+
+def http_request(url: str, queries: list[str], *, topk: int = 3, path: str = "/retrieve") -> bytes:
+    body = orjson.dumps({"queries": queries, "topk": topk, "return_scores": True})
+    head = f"POST {path} HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def run_load(
+    url: str,
+    requests: Iterator[tuple[tuple[int, ...], bytes]],
+    *,
+    num_clients: int,
+    warm_up_s: float,
+    seconds: float,
+    num_kept: int = 256,
+    on_start: Callable[[], None] = lambda: None,
+    on_end: Callable[[], None] = lambda: None,
+) -> LoadResult:
+    """Load `url` with `num_clients` connections, and wait until the last request is answered.
+
+    Args:
+        requests: endless (numbers of the queries, bytes of the request).
+        num_kept: answers kept for checking.
+        on_start, on_end: called where the measured time begins and ends.
+    """
+    loop = asyncio.get_running_loop()
+    run = _Run(requests, num_kept=num_kept)
+    address = urlsplit(url)
+    run.num_open = num_clients
+    for _ in range(num_clients):
+        await loop.create_connection(lambda: _Client(run), address.hostname, address.port)
+    await asyncio.sleep(warm_up_s)
+    on_start()
+    run.measuring, started = True, time.perf_counter()
+    await asyncio.sleep(seconds)
+    run.stopping = True
+    run.result.seconds = time.perf_counter() - started
+    on_end()
+    await run.done
+    return run.result
