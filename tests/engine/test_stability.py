@@ -57,7 +57,7 @@ def stopped_run(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory)
         run_dir,
         "retriever.url=http://127.0.0.1:9",
         "retriever.backend=examples.jsonl_search:JsonlSearch",
-        f"retriever.backend_options.path={tiny_world.folder / 'corpora' / 'real.jsonl'}",
+        f"retriever.backend_options.path={tiny_world.folder / 'corpora'}",
         "train.reward=examples.format_reward:reward",
         "train.num_steps=5",
         "train.save_every=100",

@@ -10,7 +10,7 @@ import pytest
 from dgpo.config.schema import RetrieverConfig
 from dgpo.extensions import ExtensionError, check_search, load_object, load_reward, make_search, open_search
 from dgpo.rl.scoring import episode_reward, episode_scores
-from dgpo.search import SearchClient
+from dgpo.search import SearchClient, SearchRefusedError
 from dgpo.trajectory import SearchRecord, Trajectory, Turn
 from examples.format_reward import reward as format_reward
 from examples.jsonl_search import JsonlSearch
@@ -159,9 +159,16 @@ def test_the_examples_search_ranks_by_bm25(corpus):
     assert asyncio.run(search.search("nothing of the kind", topk=2, corpus=None)) == []
 
 
+def test_the_examples_search_knows_a_corpus_by_the_name_of_its_file(corpus):
+    search = JsonlSearch(str(Path(corpus).parent))
+    assert asyncio.run(search.search("Peru", topk=1, corpus="corpus")) == [DOCUMENTS[1]]
+    with pytest.raises(SearchRefusedError, match=r"no corpus 'wiki' in .*: it has corpus"):
+        asyncio.run(search.search("Peru", topk=1, corpus="wiki"))
+
+
 def test_the_examples_weights_are_bm25s(corpus):
     # "french" stands once in one of three documents of equal length: ln(1 + 2.5 / 1.5) * 2.2 / 2.2.
-    ((index, weight),) = JsonlSearch(corpus).postings["french"]
+    ((index, weight),) = JsonlSearch(corpus).indexes["corpus"].postings["french"]
     assert index == 0
     assert weight == pytest.approx(0.980829)
 
