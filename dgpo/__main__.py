@@ -120,8 +120,9 @@ def _test(overrides: Sequence[str]) -> None:
 def _report(overrides: Sequence[str]) -> None:
     from dgpo.evaluation.report import write_report
 
+    config = load_config(overrides)
     try:
-        print(write_report(Path(load_config(overrides).run_dir)))
+        print(write_report(Path(config.run_dir), [Path(run) for run in config.report.runs]))
     except FileNotFoundError as error:
         raise CommandFailedError(str(error)) from error
 

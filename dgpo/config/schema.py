@@ -307,6 +307,13 @@ class TestConfig:
 
 
 @dataclass
+class ReportConfig:
+    """`report.html` of a run."""
+
+    runs: list[str] = field(default_factory=list)  # run folders whose training curves are drawn over this run's
+
+
+@dataclass
 class Config:
     run_dir: str = "runs/default"  # every stage writes to a folder of its own below
     # What the experiment consists of, in order. A stage whose `init` is not set starts from what the stage before it
@@ -329,3 +336,4 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     test: TestConfig = field(default_factory=TestConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 520, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 34
+NUM_COLOURS = 6  # --line-1 .. of the style sheet
+MAX_POINTS = 300  # of a line: more would be finer than the screen
+SMOOTH_FROM = 60  # points from which a line is drawn as a moving average, with the points themselves behind it
+RADIUS = 120.0  # of a radar
 
 
 def line_chart(
-    lines: Mapping[str, Points], *, x_label: str, y_label: str, dotted: Mapping[str, Points] | None = None
+    lines: Mapping[str, Points],
+    *,
+    x_label: str,
+    y_label: str,
+    dotted: Mapping[str, Points] | None = None,
+    marks: Mapping[str, Sequence[float]] | None = None,
 ) -> str:
     """A line per name, with `dotted` ones drawn as marked points on top. Empty when there is nothing to draw.
 
     Args:
-        lines: name -> (x, y) pairs; colours follow the order (`--line-1`, `--line-2`, ..).
-        dotted: name -> (x, y) pairs of few points, such as validation scores.
+        lines: name -> (x, y) pairs; colours follow the order (`--line-1`, `--line-2`, ..). A point that is not finite
+            is left out.
+        dotted: name -> (x, y) pairs of few points, such as validation scores; a name of `lines` keeps its colour.
+        marks: name -> places on the x axis with a vertical mark, such as alarms.
     """
-    lines = {name: series for name, series in lines.items() if series}
-    dotted = {name: series for name, series in (dotted or {}).items() if series}
+    lines, dotted = _drawable(lines), _drawable(dotted or {})
     points = [point for series in (*lines.values(), *dotted.values()) for point in series]
     if not points:
         return ""
@@ -44,23 +54,112 @@ def line_chart(
         x, _ = place(tick, y_ticks[0])
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
     parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
+    for name, steps in (marks or {}).items():
+        for step in steps:
+            x, _ = place(step, y_ticks[0])
+            parts.append(
+                f'<line class="alarm" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
+                f"<title>{escape(name)} at {step:g}</title></line>"
+            )
     legend = []
-    for number, (name, series) in enumerate((*lines.items(), *dotted.items()), start=1):
-        colour = f"var(--line-{(number - 1) % 4 + 1})"
-        placed = [place(x, y) for x, y in series]
-        if name in lines:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        if name in dotted or len(placed) == 1:
+    for number, name in enumerate(dict.fromkeys((*lines, *dotted))):
+        colour = f"var(--line-{number % NUM_COLOURS + 1})"
+        parts += _line(lines.get(name, ()), colour, place)
+        few = dotted.get(name, lines.get(name, ()))
+        if name in dotted or len(few) == 1:
             parts += [
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}" stroke="var(--card)" stroke-width="1.5"/>'
-                for x, y in placed
+                for x, y in (place(*point) for point in few)
             ]
         legend.append(f'<span><i style="background:{colour}"></i>{escape(name)}</span>')
     return (
         f'<figure><figcaption>{escape(y_label)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(y_label)}">{"".join(parts)}</svg><div class="legend">{"".join(legend)}</div></figure>'
     )
+
+
+def radar_chart(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]], *, title: str) -> str:
+    """A polygon per name over `axes` that all run from 0 at the centre to 1; a missing value is a gap at its axis.
+
+    Args:
+        axes: labels, clockwise from the top; at least three.
+        shapes: name -> a value for each axis, from 0 to 1, or None.
+
+    Raises:
+        ValueError: fewer than three axes, or a shape with another number of values.
+    """
+    if len(axes) < 3:
+        raise ValueError(f"a radar of {len(axes)} axes is no polygon: use at least three, or a table")
+    width, height = 560, 2 * RADIUS + 84
+
+    def place(axis: int, value: float) -> tuple[float, float]:
+        angle = 2 * math.pi * axis / len(axes)
+        return width / 2 + RADIUS * value * math.sin(angle), height / 2 - RADIUS * value * math.cos(angle)
+
+    def polygon(places: Sequence[tuple[float, float]], attributes: str) -> str:
+        return f'<polygon points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}" {attributes}/>'
+
+    parts = [
+        polygon([place(axis, ring) for axis in range(len(axes))], 'class="grid" fill="none"')
+        for ring in (0.25, 0.5, 0.75, 1.0)
+    ]
+    for axis, label in enumerate(axes):
+        (x, y), (label_x, label_y) = place(axis, 1.0), place(axis, 1.14)
+        anchor = "middle" if abs(label_x - width / 2) < 1 else "start" if label_x > width / 2 else "end"
+        parts.append(
+            f'<line class="grid" x1="{width / 2}" y1="{height / 2}" x2="{x:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="{label_x:.1f}" y="{label_y + 4:.1f}" text-anchor="{anchor}">{escape(label)}</text>'
+        )
+    legend = []
+    for number, (name, values) in enumerate(shapes.items()):
+        if len(values) != len(axes):
+            raise ValueError(f"{name} has {len(values)} values for {len(axes)} axes")
+        colour = f"var(--line-{number % NUM_COLOURS + 1})"
+        known = [(axis, value) for axis, value in enumerate(values) if value is not None]
+        places = [place(axis, value) for axis, value in known]
+        parts.append(polygon(places, f'fill="{colour}" fill-opacity=".1" stroke="{colour}" stroke-width="2"'))
+        parts += [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"><title>{escape(name)}, {escape(axes[axis])}: '
+            f"{value:.3f}</title></circle>"
+            for (axis, value), (x, y) in zip(known, places, strict=True)
+        ]
+        legend.append(f'<span><i style="background:{colour}"></i>{escape(name)}</span>')
+    return (
+        f'<figure class="radar"><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {width} {height:g}" '
+        f'role="img" aria-label="{escape(title)}">{"".join(parts)}</svg><div class="legend">{"".join(legend)}</div>'
+        "</figure>"
+    )
+
+
+def _drawable(lines: Mapping[str, Points]) -> dict[str, Points]:
+    finite = {name: [(x, y) for x, y in series if math.isfinite(y)] for name, series in lines.items()}
+    return {name: series for name, series in finite.items() if series}
+
+
+def _line(series: Points, colour: str, place: Callable[[float, float], tuple[float, float]]) -> list[str]:
+    """The line itself; a long one as its moving average, over itself in a faint colour."""
+    if not series:
+        return []
+    thinned = series[:: math.ceil(len(series) / MAX_POINTS)]
+    window = len(thinned) // 20 if len(thinned) >= SMOOTH_FROM else 0
+    parts = [_polyline(thinned, colour, place, opacity=0.28 if window else 1.0)]
+    if window:
+        parts.append(_polyline(_moving_average(thinned, window), colour, place, opacity=1.0))
+    return parts
+
+
+def _polyline(
+    series: Points, colour: str, place: Callable[[float, float], tuple[float, float]], *, opacity: float
+) -> str:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in series))
+    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" opacity="{opacity:g}"/>'
+
+
+def _moving_average(series: Points, window: int) -> Points:
+    """Mean of each value with up to `window` neighbours on either side."""
+    values = [y for _, y in series]
+    near = [values[max(0, i - window) : i + window + 1] for i in range(len(values))]
+    return [(x, sum(group) / len(group)) for (x, _), group in zip(series, near, strict=True)]
 
 
 def interval_bar(value: float, low: float, high: float, *, highest: float) -> str:

@@ -75,3 +75,31 @@ def paper_value(pair: str, row: str, column: str) -> float | None:
     values = EXACT_MATCH.get(pair, {}).get(row)
     columns = (*SETS, "average")
     return values[columns.index(column)] if values and column in columns else None
+
+
+# ARCap, exact match with the gold passages given: (answered at once, may think first). It prints no other numbers.
+ARCAP = {
+    "qwen3b_05b": {
+        "nq": {
+            "untrained": (0.386, 0.034),
+            "teacher": (0.589, 0.560),
+            "ppo": (0.547, 0.581),
+            "kd": (0.540, 0.544),
+            "dgpo": (0.565, 0.593),
+        },
+        "musique": {
+            "untrained": (0.166, 0.013),
+            "teacher": (0.413, 0.357),
+            "ppo": (0.258, 0.242),
+            "kd": (0.321, 0.256),
+            "dgpo": (0.312, 0.287),
+        },
+    },
+}
+ARCAP_COLUMNS = ("source_referencing", "using_evidence")
+
+
+def paper_arcap(pair: str, row: str, dimension: str, set_name: str) -> float | None:
+    """The paper's ARCap value of a row; None where it prints none."""
+    values = ARCAP.get(pair, {}).get(set_name, {}).get(row)
+    return values[ARCAP_COLUMNS.index(dimension)] if values and dimension in ARCAP_COLUMNS else None

@@ -1,7 +1,9 @@
 """From scores to summary.json, the console table and report.html."""
 
+import html
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -9,9 +11,10 @@ import pytest
 from dgpo.__main__ import main
 from dgpo.artifacts import write_manifest
 from dgpo.config.load import load_config, to_yaml
-from dgpo.evaluation.report import write_report
+from dgpo.evaluation.report import find_pair, write_report
 from dgpo.evaluation.scores import compare, mean_of_sets, score_episode, summarize_model
 from dgpo.evaluation.summary import print_summary, write_summary
+from dgpo.pipeline.paper import SETS
 from dgpo.trajectory import SearchRecord, Trajectory
 
 GOLD = "Mongolian <Khalkha>"
@@ -35,6 +38,12 @@ def make_score(index, *, correct, status="answered", set_name="real"):
         f"{set_name}/{index}", [1], [2], [1], [-0.1], [], searches, answer, status, {"num_cut_passages": 0}, "real"
     )
     return score_episode(trajectory, make_row(index), set_name=set_name)
+
+
+def episode_data(page):
+    return json.loads(
+        re.search(r'<script type="application/json" id="episode-data">(.*?)</script>', page, re.DOTALL)[1]
+    )
 
 
 @pytest.fixture
@@ -122,7 +131,7 @@ def test_the_console_table_names_models_differences_and_the_teacher_term(run, ca
 class Balance(HTMLParser):
     """Every element is closed where it was opened; nothing is fetched."""
 
-    VOID = ("meta", "br", "line", "rect", "circle", "polyline", "img", "link")
+    VOID = ("meta", "br", "input", "img", "link")
 
     def __init__(self):
         super().__init__()
@@ -132,7 +141,7 @@ class Balance(HTMLParser):
         if tag not in self.VOID:
             self.open.append(tag)
         self.problems += [value for name, value in attributes if name in ("src", "href")]
-        if tag in ("script", "link", "img", "iframe"):
+        if tag in ("link", "img", "iframe"):
             self.problems.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -151,6 +160,7 @@ def test_the_report_is_one_self_contained_well_formed_page(run):
     assert page.open == []
     assert "url(" not in text
     assert "@import" not in text
+    assert "default-src 'none'" in html.unescape(text)
 
 
 def test_the_report_shows_results_curves_times_and_episodes(run):
@@ -160,16 +170,60 @@ def test_the_report_shows_results_curves_times_and_episodes(run):
     assert "validation: tinyworld" in text
     assert "2.0 min" in text
     assert "6.00 GiB" in text
-    assert '<span class="search">&lt;search&gt;city language&lt;/search&gt;</span>' in text
-    assert "wrong before, right after (8 of 20)" in text
-    assert "Mongolian &lt;Khalkha&gt;" in text
     assert "question kind: two_hop" in text
+
+
+def test_the_page_holds_every_episode_with_its_score(run):
+    data = episode_data(write_report(run).read_text())
+    assert data["models"] == ["untrained", "kd", "dgpo"]
+    assert data["golds"] == [[GOLD]] * 20
+    assert [sum(scores["em"]) for scores in data["scores"]] == [0, 8, 16]
+    assert data["models"][data["focus"]] == "dgpo"
+    assert [data["models"][model] for model in data["shown"]] == ["kd", "dgpo"]
+    first = data["chunks"]["2-0"]["0"]
+    assert first["segments"][0] == [True, "<think>in Laos</think><search>city language</search>"]
+    assert [generated for generated, _ in first["segments"]] == [True, False, True]
+
+
+def test_a_run_that_was_only_trained_has_a_report_of_its_curves(run):
+    shutil.rmtree(run / "test")
+    (run / "summary.json").unlink()
+    text = write_report(run).read_text()
+    assert "Exact match during RL" in text
+    assert "episode-data" not in text
+
+
+def test_the_papers_numbers_stand_beside_ours_only_for_its_own_pair_and_sets(run):
+    assert "paper</span>" not in write_report(run).read_text()
+    results = json.loads((run / "test" / "results.json").read_text())
+    for model in results["models"].values():
+        model["sets"] = dict.fromkeys(SETS, model["sets"]["real"])
+    (run / "test" / "results.json").write_text(json.dumps(results))
+    config = load_config(["pair=qwen3b_05b", "hardware=cpu"])
+    write_manifest(run / "train" / "model", stage="train", inputs={}, config=to_yaml(config), counts={}, seed=7)
+    assert find_pair(run) == "qwen3b_05b"
+    text = write_report(run).read_text()
+    assert '<span class="paper">0.329</span>' in text  # DGPO, average
+    assert '0.800 <small>/</small> <small><span class="paper">0.378</span></small>' in text  # DGPO, NQ
 
 
 def test_the_report_command_needs_a_tested_run(run, tmp_path, capsys):
     assert main(["report", f"run_dir={run}"]) == 0
     assert main(["report", f"run_dir={tmp_path / 'empty'}"]) == 1
     assert "python -m dgpo test" in capsys.readouterr().err
+
+
+def test_the_report_command_overlays_other_runs(run, tmp_path, capsys):
+    other = tmp_path / "ppo" / "train"
+    other.mkdir(parents=True)
+    (other / "metrics.jsonl").write_text('{"step": 1, "episode/em": 0.2, "teacher/gate_fraction": 0.8}\n')
+    assert main(["report", f"run_dir={run}", f"report.runs=[{other.parent}]"]) == 0
+    text = (run / "report.html").read_text()
+    assert '<i style="background:var(--line-2)"></i>ppo' in text
+    assert "Share of episodes: gated" in text
+    assert main(["report", f"run_dir={run}", f"report.runs=[{tmp_path / 'none'}]"]) == 1
+    assert "no training metrics" in capsys.readouterr().err
+    assert main(["report", f"run_dir={run}", f"report.runs=[{run}]"]) == 2
 
 
 def test_a_paired_difference_excludes_zero_when_one_model_is_right_where_the_other_is_not():
