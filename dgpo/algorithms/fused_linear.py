@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 from dgpo.algorithms.distillation import TokenLoss
 from dgpo.algorithms.reduce import divide
 
-CHUNK_SIZE = 256  # smaller chunks read and write the output matrix's gradient more often; scripts/bench/kd_loss.py
 # Tokens whose loss is computed at once: few enough for a CPU's cache, enough to outweigh a GPU's cost per launch.
 _LOSS_TOKENS_CPU, _LOSS_TOKENS_GPU = 8, 64
 # Rows of the output matrix whose gradient exists twice, where it is summed in a wider type than the products'.
@@ -23,10 +22,10 @@ def fused_linear_loss(
     student_head: torch.Tensor,
     targets: torch.Tensor,
     denominator: torch.Tensor | float,
+    chunk_size: int,
     teacher_hidden: torch.Tensor | None = None,
     teacher_head: torch.Tensor | None = None,
     student_bias: torch.Tensor | None = None,
-    chunk_size: int = CHUNK_SIZE,
 ) -> torch.Tensor:
     """sum_i token_loss(logits_i) / denominator, a scalar, from chunks of tokens.
 
@@ -44,10 +43,11 @@ def fused_linear_loss(
         student_head: [V, H] the student's output matrix, whole (gathered, if it is sharded).
         targets: [N] ids of the predicted tokens.
         denominator: what the sum is divided by: the number of such tokens in the whole batch, over all micro-batches.
+        chunk_size: tokens whose logits exist at once. Each chunk reads and writes the output matrix's gradient once,
+            and few tokens make slow matrix products; scripts/bench/kd_loss.py measures.
         teacher_hidden: [N, H'] the frozen teacher's at the same positions; None for a loss without a teacher.
         teacher_head: [V', H'].
         student_bias: [V] of the output layer, if it has one.
-        chunk_size: tokens whose logits exist at once.
 
     Returns:
         A scalar in float32, or float64 for float64 states. N = 0 gives 0 with zero gradients.

@@ -7,7 +7,8 @@
 One measurement is the forward and backward pass of KL(teacher || student), mean over the tokens, from the last hidden
 states of both models to the gradients of the student's states and output matrix. `plain` holds both models' float32
 logits of all tokens under autograd. The forms run in turn, each repetition in a process of its own. Memory is the peak
-above inputs, weights and gradients: of the process's resident set on a CPU, of PyTorch's allocator on a GPU.
+above inputs, weights and gradients: of the process's resident set on a CPU, of PyTorch's allocator on a GPU. At 4,096 tokens and the full vocabulary the
+chunked form is held to an eighth of the memory and 1.2 times the time of the plain one.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ from typing import Any
 
 STUDENT_WIDTH, TEACHER_WIDTH = 896, 2048  # Qwen2.5-0.5B and 3B
 VOCABULARY = 151_936
-MAX_MEMORY_SHARE, MAX_TIME_RATIO = 1 / 8, 1.2  # what the chunked form is held to
 
 
 def measure(form: str, *, tokens: int, vocab: int, chunk: int, threads: int, device: str) -> dict[str, float]:
-    """One forward and backward pass in this process: seconds, GB above inputs, weights and gradients, the loss."""
+    """One forward and backward pass in this process: seconds, GB above its inputs, weights and gradients."""
     import torch
     import torch.nn.functional as F
 
@@ -43,10 +43,8 @@ def measure(form: str, *, tokens: int, vocab: int, chunk: int, threads: int, dev
     teacher_head = torch.randn(vocab, TEACHER_WIDTH, device=device) * 2 / TEACHER_WIDTH**0.5
     targets = torch.zeros(tokens, dtype=torch.long, device=device)
 
-    before_gb = start_of_memory(torch, device)
-    started = time.perf_counter()
-    if form == "chunked":
-        loss = fused_linear_loss(
+    def chunked() -> torch.Tensor:
+        return fused_linear_loss(
             lambda student, teacher, _targets: forward_kl(student, teacher),
             student_hidden=student_hidden,
             student_head=student_head,
@@ -56,17 +54,24 @@ def measure(form: str, *, tokens: int, vocab: int, chunk: int, threads: int, dev
             denominator=tokens,
             chunk_size=chunk,
         )
-    else:
+
+    def plain() -> torch.Tensor:
         with torch.no_grad():
             teacher_log_probs = F.linear(teacher_hidden, teacher_head).log_softmax(-1)
         student_log_probs = F.linear(student_hidden, student_head).log_softmax(-1)
-        loss = F.kl_div(student_log_probs, teacher_log_probs, log_target=True, reduction="sum") / tokens
+        return F.kl_div(student_log_probs, teacher_log_probs, log_target=True, reduction="sum") / tokens
+
+    torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()  # loads the BLAS library
+    before_gb = start_of_memory(torch, device)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    loss = chunked() if form == "chunked" else plain()
     loss.backward()
     value = loss.item()  # waits for a GPU
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     gradients_gb = (student_hidden.grad.nbytes + student_head.grad.nbytes) / 2**30
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_gb": peak_of_memory(torch, device) - before_gb - gradients_gb,
         "loss": value,
         "gradient_norm": student_head.grad.norm().item(),
@@ -100,14 +105,14 @@ def measure_in_process(form: str, sizes: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     import torch
 
-    from dgpo.algorithms.fused_linear import CHUNK_SIZE
+    from dgpo.config.schema import DistillConfig
 
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
     parser.add_argument("--tokens", type=int, help="default: 4096 on a GPU; 1024 on a CPU, where `plain` needs 4 GB")
     parser.add_argument("--vocab", type=int, default=VOCABULARY)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[CHUNK_SIZE], metavar="TOKENS")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[DistillConfig().chunk_tokens], metavar="TOKENS")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--form", choices=("chunked", "plain"), help=argparse.SUPPRESS)
@@ -118,26 +123,32 @@ def main() -> None:
     if options.form:
         print(json.dumps(measure(options.form, chunk=options.chunk, **sizes)))
         return
-    forms = {"plain": ("plain", tokens)} | {f"chunked {chunk}": ("chunked", chunk) for chunk in options.chunks}
+    forms = {"plain": ("plain", tokens)} | {f"chunked, {chunk}": ("chunked", chunk) for chunk in options.chunks}
     print(
         f"{sizes}, student width {STUDENT_WIDTH}, teacher width {TEACHER_WIDTH}, float32, PyTorch {torch.__version__}"
     )
-    print(f"one logit tensor of all tokens: {tokens * options.vocab * 4 / 2**30:.2f} GB", flush=True)
+    print(f"plain: log_softmax and kl_div of two logit tensors of {tokens * options.vocab * 4 / 2**30:.2f} GB each")
+    print("chunked: fused_linear_loss of forward_kl, so many tokens at once", flush=True)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in forms}
     for _ in range(options.repetitions):
         for name, (form, chunk) in forms.items():
             runs[name].append(measure_in_process(form, {**sizes, "chunk": chunk}))
-    medians = {name: {key: statistics.median(r[key] for r in rs) for key in rs[0]} for name, rs in runs.items()}
-    plain = medians["plain"]
-    print(f"medians of {options.repetitions}, in turn:")
-    for name, median in medians.items():
-        memory, duration = median["peak_gb"] / plain["peak_gb"], median["seconds"] / plain["seconds"]
-        verdict = "" if name == "plain" else f"{'ok' if memory <= MAX_MEMORY_SHARE else 'TOO LARGE'}, "
-        verdict += "" if name == "plain" else ("ok" if duration <= MAX_TIME_RATIO else "TOO SLOW")
-        print(
-            f"{name:12} {median['seconds']:7.2f} s ({duration:.2f}x)  {median['peak_gb']:6.3f} GB ({memory:.3f}x)  "
-            f"loss {median['loss']:.6f}  gradient norm {median['gradient_norm']:.6f}  {verdict}"
-        )
+    print(f"medians of {options.repetitions} in turn; in brackets the median of the ratios to plain of the same turn:")
+    for name, measured in runs.items():
+        report(name, measured, runs["plain"])
+
+
+def report(name: str, measured: list[dict[str, float]], plain: list[dict[str, float]]) -> None:
+    median = {key: statistics.median(run[key] for run in measured) for key in measured[0]}
+    ratio = {
+        key: statistics.median(run[key] / reference[key] for run, reference in zip(measured, plain, strict=True))
+        for key in ("seconds", "cpu_seconds", "peak_gb")
+    }
+    print(
+        f"{name:13} {median['seconds']:6.2f} s ({ratio['seconds']:.2f}), of a processor {median['cpu_seconds']:6.2f} s "
+        f"({ratio['cpu_seconds']:.2f}); {median['peak_gb']:6.3f} GB ({ratio['peak_gb']:.3f}); "
+        f"loss {median['loss']:.6f}, gradient norm {median['gradient_norm']:.6f}"
+    )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_two_tokens_by_hand():
         "targets": torch.tensor([0, 1]),
     }
     kd = DISTILLATION_LOSSES["kd"].token_loss(LossSettings(kl_ratio=1.0, skew=0.1, jsd_beta=0.5, taid_t=1.0))
-    loss = fused_linear_loss(kd, **batch, denominator=4)
+    loss = fused_linear_loss(kd, **batch, denominator=4, chunk_size=1)
     loss.backward()
     assert loss.item() == pytest.approx(2 * (0.5 * math.log(2 / 3) + 0.5 * math.log(2)) / 4)
     # d KL / d logits = p - q = (1/4, -1/4) per token; the head gets it from both, each state through the head.
@@ -112,8 +112,10 @@ def test_padding_that_is_cut_out_before_changes_nothing(batch):
     padded = torch.full((2, 4, 5), torch.nan, dtype=torch.float64)
     padded[mask] = short["student_hidden"].detach()
     padded.requires_grad_()
-    loss = fused_linear_loss(token_loss("kd"), **(short | {"student_hidden": padded[mask]}), denominator=counted)
-    expected = fused_linear_loss(token_loss("kd"), **short, denominator=counted)
+    loss = fused_linear_loss(
+        token_loss("kd"), **(short | {"student_hidden": padded[mask]}), denominator=counted, chunk_size=4
+    )
+    expected = fused_linear_loss(token_loss("kd"), **short, denominator=counted, chunk_size=4)
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert (padded.grad[~mask] == 0).all()
@@ -122,7 +124,7 @@ def test_padding_that_is_cut_out_before_changes_nothing(batch):
 
 @every_loss
 def test_no_tokens_give_zero_and_zero_gradients(batch, name):
-    loss = fused_linear_loss(token_loss(name), **rows(batch, slice(0)), denominator=0)
+    loss = fused_linear_loss(token_loss(name), **rows(batch, slice(0)), denominator=0, chunk_size=4)
     assert loss.item() == 0.0
     loss.backward()
     assert (batch["student_head"].grad == 0).all()
@@ -143,7 +145,7 @@ def test_the_upstream_gradient_scales_all(batch):
 
 
 def test_a_second_backward_pass_is_refused(batch):
-    loss = fused_linear_loss(token_loss("kd"), **batch, denominator=5)
+    loss = fused_linear_loss(token_loss("kd"), **batch, denominator=5, chunk_size=4)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -174,7 +176,7 @@ def test_what_is_frozen_gets_no_gradient(batch, trained):
 
 def test_the_teacher_gets_no_gradient(batch):
     teacher = {name: batch[name].requires_grad_() for name in ("teacher_hidden", "teacher_head")}
-    fused_linear_loss(token_loss("kd"), **batch, denominator=5).backward()
+    fused_linear_loss(token_loss("kd"), **batch, denominator=5, chunk_size=4).backward()
     assert all(tensor.grad is None for tensor in teacher.values())
 
 
@@ -210,4 +212,4 @@ def test_autocast_multiplies_in_its_type_and_sums_in_the_weights(batch, monkeypa
 )
 def test_tensors_of_different_tokens_are_refused(batch, change, message):
     with pytest.raises(ValueError, match=message):
-        fused_linear_loss(token_loss("kd"), **(batch | change), denominator=5)
+        fused_linear_loss(token_loss("kd"), **(batch | change), denominator=5, chunk_size=4)
