@@ -74,14 +74,19 @@ def _download(overrides: Sequence[str]) -> None:
         raise CommandFailedError(str(error)) from error
 
 
-def _download(overrides: Sequence[str]) -> None:
-    from dgpo.data.download import download
-    from dgpo.data.hub import DownloadError
+def _prepare(overrides: Sequence[str]) -> None:
+    from dgpo.data.prepare import prepare
 
     try:
-        download(load_config(overrides))
-    except (DownloadError, OSError) as error:
+        prepare(load_config(overrides))
+    except OSError as error:
         raise CommandFailedError(str(error)) from error
+
+
+def _contamination(overrides: Sequence[str]) -> None:
+    from dgpo.data.contamination import contamination
+
+    contamination(load_config(overrides))
 
 
 def _collect(overrides: Sequence[str]) -> None:
@@ -152,7 +157,8 @@ def _play(stage: Callable[[Config], object], config: Config) -> None:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "quickstart": (_quickstart, "the whole method on the tiny world, on a CPU: collect, distil, train, test, report"),
     "download": (_download, "corpus, index, training set, benchmark files from the hub; resumable, checksummed"),
-    "download": (_download, "corpus, index, training set, benchmark files from the hub; resumable, checksummed"),
+    "prepare": (_prepare, "question files and corpora: the paper's sets, or your own questions and documents"),
+    "contamination": (_contamination, "duplicates, train/test overlap and answers in the question, as a report"),
     "collect": (_collect, "phase 1a: the teacher plays episodes, the correct ones are kept"),
     "distill": (_distill, "phase 1b: the student learns the kept episodes (cold start)"),
     "train": (_train, "phase 2: PPO with the teacher on failed episodes (DGPO), and its baselines"),
@@ -166,7 +172,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
 
 
 def _usage() -> str:
-    return USAGE.format(commands="\n".join(f"  {name:<11} {summary}" for name, (_, summary) in COMMANDS.items()))
+    return USAGE.format(commands="\n".join(f"  {name:<13} {summary}" for name, (_, summary) in COMMANDS.items()))
 
 
 def _help(name: str, summary: str) -> str:
