@@ -1,0 +1,205 @@
+"""`dgpo prepare`: the paper's question sets, or your own questions and documents, in the forms that all stages read.
+
+Everything is read and checked before anything is written, and the folder appears whole: `<set>_test.parquet`,
+`train.parquet`, `corpus.jsonl` (as far as asked for) and `manifest.json` with what was kept, dropped and cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dgpo.artifacts import RunFolderExistsError, write_manifest
+from dgpo.config.load import ConfigError
+from dgpo.config.schema import Config
+from dgpo.data.benchmarks import check_names, load_benchmark
+from dgpo.data.contamination import find_overlaps
+from dgpo.data.documents import passages, read_documents, write_corpus
+from dgpo.data.lines import BadLines
+from dgpo.data.natural_questions import join_long_answers
+from dgpo.data.questions import Question, question_rows, read_questions
+from dgpo.data.rows import DataError, row_question, write_rows
+from dgpo.metrics.exact_match import normalize_answer
+
+Rows = list[dict[str, Any]]
+
+
+def prepare(config: Config) -> Path:
+    """Writes `prepare.out` and prints what it holds. Returns the folder.
+
+    Raises:
+        ConfigError: settings that do not go together, unknown sets.
+        DataError: a source that is missing, has unusable lines, or another size than published.
+        RunFolderExistsError: the folder is there, and `prepare.overwrite` is not set.
+    """
+    settings = config.prepare
+    out = Path(settings.out)
+    own = settings.source is not None or settings.documents is not None
+    if out.exists() and not settings.overwrite:
+        raise RunFolderExistsError(
+            f"{out} exists: choose another prepare.out, or replace it with prepare.overwrite=true"
+        )
+    bad = BadLines(settings.max_bad_lines)
+    counts: dict[str, Any] = {}
+    train, tests = _own_questions(config, bad, counts) if own else _benchmarks(config, bad, counts)
+    if settings.drop_overlap:
+        train = _without_overlap(config, train, tests, counts)
+    corpus: list[dict[str, str]] = []
+    if settings.documents:
+        documents = read_documents(Path(settings.documents), bad)
+        corpus, counts["corpus"] = passages(documents, words=settings.passage_words, overlap=settings.passage_overlap)
+    counts["unusable_lines"] = len(bad.reasons)
+    with _whole_folder(out) as folder:
+        for name, rows in tests.items():
+            write_rows(folder / f"{name}_test.parquet", rows)
+        if train:
+            write_rows(folder / "train.parquet", train)
+        if corpus:
+            write_corpus(folder / "corpus.jsonl", corpus)
+        inputs = {name: getattr(settings, name) for name in ("source", "documents", "nq_annotations")}
+        inputs |= {} if own else {"benchmarks": settings.benchmarks}
+        inputs["unusable_lines"] = bad.reasons
+        write_manifest(folder, stage="prepare", inputs=inputs, config=asdict(settings), counts=counts, seed=config.seed)
+    for line in (*bad.reasons, *_summary(out, counts)):
+        print(line)
+    return out
+
+
+def _benchmarks(config: Config, bad: BadLines, counts: dict[str, Any]) -> tuple[Rows, dict[str, Rows]]:
+    """Training rows (the sets one after the other) and test rows by set."""
+    settings = config.prepare
+    check_names(settings.test_sets, key="prepare.test_sets", training=False)
+    check_names(settings.train_sets, key="prepare.train_sets", training=True)
+    if not settings.test_sets and not settings.train_sets:
+        raise ConfigError("prepare.test_sets and prepare.train_sets are empty: nothing to prepare")
+    if settings.nq_annotations and "nq" not in settings.test_sets:
+        raise ConfigError("prepare.nq_annotations is for the test set nq: add it to prepare.test_sets, or unset it")
+
+    def load(name: str, *, training: bool) -> list[Question]:
+        return load_benchmark(
+            Path(settings.benchmarks),
+            name,
+            training=training,
+            allow_other_sizes=settings.allow_other_sizes,
+            bad=bad,
+        )
+
+    tests: dict[str, Rows] = {}
+    for name in settings.test_sets:
+        questions = load(name, training=False)
+        if name == "nq" and settings.nq_annotations:
+            questions, counts["nq_annotations"] = join_long_answers(questions, Path(settings.nq_annotations), bad)
+        tests[name] = question_rows(questions, source=name, split="test", with_passages=True)
+        counts[f"{name}_test"] = _described(questions)
+    train: Rows = []
+    for name in settings.train_sets:
+        questions = load(name, training=True)
+        train += question_rows(questions, source=name, split="train", with_passages=False)
+        counts[f"{name}_train"] = {"questions": len(questions)}
+    return train, tests
+
+
+def _own_questions(config: Config, bad: BadLines, counts: dict[str, Any]) -> tuple[Rows, dict[str, Rows]]:
+    """Training and test rows of `prepare.source`; none without one."""
+    settings = config.prepare
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", settings.name):
+        raise ConfigError(f"prepare.name={settings.name!r}: expected small letters, digits, _ and -")
+    if not 0 <= settings.test_share <= 1:
+        raise ConfigError(f"prepare.test_share={settings.test_share}: expected a share between 0 and 1")
+    if settings.source is None:
+        return [], {}
+    path = Path(settings.source)
+    questions = read_questions(path, bad)
+    bad.check()
+    if not questions:
+        raise DataError(f'{path} holds no questions: expected lines like {{"question": "..", "answers": [".."]}}')
+    train, test = split_questions(questions, test_share=settings.test_share, seed=config.seed)
+    counts["train"], counts[f"{settings.name}_test"] = {"questions": len(train)}, _described(test)
+    rows = question_rows(train, source=settings.name, split="train", with_passages=False)
+    test_rows = question_rows(test, source=settings.name, split="test", with_passages=True)
+    return rows, {settings.name: test_rows} if test_rows else {}
+
+
+def split_questions(
+    questions: Sequence[Question], *, test_share: float, seed: int
+) -> tuple[list[Question], list[Question]]:
+    """(train, test). A question's own `split` counts; of the others `test_share` go to test, chosen by seed.
+
+    Questions of the same normalised text stay together. The choice ranks hashes of seed and text, so that added
+    questions move few of the others.
+    """
+    free: dict[str, list[Question]] = {}
+    for question in questions:
+        if question.split is None:
+            free.setdefault(normalize_answer(question.text), []).append(question)
+    ranked = sorted(free, key=lambda text: hashlib.sha256(f"{seed}/{text}".encode()).digest())
+    chosen = set(ranked[: round(test_share * len(ranked))])
+    train: list[Question] = []
+    test: list[Question] = []
+    for question in questions:
+        in_test = question.split == "test" if question.split else normalize_answer(question.text) in chosen
+        (test if in_test else train).append(question)
+    return train, test
+
+
+def _without_overlap(config: Config, train: Rows, tests: Mapping[str, Rows], counts: dict[str, Any]) -> Rows:
+    if not train or not tests:
+        raise ConfigError("prepare.drop_overlap=true compares training with test questions: prepare both, or unset it")
+    texts = [row_question(row) for row in train]
+    dropped: set[int] = set()
+    counts["dropped_overlap"] = {}
+    for name, rows in tests.items():
+        overlaps = find_overlaps(
+            texts,
+            [row_question(row) for row in rows],
+            ngram=config.contamination.ngram,
+            min_share=config.contamination.min_share,
+        )
+        found = {each.train for each in overlaps}
+        counts["dropped_overlap"][name] = len(found)
+        dropped |= found
+    counts["dropped_overlap"]["all"] = len(dropped)
+    if len(dropped) == len(train):
+        raise DataError("every training question stands in a test set: nothing would be left to train on")
+    return [row for index, row in enumerate(train) if index not in dropped]
+
+
+def _described(questions: Sequence[Question]) -> dict[str, int]:
+    return {
+        "questions": len(questions),
+        "with_gold_passages": sum(bool(question.gold_passages) for question in questions),
+        "with_hops": sum(question.hops is not None for question in questions),
+    }
+
+
+@contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill beside `out`, which takes its place when the block ends, and leaves nothing when it raises."""
+    work = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+    work.mkdir(parents=True)
+    try:
+        yield work
+        old = out.with_name(f".{out.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            out.replace(old)
+        work.replace(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _summary(out: Path, counts: Mapping[str, Any]) -> Iterator[str]:
+    for name, values in counts.items():
+        if isinstance(values, dict):
+            yield f"{name}: {', '.join(f'{key} {value:,}' for key, value in values.items())}"
+        elif values:
+            yield f"{name}: {values:,}"
+    yield f"written to {out}"
