@@ -7,7 +7,7 @@
 One measurement is the forward and backward pass of KL(teacher || student), mean over the tokens, from the last hidden
 states of both models to the gradients of the student's states and output matrix. `plain` holds both models' float32
 logits of all tokens under autograd. The forms run in turn, each repetition in a process of its own. Memory is the peak
-above inputs, weights and gradients: of the process's resident set on a CPU, of PyTorch's allocator on a GPU. At 4,096 tokens and the full vocabulary the
+above inputs, weights and gradients: of the process's resident set on a CPU, of PyTorch's allocator on a GPU. The
 chunked form is held to an eighth of the memory and 1.2 times the time of the plain one.
 """
 
