@@ -43,8 +43,8 @@ def check_names(names: list[str], *, key: str, training: bool) -> None:
     for name in names:
         if name not in choices:
             near = difflib.get_close_matches(name, choices, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(choices)}"
-            raise ConfigError(f"{key}: unknown set {name!r}: {hint}")
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"{key}: unknown set {name!r}: {hint}expected some of {', '.join(choices)}")
     if len(set(names)) < len(names):
         raise ConfigError(f"{key}={names}: a set is named twice")
 

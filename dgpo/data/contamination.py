@@ -137,7 +137,8 @@ def contamination(config: Config) -> dict[str, Any]:
     return report
 
 
-HEAD = ("set", "questions", "twice", "of these with other answers", "in train, exact", "near", "answer in question")
+HEAD = ("set", "questions", "repeated", "with other answers", "in train, exact", "near", "answer in question")
+WIDTH_IN_FILES = 110  # a log has no width
 
 
 def table(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -207,4 +208,5 @@ def _print(report: Mapping[str, Any]) -> None:
         shown.add_column(column, justify="left" if column == "set" else "right")
     for line in table(report):
         shown.add_row(*line)
-    Console().print(shown)
+    console = Console()
+    Console(width=console.width if console.is_terminal else WIDTH_IN_FILES).print(shown)

@@ -31,8 +31,8 @@ class BadLines:
             more = f"; and {len(self.reasons) - NUM_SHOWN} more" if len(self.reasons) > NUM_SHOWN else ""
             noun = "line" if len(self.reasons) == 1 else "lines"
             raise DataError(
-                f"{len(self.reasons)} unusable {noun}, prepare.max_bad_lines={self.limit}: {shown}{more}. Correct them, or "
-                "raise the limit to leave them out"
+                f"{len(self.reasons)} unusable {noun}, prepare.max_bad_lines={self.limit}: {shown}{more}. Correct "
+                "them, or raise the limit to leave them out"
             )
 
 
@@ -57,6 +57,6 @@ def read_objects(path: Path, bad: BadLines) -> Iterator[tuple[int, dict[str, Any
                     if isinstance(record, dict):
                         yield number, record
                     else:
-                        bad.add(path, number, f'{str(record)[:60]!r}, expected an object like {{"question": ..}}')
+                        bad.add(path, number, f"{str(record)[:60]}, expected a json object")
     except (gzip.BadGzipFile, EOFError) as error:
         raise DataError(f"{path} is not a whole gzip file ({error}): get it again") from None
