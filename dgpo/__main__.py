@@ -53,11 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _quickstart(overrides: Sequence[str]) -> None:
-    from dgpo.pipeline.processes import StageFailedError
+    from dgpo.pipeline.processes import StageFailedError, stopped_by_sigterm
     from dgpo.quickstart import quickstart
 
     try:
-        quickstart(overrides)
+        with stopped_by_sigterm():
+            quickstart(overrides)
     except FileExistsError as error:
         raise ConfigError(str(error)) from error
     except StageFailedError as error:
@@ -133,11 +134,12 @@ def _report(overrides: Sequence[str]) -> None:
 
 
 def _reproduce(overrides: Sequence[str]) -> None:
-    from dgpo.pipeline.processes import StageFailedError
+    from dgpo.pipeline.processes import StageFailedError, stopped_by_sigterm
     from dgpo.pipeline.reproduce import reproduce
 
     try:
-        reproduce(overrides)
+        with stopped_by_sigterm():
+            reproduce(overrides)
     except StageFailedError as error:
         raise CommandFailedError(str(error)) from error
 

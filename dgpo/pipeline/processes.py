@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -79,6 +80,7 @@ def python_module(module: str) -> list[str]:
 def retrieval_server(stages: Stages, indexes: Path, *, default: str) -> Iterator[str]:
     """Serves every index below `indexes` on a free port of the loopback address while the context lasts."""
     port_file = indexes / "port"
+    port_file.unlink(missing_ok=True)  # of a run that was killed
     command = [*python_module("retriever.serve"), "--port", "0", "--port-file", str(port_file), "--default", default]
     for path in sorted(indexes.iterdir()):
         if path.is_dir():
@@ -94,6 +96,20 @@ def retrieval_server(stages: Stages, indexes: Path, *, default: str) -> Iterator
         yield f"http://127.0.0.1:{port_file.read_text().strip()}"
     finally:
         stop(child)
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Turns SIGTERM into an exception, so that the children of whoever is stopped are stopped too."""
+
+    def exit_(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, exit_)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:

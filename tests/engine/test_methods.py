@@ -70,3 +70,29 @@ def test_an_experiment(experiment: str, tiny_world: TinyWorld, tmp_path: Path):
         assert records, stage
         if stage == "train":
             assert [record["step"] for record in records] == [1, 2]
+
+
+@pytest.mark.slow
+def test_two_fsdp_ranks_make_the_update_of_one(tiny_world: TinyWorld, tmp_path: Path):
+    """The exact form shards teacher and student, and counts its tokens over all ranks."""
+    records = []
+    for num_ranks in (1, 2):
+        run_dir = tmp_path / f"ranks{num_ranks}"
+        arguments = [
+            *tiny_world.overrides(run_dir),
+            *SMALL,
+            "train.mini_batch_size=16",
+            "train.num_steps=1",
+            "train.save_every=1",
+            "hardware.micro_batch_size=4",
+            f"hardware.gpus_per_node={num_ranks}",
+            "train.generation_concurrency=1",
+        ]
+        result = run_command("-m", "dgpo", "train", *arguments)
+        assert result.returncode == 0, result.stderr[-3000:]
+        (record,) = read_metrics(run_dir / "train" / "metrics.jsonl")
+        records.append(record)
+    one, two = records
+    assert one["episode/em"] == two["episode/em"], "the two must have played the same episodes"
+    for name in ("actor/teacher_loss", "actor/loss", "actor/grad_norm", "critic/grad_norm"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3), name

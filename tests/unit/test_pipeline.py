@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dgpo.__main__ import main
@@ -182,3 +184,22 @@ def test_the_methods_page_is_what_the_presets_say():
         [sys.executable, "scripts/docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_stopped_pipeline_takes_its_stages_with_it(tmp_path):
+    """SIGTERM to the driver: the stage that it runs, in a process group of its own, ends as well."""
+    script = (
+        "from dgpo.pipeline.processes import Stages, stopped_by_sigterm\n"
+        "from pathlib import Path\n"
+        f"with stopped_by_sigterm():\n    Stages(Path({str(tmp_path)!r})).run(nap=['sh', '-c', 'echo $$; sleep 60'])\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL)
+    log = tmp_path / "logs" / "nap.log"
+    deadline = time.monotonic() + 30
+    while not (log.exists() and log.read_text().strip()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    stage = int(log.read_text())
+    driver.terminate()
+    assert driver.wait(timeout=30) == 143
+    assert not psutil.pid_exists(stage)
