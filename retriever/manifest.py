@@ -1,6 +1,7 @@
-"""What an index folder says about itself, and the check that its parts belong together.
+"""What an index folder says about itself, and the check that its parts are the ones that were built.
 
-A folder holds `corpus.jsonl`, `corpus.offsets.npy`, the index (`<encoder>_Flat.index`, or `bm25/`) and `manifest.json`.
+A folder holds `corpus.jsonl`, `corpus.offsets.npy` (a cache), the index (`<encoder>_<type>.index`, or `bm25/`),
+`probe.npy` (vectors of a few passages) and `manifest.json`.
 """
 
 import hashlib
@@ -8,37 +9,62 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from retriever.encoders import EncoderConfig
+import numpy as np
+
+from retriever.encoder_config import EncoderConfig
 from retriever.errors import IndexFolderError
 
 Method = Literal["dense", "bm25"]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_FILE = "manifest.json"
 CORPUS_FILE = "corpus.jsonl"
 OFFSETS_FILE = "corpus.offsets.npy"
-# Above this a start-up would wait for the hash; the offset table still notices another size.
-MAX_BYTES_HASHED_AT_LOAD = 1 << 30
+PROBE_FILE = "probe.npy"
+BM25_TYPE = "BM25"
+NUM_PROBES = 3
+# A seal samples this many blocks, spread evenly, the first and the last included: milliseconds for 64 GB.
+NUM_SAMPLE_BLOCKS, SAMPLE_BLOCK_BYTES = 64, 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seal:
+    """What identifies a file: its size and a hash of samples at each start, the whole hash when asked."""
+
+    bytes: int
+    sample_sha256: str
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Written last by the builder, read first by the server."""
 
-    method: Method
     index: str
     """The index's file or folder, relative to the manifest."""
+    index_type: str
+    """`BM25`, or a FAISS factory string: `Flat` (float32), `SQfp16`, `SQ8`, `HNSW32_SQ8`, .."""
     num_passages: int
-    corpus_sha256: str
-    corpus_bytes: int
+    files: Mapping[str, Seal]
+    """Seals by file name, relative to the manifest."""
+    search_params: str = ""
+    """FAISS's notation, such as `efSearch=128`, for the types that have such parameters."""
     encoder: EncoderConfig | None = None
     dimension: int | None = None
     num_truncated_passages: int = 0
     """Passages of this build (over all corpora built together) that were cut to the encoder's limit."""
     versions: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT
+
+    @property
+    def method(self) -> Method:
+        return "bm25" if self.index_type == BM25_TYPE else "dense"
+
+    @property
+    def corpus_sha256(self) -> str:
+        return self.files[CORPUS_FILE].sha256
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -54,34 +80,82 @@ def read_manifest(folder: str | Path) -> Manifest:
         )
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        if content.get("format") != FORMAT or content["method"] not in get_args(Method):
-            raise ValueError(f"format {content.get('format')!r}, method {content.get('method')!r}")
+        if content.get("format") != FORMAT:
+            raise ValueError(f"format {content.get('format')!r}")
         encoder = content.pop("encoder")
-        return Manifest(encoder=EncoderConfig(**encoder) if encoder else None, **content)
+        files = {name: Seal(**seal) for name, seal in content.pop("files").items()}
+        manifest = Manifest(encoder=EncoderConfig(**encoder) if encoder else None, files=files, **content)
+        if manifest.method == "dense" and (manifest.encoder is None or manifest.dimension is None):
+            raise ValueError("a dense index without encoder or dimension")
+        if outside := [name for name in [*files, manifest.index] if not _is_inside(name)]:
+            raise ValueError(f"it names {outside[0]}, outside its folder")
+        if CORPUS_FILE not in files:
+            raise ValueError(f"no {CORPUS_FILE} among its files")
+        return manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IndexFolderError(
             f"{path} cannot be read by this version ({error}; expected format {FORMAT}); build it again"
         ) from None
 
 
-def check_corpus(folder: Path, manifest: Manifest, num_passages: int, *, verify: bool) -> None:
-    """Raise `IndexFolderError` unless the folder's corpus is the one that was indexed.
+def check_files(folder: Path, manifest: Manifest, *, verify: bool = False) -> None:
+    """Raise `IndexFolderError` unless the files of a folder are those that the manifest was written for.
 
-    The hash is compared for corpora up to 1 GiB, and for larger ones when `verify` is set.
+    Sizes and samples are compared, which takes milliseconds; with `verify` every byte is, a minute per 64 GB or more.
     """
-    path = folder / CORPUS_FILE
-    if num_passages != manifest.num_passages:
-        raise IndexFolderError(
-            f"{path} has {num_passages} passages, the index was built from {manifest.num_passages}; build it again"
-        )
-    small = path.stat().st_size <= MAX_BYTES_HASHED_AT_LOAD
-    if (small or verify) and (seen := sha256_of(path)) != manifest.corpus_sha256:
-        raise IndexFolderError(
-            f"{path} has sha256 {seen[:12]}.., the index was built from {manifest.corpus_sha256[:12]}..: "
-            "the corpus changed; build it again"
-        )
+    for name, seal in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise IndexFolderError(
+                f"{folder} lacks {name}, which its manifest promises; copy it again or build it again"
+            )
+        if (size := path.stat().st_size) != seal.bytes:
+            raise IndexFolderError(
+                f"{path} has {size} bytes, the manifest was written for {seal.bytes}: it is cut off or was changed; "
+                "copy it again, or build it again"
+            )
+        changed = sample_sha256(path) != seal.sample_sha256
+        if changed or (verify and sha256_of(path) != seal.sha256):
+            raise IndexFolderError(
+                f"{path} is not the file that the manifest was written for (another sha256): it was changed after the "
+                "index was built; copy it again, or build it again"
+            )
+
+
+def seal_files(folder: Path) -> dict[str, Seal]:
+    """Seals of all files of a folder but the manifest and the offset table, which can be made again."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return {name: seal_file(folder / name) for name in names if name not in (MANIFEST_FILE, OFFSETS_FILE)}
+
+
+def seal_file(path: Path) -> Seal:
+    return Seal(bytes=path.stat().st_size, sample_sha256=sample_sha256(path), sha256=sha256_of(path))
+
+
+def sample_sha256(path: Path) -> str:
+    """Hash of blocks spread evenly over a file; of the whole file when it is small."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb", buffering=0) as file:
+        if size <= NUM_SAMPLE_BLOCKS * SAMPLE_BLOCK_BYTES:
+            digest.update(file.readall())
+        else:
+            for number in range(NUM_SAMPLE_BLOCKS):
+                file.seek((size - SAMPLE_BLOCK_BYTES) * number // (NUM_SAMPLE_BLOCKS - 1))
+                digest.update(file.read(SAMPLE_BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def probe_rows(num_passages: int) -> list[int]:
+    """Rows whose vectors a server compares with its encoder: spread, so that a shifted corpus shows too."""
+    return np.unique(np.linspace(0, num_passages - 1, NUM_PROBES).astype(int)).tolist()
+
+
+def _is_inside(name: str) -> bool:
+    """A manifest may come from someone else: it must not name files outside its folder."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts

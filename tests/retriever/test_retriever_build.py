@@ -1,17 +1,29 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import FACTS, WordHashEncoder, run_module, write_corpus
 
+from retriever.bm25 import BM25Index
 from retriever.build import build_indexes
 from retriever.collection import SearchJob, load_collection
-from retriever.encoders import EncoderConfig
+from retriever.corpus import scan_offsets
+from retriever.encoder_config import EncoderConfig
 from retriever.errors import CorpusError, IndexFolderError
-from retriever.index import FaissFlatIndex
-from retriever.manifest import MANIFEST_FILE, read_manifest
+from retriever.faiss_file import write_index
+from retriever.manifest import (
+    MANIFEST_FILE,
+    NUM_SAMPLE_BLOCKS,
+    OFFSETS_FILE,
+    PROBE_FILE,
+    SAMPLE_BLOCK_BYTES,
+    read_manifest,
+    sample_sha256,
+    seal_file,
+)
 
 STUB = EncoderConfig(spec="models/stub", query_prefix="", passage_prefix="", dtype="float32")
 INDEX_FILE = "stub_Flat.index"
@@ -24,7 +36,7 @@ def folder(tmp_path: Path, word_hash_encoder: WordHashEncoder) -> Path:
 
 def test_the_manifest_states_encoder_counts_and_hash(folder: Path) -> None:
     manifest = read_manifest(folder)
-    assert manifest.encoder == STUB
+    assert manifest.encoder == replace(STUB, pooling="mean")
     assert (manifest.method, manifest.index, manifest.num_passages) == ("dense", INDEX_FILE, len(FACTS))
     assert manifest.dimension == WordHashEncoder.dimension
     assert len(manifest.corpus_sha256) == 64
@@ -44,17 +56,10 @@ def test_a_text_in_several_corpora_is_encoded_once(tmp_path: Path, word_hash_enc
     assert len({id(served.index.encoder) for served in collection.corpora.values()}) == 1
 
 
-def test_a_build_that_fails_leaves_nothing_behind(
-    tmp_path: Path, word_hash_encoder: WordHashEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    corpus = write_corpus(tmp_path / "facts.jsonl", FACTS)
-
-    def disk_full(*_: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("retriever.manifest.Manifest.write", disk_full)
-    with pytest.raises(OSError, match="no space"):
-        build_indexes({"facts": corpus}, tmp_path / "out", STUB)
+def test_a_build_that_fails_before_it_encoded_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    with pytest.raises(CorpusError):
+        build_indexes({"bad": tmp_path / "bad.jsonl"}, tmp_path / "out", STUB)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -68,7 +73,7 @@ def test_an_existing_folder_is_replaced_only_when_told(folder: Path, tmp_path: P
 
 
 def test_a_malformed_row_is_named_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retriever.build.load_encoder", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("retriever.shards.load_encoder", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "bad.jsonl").write_text('{"id": "0", "contents": null}\n')
     with pytest.raises(CorpusError, match='row 0: "contents" is None'):
         build_indexes({"bad": tmp_path / "bad.jsonl"}, tmp_path)
@@ -89,13 +94,17 @@ def rename_a_city(folder: Path) -> None:
     path.write_text(path.read_text().replace("Osaka", "Kyoto"))
 
 
-def truncate_index(folder: Path) -> None:
-    path = folder / INDEX_FILE
-    path.write_bytes(path.read_bytes()[:500])
+def replace_index(folder: Path, shape: tuple[int, int]) -> None:
+    rows = np.full(shape, shape[1] ** -0.5, dtype=np.float32)
+    write_index(folder / INDEX_FILE, "Flat", lambda start, end: rows[start:end], num_rows=shape[0], dimension=shape[1])
 
 
-def write_vectors(folder: Path, shape: tuple[int, int]) -> None:
-    FaissFlatIndex.write(folder / INDEX_FILE, np.full(shape, shape[1] ** -0.5, dtype=np.float32))
+def overwrite_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content + path.read_bytes()[len(content) :])
+
+
+def cut_off(path: Path, num_bytes: int) -> None:
+    path.write_bytes(path.read_bytes()[:num_bytes])
 
 
 @pytest.mark.parametrize(
@@ -104,22 +113,80 @@ def write_vectors(folder: Path, shape: tuple[int, int]) -> None:
         (lambda folder: (folder / MANIFEST_FILE).unlink(), "is not an index folder .*python -m retriever.build"),
         (lambda folder: edit_manifest(folder, format=99), "cannot be read by this version .*99"),
         (lambda folder: edit_manifest(folder, surprise=1), "cannot be read by this version .*surprise"),
+        (lambda folder: edit_manifest(folder, index="../x"), r"cannot be read by this version .*\.\./x"),
+        (lambda folder: edit_manifest(folder, dimension=None), "a dense index without encoder or dimension"),
         (lambda folder: (folder / INDEX_FILE).unlink(), f"lacks {INDEX_FILE}"),
-        (drop_last_row, "offset table was made for"),
-        (lambda folder: edit_manifest(folder, num_passages=11), "has 12 passages, the index was built from 11"),
-        (rename_a_city, "the corpus changed; build it again"),
-        (truncate_index, "cannot be read as a FAISS index"),
-        (lambda folder: write_vectors(folder, (11, 64)), "holds 11 vectors, the corpus has 12 passages"),
-        (lambda folder: write_vectors(folder, (12, 32)), "vectors of 32 dimensions, the encoder makes 64"),
-        (lambda folder: write_vectors(folder, (12, 64)), "does not reproduce the stored vector of passage 0"),
+        (lambda folder: (folder / PROBE_FILE).unlink(), f"lacks {PROBE_FILE}"),
+        (drop_last_row, "corpus.jsonl has .* bytes, the manifest was written for .*cut off or was changed"),
+        (rename_a_city, "corpus.jsonl is not the file .*another sha256.*build it again"),
+        (lambda folder: cut_off(folder / INDEX_FILE, 20), "is not a FAISS index file"),
+        (lambda folder: cut_off(folder / INDEX_FILE, 500), "has 500 bytes, the manifest was written for 3117"),
+        (lambda folder: replace_index(folder, (11, 64)), "holds 11 vectors, the corpus has 12 passages"),
+        (lambda folder: replace_index(folder, (12, 32)), "32 dimensions, its manifest was written for 64"),
+        (lambda folder: replace_index(folder, (12, 64)), "another sha256"),
     ],
 )
-def test_a_folder_whose_parts_do_not_belong_together_is_refused(folder: Path, damage, message: str) -> None:
+def test_a_folder_whose_parts_do_not_belong_together_is_refused_before_a_model_is_loaded(
+    folder: Path, damage, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     load_collection({"facts": folder})
+    monkeypatch.setattr("retriever.collection.load_encoder", lambda *_, **__: pytest.fail("loaded"))
     damage(folder)
     with pytest.raises(IndexFolderError, match=message) as refusal:
         load_collection({"facts": folder})
     assert "\n" not in str(refusal.value)
+
+
+def test_an_encoder_of_another_dimension_or_other_vectors_is_refused_before_the_index_is_opened(
+    folder: Path, word_hash_encoder: WordHashEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retriever.collection.open_dense", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(word_hash_encoder, "encode_passages", lambda texts: np.full((len(texts), 64), 0.125))
+    with pytest.raises(IndexFolderError, match=r"does not reproduce the stored vector of passage .*another encoder"):
+        load_collection({"facts": folder})
+    monkeypatch.setattr(word_hash_encoder, "dimension", 32)
+    with pytest.raises(IndexFolderError, match="vectors of 64 dimensions, the encoder makes 32"):
+        load_collection({"facts": folder})
+
+
+def test_a_large_file_is_sampled_and_read_whole_only_to_verify(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(bytes(NUM_SAMPLE_BLOCKS * SAMPLE_BLOCK_BYTES * 2))
+    before = seal_file(path)
+    with open(path, "r+b") as file:
+        file.seek(SAMPLE_BLOCK_BYTES + 10)  # between the first two samples
+        file.write(b"x")
+    assert seal_file(path).sample_sha256 == before.sample_sha256
+    assert seal_file(path).sha256 != before.sha256
+    with open(path, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert sample_sha256(path) != before.sample_sha256
+
+
+def test_verify_finds_a_change_that_samples_miss(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retriever.manifest.sample_sha256", lambda path: seals[path.name]["sample_sha256"])
+    seals = json.loads((folder / MANIFEST_FILE).read_text())["files"]
+    overwrite_bytes(folder / INDEX_FILE, (folder / INDEX_FILE).read_bytes()[:-1] + b"x")
+    load_collection({"facts": folder})
+    with pytest.raises(IndexFolderError, match="another sha256"):
+        load_collection({"facts": folder}, verify=True)
+
+
+@pytest.mark.parametrize("damage", ["absent", "no table", "of another size", "of other rows"])
+def test_a_stale_offset_table_is_made_again(folder: Path, damage: str) -> None:
+    path = folder / OFFSETS_FILE
+    offsets = np.load(path)
+    if damage == "absent":
+        path.unlink()
+    elif damage == "no table":
+        path.write_bytes(b"oops")
+    else:
+        offsets[-1 if damage == "of another size" else 5] -= 1
+        np.save(path, offsets)
+    served = load_collection({"facts": folder}).corpora["facts"].corpus
+    assert [document["id"] for document in served] == [str(row) for row in range(len(FACTS))]
+    assert np.load(path).tolist() == scan_offsets(folder / "corpus.jsonl").tolist()
 
 
 def test_a_bm25_index_of_another_corpus_is_refused(tmp_path: Path) -> None:
@@ -129,6 +196,8 @@ def test_a_bm25_index_of_another_corpus_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(folders["facts"] / "bm25")
     shutil.copytree(folders["one"] / "bm25", folders["facts"] / "bm25")
     with pytest.raises(IndexFolderError, match="indexes 1 passages, the corpus has 12"):
+        BM25Index.load(folders["facts"] / "bm25", num_passages=len(FACTS))
+    with pytest.raises(IndexFolderError, match=r"bm25/.* the manifest was written for"):
         load_collection(folders)
 
 

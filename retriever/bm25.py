@@ -1,0 +1,81 @@
+"""BM25 over words, by bm25s."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retriever.encoders import Encoder
+from retriever.errors import IndexFolderError
+from retriever.scan import NO_ROW
+
+BM25_K1, BM25_B = 1.2, 0.3  # short passages differ little in length, so length counts little
+
+
+class BM25Index:
+    """Okapi BM25 (Lucene's form, by bm25s) over words; a passage's title counts twice. Only matches are returned."""
+
+    def __init__(self, model: Any, num_passages: int) -> None:
+        self.encoder: Encoder | None = None
+        self._model, self._num_passages = model, num_passages
+
+    @classmethod
+    def load(cls, folder: Path, *, num_passages: int) -> "BM25Index":
+        """Map a folder that `write` made; raises `IndexFolderError` when it is damaged or of another corpus."""
+        import bm25s
+
+        try:
+            model = bm25s.BM25.load(str(folder), mmap=True, show_progress=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise IndexFolderError(f"{folder} cannot be read as a BM25 index ({error}); build it again") from None
+        if (seen := model.scores["num_docs"]) != num_passages:
+            raise IndexFolderError(f"{folder} indexes {seen} passages, the corpus has {num_passages}; build it again")
+        return cls(model, num_passages)
+
+    @staticmethod
+    def write(folder: Path, contents: Iterable[str], *, k1: float = BM25_K1, b: float = BM25_B) -> None:
+        """Index passages (`"Title"\\ntext`) into `folder`."""
+        import bm25s
+
+        model = bm25s.BM25(method="lucene", k1=k1, b=b, backend="numpy")
+        vocabulary: dict[str, int] = {}
+        # Numbers instead of words as they come: 4 bytes a word, where a list of strings takes 60
+        ids = [
+            np.array(
+                [
+                    vocabulary.setdefault(word, len(vocabulary))
+                    for word in split_words(content.split("\n", 1)[0]) + split_words(content)
+                ],
+                dtype=np.int32,
+            )
+            for content in contents
+        ]
+        model.index((ids, vocabulary), show_progress=False)
+        model.save(str(folder), show_progress=False)
+
+    def __len__(self) -> int:
+        return self._num_passages
+
+    def search(
+        self, queries: Sequence[str], topk: int, *, query_vectors: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        num_candidates = min(topk, len(self))
+        ids = np.full((len(queries), topk), NO_ROW, dtype=np.int64)
+        best_scores = np.full((len(queries), topk), -np.inf, dtype=np.float32)
+        for number, query in enumerate(queries):
+            words = [word for word in split_words(query) if word in self._model.vocab_dict]
+            if not words:
+                continue
+            scores = self._model.get_scores(words)  # [num_passages]
+            threshold = np.partition(scores, len(self) - num_candidates)[len(self) - num_candidates]
+            rows = np.flatnonzero((scores >= threshold) & (scores > 0))
+            rows = rows[np.lexsort((rows, -scores[rows]))][:topk]
+            ids[number, : len(rows)], best_scores[number, : len(rows)] = rows, scores[rows]
+        return ids, best_scores
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-cased runs of letters and digits, one-letter words and stop words included: names are made of them."""
+    return re.findall(r"\w+", text.lower())

@@ -1,0 +1,191 @@
+"""FAISS index files: their header, their rows by memory map, and writing one without holding it in memory.
+
+Every kind begins with the same header, so a wrong or cut-off file is noticed without loading it. In `Flat` (float32)
+and `SQfp16` (float16) files the rows themselves come last: they serve FAISS, the torch scan and the rescoring alike.
+"""
+
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from retriever.errors import IndexFolderError
+
+# Index types (FAISS factory strings) whose files end in plain rows.
+ROW_DTYPES: dict[str, type[np.floating]] = {"Flat": np.float32, "SQfp16": np.float16}
+# Rows that a quantizer sees in training, and the least number per inverted list that FAISS's clustering wants.
+NUM_TRAINING_ROWS, NUM_TRAINING_ROWS_PER_LIST = 100_000, 64
+BLOCK_BYTES = 1 << 25
+
+# fourcc, dimension, rows, two unused, is_trained, metric (faiss/impl/index_write.cpp: write_index_header)
+_HEADER = struct.Struct("<4siqqq?i")
+_ROWS_OFFSET, _INNER_PRODUCT = 8, 0
+
+ReadRows = Callable[[int, int], np.ndarray]
+"""Rows `[start, end)` as an array `[end - start, dimension]`."""
+
+
+class Header(NamedTuple):
+    """What each FAISS file says at its start."""
+
+    dimension: int
+    num_rows: int
+
+
+def read_header(path: Path) -> Header:
+    """The header of a FAISS file; raises `IndexFolderError` when there is none, or it is not of an inner product."""
+    with open(path, "rb") as file:
+        start = file.read(_HEADER.size)
+    if len(start) < _HEADER.size or not start[:1] == b"I" or not start[:4].isalnum():
+        raise IndexFolderError(f"{path} is not a FAISS index file (it begins with {start[:4]!r}); build it again")
+    _, dimension, num_rows, _, _, is_trained, metric = _HEADER.unpack(start)
+    if metric != _INNER_PRODUCT or not is_trained or dimension <= 0 or num_rows < 0:
+        raise IndexFolderError(
+            f"{path} has metric {metric}, {dimension} dimensions, {num_rows} rows, trained: {is_trained}; expected a "
+            "trained index of inner products (metric 0): build it again"
+        )
+    return Header(dimension, num_rows)
+
+
+def map_rows(path: Path, index_type: str) -> np.ndarray:
+    """The rows of a `Flat` or `SQfp16` file, memory-mapped: `[num_rows, dimension]`, float32 or float16.
+
+    Raises `IndexFolderError` when the file is cut off, or of another kind.
+    """
+    header, dtype = read_header(path), np.dtype(ROW_DTYPES[index_type])
+    num_values = header.num_rows * header.dimension
+    size, expected = path.stat().st_size, num_values * dtype.itemsize
+    offset = size - expected
+    stored = -1
+    if offset >= _HEADER.size + 8:
+        with open(path, "rb") as file:
+            file.seek(offset - 8)
+            stored = int.from_bytes(file.read(8), "little")
+    # FAISS counts Flat's rows in floats, a quantizer's in bytes
+    if stored != (num_values if index_type == "Flat" else expected):
+        raise IndexFolderError(
+            f"{path} has {size} bytes; expected a {index_type} index of {header.num_rows} rows of {header.dimension} "
+            f"dimensions, at least {expected} bytes: it is cut off or of another kind; copy it again, or build it again"
+        )
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(header.num_rows, header.dimension))
+
+
+def row_reader(path: Path, index_type: str) -> ReadRows:
+    """Reads rows of a `Flat` or `SQfp16` file without mapping them, so that a pass over 64 GB stays out of memory."""
+    rows = map_rows(path, index_type)
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the reader lives)
+    offset, row_bytes, dtype = int(rows.offset), rows.shape[1] * rows.itemsize, rows.dtype
+
+    def read(start: int, end: int) -> np.ndarray:
+        position, count = offset + start * row_bytes, (end - start) * row_bytes
+        data = os.pread(file.fileno(), count, position)
+        while len(data) < count:  # one read returns at most 2 GiB
+            data += os.pread(file.fileno(), count - len(data), position + len(data))
+        os.posix_fadvise(file.fileno(), position, count, os.POSIX_FADV_DONTNEED)
+        return np.frombuffer(data, dtype=dtype).reshape(end - start, -1).astype(np.float32, copy=False)
+
+    return read
+
+
+def write_index(
+    path: Path,
+    index_type: str,
+    read_rows: ReadRows,
+    *,
+    num_rows: int,
+    dimension: int,
+    search_params: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the rows that `read_rows` gives as an index of `index_type` (a FAISS factory string), inner product.
+
+    Flat and scalar-quantised rows go straight to the file, in constant memory; the other kinds (HNSW, IVF, ..) are
+    built in memory, because FAISS has to. Raises `ValueError` for a factory string that FAISS refuses.
+    """
+    import faiss
+
+    index = make_index(index_type, dimension, search_params)
+    if not index.is_trained:
+        index.train(read_sample(read_rows, num_rows, _num_training_rows(index)))
+    blocks = read_blocks(read_rows, num_rows, dimension)
+    if not isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer):
+        for end, block in blocks:
+            index.add(block)
+            if progress:
+                progress(end, num_rows)
+        faiss.write_index(index, str(path))
+        return
+    head = bytearray(faiss.serialize_index(index).tobytes())  # ends in the number of code bytes, 0 so far
+    num_code_bytes = num_rows * index.sa_code_size()
+    head[_ROWS_OFFSET : _ROWS_OFFSET + 8] = num_rows.to_bytes(8, "little")
+    head[-8:] = (num_code_bytes // (4 if isinstance(index, faiss.IndexFlat) else 1)).to_bytes(8, "little")
+    with open(path, "wb") as file:
+        file.write(head)
+        for end, block in blocks:
+            index.sa_encode(block).tofile(file)
+            if progress:
+                progress(end, num_rows)
+
+
+def make_index(index_type: str, dimension: int, search_params: str = "") -> Any:
+    """An empty FAISS index; raises `ValueError` when FAISS does not know the type or the parameters."""
+    import faiss
+
+    try:
+        index = faiss.index_factory(dimension, index_type, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(
+            f"index type {index_type!r} is refused by FAISS for {dimension} dimensions ({faiss_reason(error)}); "
+            "expected a factory string such as Flat, SQfp16, SQ8, HNSW32_SQ8 or IVF4096,PQ64"
+        ) from None
+    set_search_params(index, search_params)
+    return index
+
+
+def set_search_params(index: Any, search_params: str) -> None:
+    """Apply FAISS's own notation, such as `efSearch=128` or `nprobe=32`; raises `ValueError` when it does not fit."""
+    import faiss
+
+    if not search_params:
+        return
+    try:
+        faiss.ParameterSpace().set_index_parameters(index, search_params)
+    except RuntimeError as error:
+        raise ValueError(
+            f"search parameters {search_params!r} do not fit a {type(index).__name__} ({faiss_reason(error)}); "
+            "HNSW takes efSearch=N, IVF nprobe=N, Flat none"
+        ) from None
+
+
+def read_blocks(read_rows: ReadRows, num_rows: int, dimension: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Blocks of rows and the row after each."""
+    step = max(1, BLOCK_BYTES // (4 * dimension))
+    for start in range(0, num_rows, step):
+        end = min(start + step, num_rows)
+        yield end, np.ascontiguousarray(read_rows(start, end), dtype=np.float32)
+
+
+def read_sample(read_rows: ReadRows, num_rows: int, num_wanted: int) -> np.ndarray:
+    """About `num_wanted` rows in runs that are spread evenly: float32 `[n, dimension]`."""
+    if num_wanted >= num_rows:
+        return np.ascontiguousarray(read_rows(0, num_rows), dtype=np.float32)
+    num_runs = min(1000, num_wanted)
+    length = num_wanted // num_runs
+    starts: Iterable[int] = np.linspace(0, num_rows - length, num_runs).astype(np.int64).tolist()
+    return np.concatenate([read_rows(start, start + length) for start in starts]).astype(np.float32, copy=False)
+
+
+def faiss_reason(error: RuntimeError) -> str:
+    """A FAISS message without its place in the C++ source."""
+    return re.sub(r"^Error in .*? at \S+:\d+: (Error: )?", "", str(error).splitlines()[0])
+
+
+def _num_training_rows(index: Any) -> int:
+    import faiss
+
+    ivf = faiss.try_extract_index_ivf(index)
+    return max(NUM_TRAINING_ROWS, NUM_TRAINING_ROWS_PER_LIST * ivf.nlist if ivf else 0)

@@ -1,0 +1,210 @@
+"""The ways to find candidates for a query vector: FAISS on a CPU or a GPU, and an exact product in torch.
+
+A scan is used by one thread at a time: FAISS on a GPU is not thread-safe.
+"""
+
+import mmap
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from retriever.encoder_config import has_native_bfloat16
+from retriever.errors import IndexFolderError
+from retriever.faiss_file import ROW_DTYPES, faiss_reason, set_search_params
+from retriever.search_options import Engine, ScanDtype
+
+NO_ROW = -1
+"""The id, with score -inf, that fills an answer that has fewer than `topk` passages."""
+
+# FAISS multiplies by BLAS only when nq * d reaches this; its own default (128,000) scans batches below 167 queries of
+# 768 dimensions one query at a time, 20 times slower. A single query is still scanned.
+BLAS_THRESHOLD = 1500
+# Scores held at once: what stays near a CPU's cache, and 1 GB in float32 on a GPU.
+MAX_SCORES = {"cpu": 1 << 24, "cuda": 1 << 28}
+# Scores compared by their maximum first: one pass finds the few groups that can hold the best.
+GROUP_SIZE = 32
+NUM_ROWS_FOR_MEAN = 10_000
+COPY_ROWS = 1 << 15
+
+
+class Scan(Protocol):
+    """Finds the best rows for query vectors, exactly or nearly."""
+
+    def candidates(self, vectors: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and scores, best first: int64 and float32 `[n, num]`, filled up with `NO_ROW` and -inf.
+
+        `vectors` is float32 `[n, dimension]`; `num` is at most the number of rows.
+        """
+        ...
+
+
+class FaissScan:
+    """Any FAISS index file, memory-mapped: pages come in as they are searched, and the kernel may drop them."""
+
+    def __init__(
+        self, path: Path, index_type: str, *, num_threads: int = 1, gpu: bool = False, search_params: str = ""
+    ) -> None:
+        import faiss
+
+        faiss.cvar.distance_compute_blas_threshold = BLAS_THRESHOLD
+        faiss.omp_set_num_threads(num_threads)
+        # Inverted lists have a memory map of their own; the other kinds share their arrays with the mapped file.
+        flag = faiss.IO_FLAG_MMAP if "IVF" in index_type else faiss.IO_FLAG_MMAP_IFC
+        try:
+            index = faiss.read_index(str(path), flag)
+        except RuntimeError as error:
+            raise IndexFolderError(
+                f"{path} cannot be read as a FAISS index ({faiss_reason(error)}); build it again"
+            ) from None
+        self._index = _on_gpu(index, path) if gpu else index
+        set_search_params(self._index, search_params)
+
+    def candidates(self, vectors: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
+        scores, rows = self._index.search(np.ascontiguousarray(vectors, dtype=np.float32), num)
+        return rows, np.where(rows == NO_ROW, -np.inf, scores).astype(np.float32, copy=False)
+
+
+class TorchScan:
+    """Every row's inner product, in 16 bits on a GPU (or float32, or on a CPU with bfloat16), in blocks.
+
+    A 16-bit copy holds each row minus a mean: all scores of a query move by the same amount, so their order stays,
+    and what is left of vectors that all point one way (E5's cosines lie in .7-.9) is rounded far more finely.
+    """
+
+    def __init__(self, rows: np.ndarray, *, device: str = "cpu", dtype: ScanDtype = "auto") -> None:
+        """`rows` `[num_rows, dimension]`, possibly memory-mapped: they are read once, block by block."""
+        import torch
+
+        if dtype == "auto":
+            dtype = "float16" if device != "cpu" else "bfloat16" if has_native_bfloat16(device) else "float32"
+        self._device, self._dtype = torch.device(device), getattr(torch, dtype)
+        self._num_rows = len(rows)
+        self._mean = torch.zeros(rows.shape[1])
+        if dtype == "float32" and rows.dtype == np.float32 and device == "cpu":
+            self._rows = _as_tensor(rows)  # the mapped file itself
+            return
+        if dtype != "float32":
+            step = max(1, len(rows) // NUM_ROWS_FOR_MEAN)
+            self._mean = torch.from_numpy(rows[::step][:NUM_ROWS_FOR_MEAN].astype(np.float32)).mean(dim=0)
+        self._rows = torch.empty(rows.shape, dtype=self._dtype, device=self._device)
+        mean = self._mean.to(self._device)
+        for start in range(0, len(rows), COPY_ROWS):
+            block = _as_tensor(rows[start : start + COPY_ROWS])
+            self._rows[start : start + COPY_ROWS] = (block.to(self._device).float() - mean).to(self._dtype)
+            release_pages(rows)
+
+    def candidates(self, vectors: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+
+        with torch.inference_mode():
+            queries = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))
+            offset = queries @ self._mean  # [n], what the centred rows lack
+            queries = queries.to(self._device).to(self._dtype)
+            step = max(GROUP_SIZE, MAX_SCORES[self._device.type] // len(queries))
+            found_scores, found_rows = [], []
+            for start in range(0, self._num_rows, step):
+                scores = self._product(queries, self._rows[start : start + step])
+                best_scores, best_rows = best_of(scores, min(num, scores.shape[1]))
+                found_scores.append(best_scores.float())
+                found_rows.append(best_rows + start)
+            scores, order = torch.cat(found_scores, dim=1).topk(num, dim=1)
+            rows = torch.cat(found_rows, dim=1).gather(1, order)
+            return rows.cpu().numpy(), (scores.cpu() + offset[:, None]).numpy()
+
+    def _product(self, queries: Any, rows: Any) -> Any:
+        """Scores `[n, block]`; float32 from 16-bit factors where torch can (CUDA), so that none are rounded to ties."""
+        import torch
+
+        if self._device.type == "cuda" and self._dtype != torch.float32:
+            return torch.mm(queries, rows.T, out_dtype=torch.float32)
+        return queries @ rows.T
+
+
+def best_of(scores: Any, num: int) -> tuple[Any, Any]:
+    """The `num` largest of each row of `scores` `[n, m]`, and their columns, best first.
+
+    The best are among the `num` groups with the largest maxima, so most scores are read once and never sorted.
+    """
+    import torch
+
+    width = scores.shape[1] // GROUP_SIZE
+    if width <= num:
+        return scores.topk(num, dim=1)
+    # Group g holds the columns g, g + width, g + 2 * width, ..: neighbours stay together in memory.
+    maxima = scores[:, : width * GROUP_SIZE].view(len(scores), GROUP_SIZE, width).amax(dim=1)
+    groups = maxima.topk(num, dim=1).indices  # [n, num]
+    steps = torch.arange(GROUP_SIZE, device=scores.device) * width
+    columns = (groups[:, :, None] + steps).flatten(1)  # [n, num * GROUP_SIZE]
+    rest = torch.arange(width * GROUP_SIZE, scores.shape[1], device=scores.device)
+    columns = torch.cat([columns, rest.expand(len(scores), -1)], dim=1)
+    best, order = scores.gather(1, columns).topk(num, dim=1)
+    return best, columns.gather(1, order)
+
+
+def make_scan(
+    path: Path,
+    index_type: str,
+    rows: np.ndarray | None,
+    *,
+    engine: Engine,
+    device: str,
+    scan_dtype: ScanDtype,
+    num_threads: int,
+    search_params: str,
+) -> Scan:
+    """The scan of an index file; raises `IndexFolderError` when `engine` cannot search its type."""
+    if engine == "auto":
+        engine = "torch" if device != "cpu" and index_type in ROW_DTYPES else "faiss"
+    if engine != "torch":
+        return FaissScan(
+            path, index_type, num_threads=num_threads, gpu=engine == "faiss-gpu", search_params=search_params
+        )
+    if rows is None:
+        raise IndexFolderError(
+            f"{path} is a {index_type} index, which the torch engine cannot scan; expected {' or '.join(ROW_DTYPES)}: "
+            "use --engine faiss, or make one with python -m retriever.convert --to SQfp16"
+        )
+    return TorchScan(rows, device=device, dtype=scan_dtype)
+
+
+def release_pages(rows: np.ndarray) -> None:
+    """Let go of the pages of memory-mapped rows; they come back from the file when they are read again."""
+    base = rows
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = base.base if isinstance(base, np.ndarray) else None
+    if base is not None:
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def _as_tensor(rows: np.ndarray) -> Any:
+    """A tensor over mapped, read-only rows; torch warns of writes that nobody makes."""
+    import warnings
+
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(np.asarray(rows))
+
+
+def _on_gpu(index: Any, path: Path) -> Any:
+    """`index` copied to the first GPU, float16 where FAISS can; raises `IndexFolderError` where FAISS cannot."""
+    import faiss
+
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise IndexFolderError(
+            "--engine faiss-gpu needs a FAISS with CUDA: pip install 'dgpo[retriever-gpu]', or use --engine torch"
+        )
+    options = faiss.GpuClonerOptions()
+    options.useFloat16 = True
+    try:
+        # The resources own the GPU's scratch memory and must outlive the index.
+        resources = faiss.StandardGpuResources()
+        copied = faiss.index_cpu_to_gpu(resources, 0, index, options)
+    except RuntimeError as error:
+        raise IndexFolderError(
+            f"{path} cannot be copied to the GPU ({faiss_reason(error)}); use --engine faiss"
+        ) from None
+    copied.referenced_objects = [resources]
+    return copied

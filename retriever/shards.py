@@ -1,0 +1,203 @@
+"""Passages encoded in numbered shards: the unit of work, of resuming after a kill, and of spreading over GPUs.
+
+A shard file appears whole or not at all, and holds the same bytes whoever encodes it: shards have fixed borders, and a
+vector does not depend on other shards.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from retriever.corpus import Corpus, read_offsets
+from retriever.encoder_config import EncoderConfig
+from retriever.encoders import Encoder, load_encoder
+from retriever.manifest import CORPUS_FILE, OFFSETS_FILE
+
+Progress = Callable[[int, int], None]
+"""Called with the number of passages encoded so far, and of all; first with what was there at the start."""
+
+PASSAGES_PER_SHARD = 4096
+TEXTS_FILE = "texts.npy"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is encoded where: enough for a worker on another machine that sees the same files."""
+
+    folder: Path
+    """Holds a folder per corpus, `texts.npy` and the shards."""
+    corpora: tuple[str, ...]
+    encoder: EncoderConfig
+    passages_per_shard: int = PASSAGES_PER_SHARD
+
+
+class Shards:
+    """The texts of a job, its shard files, and the vectors in them."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._corpora = [_open_corpus(job.folder / name) for name in job.corpora]
+        # One row per text to encode: the number of its corpus, and its row there
+        self._texts = np.load(job.folder / TEXTS_FILE, mmap_mode="r", allow_pickle=False)
+        self._mapped: dict[int, np.ndarray] = {}
+
+    @property
+    def num_texts(self) -> int:
+        return len(self._texts)
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_texts // self.job.passages_per_shard)
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are still to encode."""
+        return [number for number in range(self.num_shards) if self._find(number) is None]
+
+    def num_passages(self, number: int) -> int:
+        return len(self._texts[self._span(number)])
+
+    def num_truncated(self) -> int:
+        """Passages that were cut to the encoder's limit, over all shards."""
+        names = [path.name for path in self.job.folder.glob("shard-*.npy")]
+        return sum(int(name.removesuffix(".npy").rsplit("-", 1)[1]) for name in names)
+
+    def encode(self, number: int, model: Encoder) -> None:
+        """Encode one shard and write it."""
+        texts = [self._corpora[corpus][int(row)]["contents"] for corpus, row in self._texts[self._span(number)]]
+        before = model.num_truncated
+        vectors = model.encode_passages(texts)
+        path = self.job.folder / f"shard-{number:06d}-{model.num_truncated - before}.npy"
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        with open(partial, "wb") as file:
+            np.save(file, vectors.astype(np.float32, copy=False), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+
+    def vectors(self, numbers: np.ndarray) -> np.ndarray:
+        """Vectors `[n, dimension]` of texts by their number."""
+        which = numbers // self.job.passages_per_shard
+        found = None
+        for number in np.unique(which):
+            shard = self._map(int(number))
+            if found is None:
+                found = np.empty((len(numbers), shard.shape[1]), dtype=np.float32)
+            mine = which == number
+            found[mine] = shard[numbers[mine] - number * self.job.passages_per_shard]
+        assert found is not None
+        return found
+
+    def _span(self, number: int) -> slice:
+        return slice(number * self.job.passages_per_shard, (number + 1) * self.job.passages_per_shard)
+
+    def _find(self, number: int) -> Path | None:
+        return next(self.job.folder.glob(f"shard-{number:06d}-*.npy"), None)
+
+    def _map(self, number: int) -> np.ndarray:
+        if number not in self._mapped:
+            path = self._find(number)
+            assert path is not None, f"shard {number} was not encoded"
+            if len(self._mapped) >= 64:  # reading goes forward: what was mapped first is done
+                self._mapped.pop(next(iter(self._mapped)))
+            self._mapped[number] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return self._mapped[number]
+
+
+def write_texts(folder: Path, corpora: Mapping[str, Corpus]) -> dict[str, np.ndarray]:
+    """List the texts to encode in `folder`, and return the text number of every row of each corpus.
+
+    A text that occurs in several corpora (permuted worlds share passages) is listed once.
+    """
+    if len(corpora) == 1:
+        [(name, corpus)] = corpora.items()
+        numbers = {name: np.arange(len(corpus))}
+        texts = np.zeros((len(corpus), 2), dtype=np.int32)
+        texts[:, 1] = np.arange(len(corpus))
+    else:
+        known: dict[bytes, int] = {}
+        places: list[tuple[int, int]] = []
+        numbers = {}
+        for which, (name, corpus) in enumerate(corpora.items()):
+            numbers[name] = np.empty(len(corpus), dtype=np.int64)
+            for row, document in enumerate(corpus):
+                key = blake2b(document["contents"].encode(errors="surrogatepass"), digest_size=16).digest()
+                if key not in known:
+                    known[key] = len(places)
+                    places.append((which, row))
+                numbers[name][row] = known[key]
+        texts = np.array(places, dtype=np.int32)
+    np.save(folder / TEXTS_FILE, texts, allow_pickle=False)
+    return numbers
+
+
+def encode_missing(
+    shards: Shards,
+    *,
+    device: str,
+    num_threads: int,
+    trust_remote_code: bool = False,
+    num_workers: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """Encode every shard that is not there yet: in this process, or on Ray actors when `num_workers` is above 1."""
+    missing = shards.missing()
+    if not missing:
+        return
+    settings = {"device": device, "num_threads": num_threads, "trust_remote_code": trust_remote_code}
+    if num_workers > 1:
+        from retriever.ray_workers import encode_on_ray
+
+        finished = encode_on_ray(shards.job, missing, num_workers=num_workers, **settings)
+    else:
+        finished = _encode_here(shards, missing, load_encoder(shards.job.encoder, **settings))
+    done = shards.num_texts - sum(shards.num_passages(number) for number in missing)
+    if progress:
+        progress(done, shards.num_texts)
+    for number in finished:
+        done += shards.num_passages(number)
+        if progress:
+            progress(done, shards.num_texts)
+
+
+def _encode_here(shards: Shards, missing: list[int], model: Encoder) -> Iterator[int]:
+    for number in missing:
+        shards.encode(number, model)
+        yield number
+
+
+def _open_corpus(folder: Path) -> Corpus:
+    return Corpus(folder / CORPUS_FILE, read_offsets(folder / OFFSETS_FILE, folder / CORPUS_FILE))
+
+
+class ProgressPrinter:
+    """Writes passages done, their rate and the time left to stderr, every few seconds and at the end."""
+
+    EVERY_S = 5.0
+
+    def __init__(self) -> None:
+        self._started_s = self._printed_s = 0.0
+        self._num_before: int | None = None
+
+    def __call__(self, num_done: int, num_all: int) -> None:
+        now_s = time.perf_counter()
+        if self._num_before is None:
+            self._num_before, self._started_s = num_done, now_s
+            if num_done:
+                print(f"{num_done} of {num_all} passages were encoded before", file=sys.stderr, flush=True)
+            return
+        if now_s - self._printed_s < self.EVERY_S and num_done < num_all:
+            return
+        self._printed_s = now_s
+        each_s = (now_s - self._started_s) / max(1, num_done - self._num_before)
+        print(
+            f"encoded {num_done}/{num_all} passages, {each_s * 1e3:.2f} ms each, "
+            f"{each_s * (num_all - num_done):.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
