@@ -36,7 +36,7 @@ class AdaptiveSchedule:
         """The schedule after an evaluation: a rise by `min_rise` above `level` raises the threshold."""
         threshold, level = self.threshold, held_out_loss
         if self.level is not None and held_out_loss >= self.level + self.min_rise:
-            threshold = min(threshold + self.increment, 1.0)
+            threshold = min(round(threshold + self.increment, 9), 1.0)
         elif self.level is not None:
             level = min(self.level, held_out_loss)
         return AdaptiveSchedule(threshold, self.increment, self.min_rise, level)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
@@ -58,6 +59,7 @@ class StudentEpisodes:
         if self._policy is not None:
             self._wait(self._policy.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
+        shutil.rmtree(self.folder / "student_weights", ignore_errors=True)
 
     def choose(
         self,
@@ -92,16 +94,16 @@ class StudentEpisodes:
         """After each evaluation."""
         self.schedule = self.schedule.observe(held_out_cross_entropy)
 
-    def metrics(self) -> dict[str, float]:
-        """This rank's, counted since the start of the run."""
+    def metrics(self, total: Callable[[float], float]) -> dict[str, float]:
+        """Counts since the start of the run. `total` sums a number over all ranks."""
         return {
             "sgo/threshold": self.schedule.threshold,
-            "sgo/buffer_size": len(self.buffer),
+            "sgo/buffer_size": total(len(self.buffer)),
             "sgo/fresh_steps": self.counts["fresh"],
             "sgo/replay_steps": self.counts["replay"],
             "sgo/teacher_steps": self.counts["teacher"],
-            "sgo/episodes": self.counts["episodes"],
-            "sgo/failed_searches": self.counts["failed_searches"],
+            "sgo/episodes": total(self.counts["episodes"]),
+            "sgo/failed_searches": total(self.counts["failed_searches"]),
         }
 
     def save_state(self, folder: Path) -> None:

@@ -158,7 +158,7 @@ class DistillationTrainer(Trainer):
             step=self.state.global_step + 1,
             num_steps=self.num_steps,
             save_weights=self._save_weights,
-            on_all_ranks=self._on_all_ranks,
+            on_all_ranks=lambda holds: self._total(holds) == self.args.world_size,
         )
         size = self.args.per_device_train_batch_size
         return [chosen[i * size : (i + 1) * size] for i in range(len(parts))]
@@ -167,9 +167,8 @@ class DistillationTrainer(Trainer):
         self.save_model(str(folder))
         self.accelerator.wait_for_everyone()
 
-    def _on_all_ranks(self, holds: bool) -> bool:
-        count = self.accelerator.reduce(torch.tensor(float(holds), device=self.args.device), reduction="sum")
-        return int(count) == self.args.world_size
+    def _total(self, count: float) -> float:
+        return float(self.accelerator.reduce(torch.tensor(float(count), device=self.args.device), reduction="sum"))
 
     def compute_loss(
         self,
@@ -254,7 +253,7 @@ class DistillationTrainer(Trainer):
             if self.settings.loss == "taid":
                 logs["taid_t"] = self.taid_state.t
             if self.student_episodes is not None:
-                logs |= self.student_episodes.metrics()
+                logs |= self.student_episodes.metrics(self._total)
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -327,9 +326,10 @@ def train_on_examples(
     resume: bool = False,
     student_episodes: StudentEpisodes | None = None,
 ) -> dict[str, Any]:
-    """Trains `model` in place and saves it, or with held-out examples its best state, as a Hugging Face folder.
+    """Trains `model` in place and saves it as a Hugging Face folder: its last state, or its best on held-out examples.
 
-    Every rank calls it, with equal arguments.
+    Every rank calls it, with equal arguments. Without `checkpoints` the last state is saved; so it is with `distillm`,
+    whose schedule answers a rise of the held-out loss with more of the student's own episodes.
 
     Args:
         examples: of which `settings.held_out_share` is held out, by question.
@@ -354,6 +354,8 @@ def train_on_examples(
             f"distill.loss=distillm needs held-out episodes, and distill.held_out_share={settings.held_out_share} of "
             f"{len(examples)} episodes gives none: raise it"
         )
+    # The held-out loss decides the best model, and when to stop; but DistiLLM answers a rise by itself.
+    watched = bool(held_out) and checkpoints is not None and settings.loss != "distillm"
     steps_per_epoch = math.ceil(len(training) / settings.batch_size)
     num_steps = settings.max_steps or settings.epochs * steps_per_epoch
     state = latest_checkpoint(checkpoints) if checkpoints and resume else None
@@ -372,11 +374,12 @@ def train_on_examples(
             output=checkpoints,
             every=settings.evaluate_every or min(steps_per_epoch, num_steps),
             held_out=bool(held_out),
+            keep_best=watched,
             evaluate_first=settings.loss == "distillm" and state is None,
         ),
         callbacks=[
             MetricsFile(metrics, name=name, num_steps=num_steps, steps_per_epoch=steps_per_epoch),
-            *([EarlyStoppingCallback(settings.patience)] if settings.patience and held_out and checkpoints else []),
+            *([EarlyStoppingCallback(settings.patience)] if settings.patience and watched else []),
         ],
         student_episodes=student_episodes,
     )
@@ -401,7 +404,7 @@ def train_on_examples(
         "held_out_episodes": len(held_out),
         "trained_tokens": sum(sum(example.response_mask) for example in training),
         "steps": trainer.state.global_step,
-        "best_step": trainer.state.best_global_step if held_out and checkpoints else None,
+        "best_step": trainer.state.best_global_step if watched else None,
     }
 
 
@@ -422,6 +425,7 @@ def _training_arguments(
     output: Path | None,
     every: int,
     held_out: bool,
+    keep_best: bool,
     evaluate_first: bool,
 ) -> TrainingArguments:
     on_cpu = hardware.platform == "cpu"
@@ -458,8 +462,8 @@ def _training_arguments(
         save_strategy="steps" if output else "no",
         save_steps=every,
         save_total_limit=KEPT_CHECKPOINTS,
-        load_best_model_at_end=held_out and output is not None,
-        metric_for_best_model="eval_loss",
+        load_best_model_at_end=keep_best,
+        metric_for_best_model="eval_loss" if keep_best else None,
         greater_is_better=False,
         restore_callback_states_from_checkpoint=True,
         disable_tqdm=True,
@@ -473,6 +477,8 @@ def _save_result(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBas
     model = trainer.accelerator.unwrap_model(trainer.model)
     # Whole on rank 0, also of a sharded model: every rank takes part.
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    for name in model.all_tied_weights_keys if weights else ():
+        weights.pop(name, None)  # gathered once more than it is kept
     if not trainer.is_world_process_zero():
         return
     generation = model.generation_config or GenerationConfig()

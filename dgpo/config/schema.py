@@ -223,7 +223,9 @@ class DistillConfig:
     sharding: str = "none"  # of the student over the GPUs: none (DDP) | full (FSDP2)
     held_out_share: float = 0.02  # of the questions, on which the loss is watched
     evaluate_every: int | None = None  # steps between held-out losses, each with a checkpoint; None: an epoch
-    patience: int | None = 3  # evaluations without a better held-out loss that end the training; None: never
+    # Evaluations without a better held-out loss that end the training; None: never. The best model is kept. Not of
+    # distillm, which answers a rising loss by itself.
+    patience: int | None = 3
 
 
 @dataclass

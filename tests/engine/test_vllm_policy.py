@@ -20,14 +20,14 @@ pytestmark = pytest.mark.engine
 PROMPT = [5, 17, 42, 60, 7]
 
 
-def make_model(folder):
+def make_model(folder, *, seed):
     """A random Qwen2 of 40 thousand parameters that speaks printable ASCII, one character a token."""
     vocabulary = {symbol: index for index, symbol in enumerate(["<eos>", *map(chr, range(33, 127))])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(vocabulary),
         hidden_size=64,
@@ -46,12 +46,16 @@ def make_model(folder):
 def generations(tmp_path_factory):
     """One engine for all tests: what it generated for a set of requests, and the model's folder."""
     folder = tmp_path_factory.mktemp("model")
-    make_model(folder)
+    make_model(folder, seed=0)
+    other = tmp_path_factory.mktemp("other_weights")
+    make_model(other, seed=1)
     hardware = load_config(["hardware=cpu"]).hardware
     before = children()
 
     async def main():
-        async with VllmPolicy(str(folder), hardware=hardware, max_model_len=128, temperature=1.0, seed=1) as policy:
+        async with VllmPolicy(
+            str(folder), hardware=hardware, max_model_len=128, temperature=1.0, seed=1, replaceable_weights=True
+        ) as policy:
 
             async def ask(name, seed, stop=(), max_tokens=12):
                 return await policy.generate(
@@ -64,13 +68,13 @@ def generations(tmp_path_factory):
             cancelled.cancel()
             results = await asyncio.gather(ask("a", 1), ask("b", 1), ask("c", 2), cancelled, return_exceptions=True)
             stop = chr(32 + results[0].token_ids[10])
-            return [
-                *results,
-                await ask("stopped", 1, (stop,)),
-            ], policy._engine.output_processor.get_num_unfinished_requests()
+            results.append(await ask("stopped", 1, (stop,)))
+            unfinished = policy._engine.output_processor.get_num_unfinished_requests()
+            await policy.load_weights(other)
+            return [*results, await ask("replaced", 1)], unfinished
 
     results, unfinished = asyncio.run(main())
-    return folder, results, unfinished, children() - before
+    return (folder, other), results, unfinished, children() - before
 
 
 def children():
@@ -80,15 +84,28 @@ def children():
 
 
 def test_log_probs_are_those_of_the_model_on_the_ids_that_were_sampled(generations):
-    folder, (first, _, other, *_), *_ = generations
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for generation in (first, other):
+    (folder, other_folder), (first, _, other, *_, replaced), *_ = generations
+    for path, generation in ((folder, first), (folder, other), (other_folder, replaced)):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         assert len(generation.token_ids) == len(generation.log_probs) > 0
         ids = torch.tensor([PROMPT + generation.token_ids])
         with torch.no_grad():
             log_probs = model(ids).logits.log_softmax(-1)[0, len(PROMPT) - 1 : -1]
         expected = log_probs.gather(-1, torch.tensor(generation.token_ids)[:, None])[:, 0]
         assert torch.tensor(generation.log_probs) == pytest.approx(expected, abs=1e-3)
+
+
+def test_new_weights_take_the_place_of_the_old_ones_and_of_their_prefix_cache(generations):
+    """The log-probs are checked above; the same request, with the same seed and prompt, now goes another way."""
+    _, (first, *_, replaced), *_ = generations
+    assert replaced.token_ids != first.token_ids
+
+
+async def test_weights_are_loaded_only_into_an_engine_made_for_it():
+    hardware = load_config(["hardware=cpu"]).hardware
+    policy = VllmPolicy("model", hardware=hardware, max_model_len=128, temperature=1.0, seed=1)
+    with pytest.raises(RuntimeError, match="replaceable_weights=True"):
+        await policy.load_weights("other")
 
 
 def test_a_request_is_repeatable_by_its_own_seed(generations):
@@ -98,7 +115,7 @@ def test_a_request_is_repeatable_by_its_own_seed(generations):
 
 
 def test_a_stop_string_ends_the_turn_and_is_kept(generations):
-    _, (first, _, _, _, stopped), *_ = generations
+    _, (first, _, _, _, stopped, _), *_ = generations
     last = first.token_ids.index(first.token_ids[10])
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == first.token_ids[: last + 1]
@@ -138,7 +155,7 @@ if __name__ == "__main__":
 def test_an_engine_dies_with_its_parent_even_when_that_is_killed(generations, tmp_path):
     script = tmp_path / "start.py"
     script.write_text(START_AND_WAIT)
-    command = [sys.executable, str(script), str(generations[0])]
+    command = [sys.executable, str(script), str(generations[0][0])]
     root = str(Path(__file__).parents[2])
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}) as parent:
         assert any("ready" in line for line in parent.stdout)

@@ -12,32 +12,22 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainingArguments
 
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES
-from dgpo.artifacts import RunFolderExistsError, write_manifest
+from dgpo.artifacts import RunFolderExistsError
 from dgpo.coldstart.checkpoints import check_settings, latest_checkpoint, mark_complete, remove_half_written
 from dgpo.coldstart.distill import LOSSES_WITHOUT_TEACHER, distill
 from dgpo.coldstart.errors import CheckpointMismatchError, DivergedError
 from dgpo.coldstart.examples import StepBatches, TrainingExample, collate, split_held_out
 from dgpo.coldstart.trainer import DistillationTrainer, train_on_examples
-from dgpo.config.load import load_config
 from dgpo.config.schema import DistillConfig, HardwareConfig
-from dgpo.tinyworld.models import ModelSize, make_model, save_model
-from dgpo.tinyworld.tokenizer import build_tokenizer
-from dgpo.trajectory import Trajectory, write_trajectories
+from dgpo.tinyworld.models import save_model
+from tests.distill_stage import EXAMPLES, tiny_model, tiny_tokenizer, write_stage
 
 CPU = HardwareConfig(platform="cpu", gpus_per_node=1, dtype="float32", attention="sdpa", gradient_checkpointing=False)
-EXAMPLES = [
-    TrainingExample([5, 6, 7], [8, 9, 20, 21, 10, 1], [1, 1, 0, 0, 1, 1]),
-    TrainingExample([5, 6], [11, 22, 12], [1, 0, 1]),
-]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(["Lyon", "France"], ["What is the country of ?"])
-
-
-def tiny_model(tokenizer, seed):
-    return make_model(ModelSize(hidden_size=32, num_layers=1, num_heads=1), tokenizer, seed=seed).eval()
+    return tiny_tokenizer()
 
 
 def untied_model(tokenizer, seed):
@@ -330,35 +320,8 @@ def test_half_written_checkpoints_are_skipped_with_a_message(tmp_path, capsys):
     assert latest_checkpoint(tmp_path / "nothing") is None
 
 
-def write_stage(tokenizer, tmp_path, *, overrides=()):
-    """A finished collection and two models on disk, and the configuration of the stage after it."""
-    for name, seed in (("student", 0), ("teacher", 1)):
-        save_model(tiny_model(tokenizer, seed), tokenizer, tmp_path / name)
-    trajectories = [
-        Trajectory(
-            str(i), e.prompt_ids, e.response_ids, e.response_mask, [0.0] * len(e.response_ids), [], [], "x", "answered"
-        )
-        for i, e in enumerate(EXAMPLES * 8)
-    ]
-    collected = tmp_path / "run" / "collect"
-    write_trajectories(collected / "episodes.jsonl", trajectories)
-    write_manifest(collected, stage="collect", inputs={}, config={}, counts={"kept": 16}, seed=0)
-    return load_config(
-        [
-            "world=tiny",
-            "hardware=cpu",
-            f"run_dir={tmp_path / 'run'}",
-            f"student.path={tmp_path / 'student'}",
-            f"teacher.path={tmp_path / 'teacher'}",
-            "distill.batch_size=8",
-            "distill.learning_rate=1e-2",
-            *overrides,
-        ]
-    )
-
-
 def test_stage_learns_and_leaves_a_checkpoint_a_curve_and_a_manifest(tokenizer, tmp_path):
-    out = distill(write_stage(tokenizer, tmp_path, overrides=["distill.epochs=10"]))
+    out = distill(write_stage(tmp_path, ["distill.epochs=10"]))
     assert out == tmp_path / "run" / "distill"
     curve = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [point["step"] for point in curve] == list(range(1, 21))
@@ -376,7 +339,7 @@ def test_stage_learns_and_leaves_a_checkpoint_a_curve_and_a_manifest(tokenizer, 
 
 
 def test_a_finished_stage_is_neither_repeated_nor_overwritten(tokenizer, tmp_path, capsys):
-    config = write_stage(tokenizer, tmp_path, overrides=["distill.max_steps=2"])
+    config = write_stage(tmp_path, ["distill.max_steps=2"])
     folder = distill(config)
     written = (folder / "model" / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(RunFolderExistsError, match="resume=true"):
@@ -387,7 +350,7 @@ def test_a_finished_stage_is_neither_repeated_nor_overwritten(tokenizer, tmp_pat
 
 
 def test_a_dry_run_says_what_would_run_and_what_is_only_planned(tokenizer, tmp_path, capsys):
-    config = write_stage(tokenizer, tmp_path, overrides=["dry_run=true", "stages=[train,collect,distill]"])
+    config = write_stage(tmp_path, ["dry_run=true", "stages=[train,collect,distill]"])
     (tmp_path / "run" / "collect" / "episodes.jsonl").unlink()
     assert distill(config) is None
     plan = capsys.readouterr().out
@@ -398,7 +361,7 @@ def test_a_dry_run_says_what_would_run_and_what_is_only_planned(tokenizer, tmp_p
 
 
 def test_the_inverted_order_starts_from_the_student_of_rl(tokenizer, tmp_path):
-    config = write_stage(tokenizer, tmp_path, overrides=["distill.max_steps=1", "stages=[train,collect,distill]"])
+    config = write_stage(tmp_path, ["distill.max_steps=1", "stages=[train,collect,distill]"])
     after_rl = tmp_path / "run" / "train" / "model"
     save_model(tiny_model(tokenizer, 5), tokenizer, after_rl)
     config.distill.learning_rate = 1e-9
@@ -409,7 +372,7 @@ def test_the_inverted_order_starts_from_the_student_of_rl(tokenizer, tmp_path):
 
 
 def test_episodes_of_another_run_can_be_used(tokenizer, tmp_path):
-    config = write_stage(tokenizer, tmp_path, overrides=["distill.max_steps=1"])
+    config = write_stage(tmp_path, ["distill.max_steps=1"])
     (tmp_path / "run" / "collect").rename(tmp_path / "shared")
     config.distill.episodes = str(tmp_path / "shared")
     out = distill(config)
