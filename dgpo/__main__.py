@@ -133,6 +133,20 @@ def _report(overrides: Sequence[str]) -> None:
         raise CommandFailedError(str(error)) from error
 
 
+def _compare(arguments: Sequence[str]) -> None:
+    from dgpo.evaluation.compare import write_comparison
+
+    folders = [Path(argument) for argument in arguments if "=" not in argument]
+    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if len(folders) != 2 or set(options) - {"out"}:
+        raise ConfigError(f"compare takes two run folders and out=FILE.md, not {' '.join(arguments) or 'nothing'}")
+    try:
+        path = write_comparison(*folders, out=Path(options["out"]) if "out" in options else None)
+    except FileNotFoundError as error:
+        raise CommandFailedError(str(error)) from error
+    print(f"written to {path}")
+
+
 def _reproduce(overrides: Sequence[str]) -> None:
     from dgpo.pipeline.processes import StageFailedError, stopped_by_sigterm
     from dgpo.pipeline.reproduce import reproduce
@@ -169,7 +183,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         _reproduce,
         "a table of the paper (table=main|ablation|pairs): plans, runs what is missing",
     ),
-    "report": (_report, "report.html from what is in run_dir"),
+    "report": (_report, "report.html from what is in run_dir; report.runs=[a,b] draws their curves over its own"),
+    "compare": (_compare, "two run folders: configuration, metrics, paired tests; out=FILE.md"),
 }
 
 
