@@ -115,7 +115,7 @@ def build_indexes(
                 write_dense(
                     work / name,
                     corpus,
-                    lambda start, end, rows=numbers[name]: shards.vectors(rows[start:end]),
+                    _rows_of(shards, numbers[name]),
                     dimension=shards.vectors(np.zeros(1, dtype=np.int64)).shape[1],
                     index_type=index_type,
                     search_params=search_params,
@@ -123,6 +123,10 @@ def build_indexes(
                     num_truncated_passages=shards.num_truncated(),
                 )
         return {name: _publish(work / name, Path(out_root) / name) for name in sources}
+
+
+def _rows_of(shards: Shards, numbers: np.ndarray) -> ReadRows:
+    return lambda start, end: shards.vectors(numbers[start:end])
 
 
 def write_dense(

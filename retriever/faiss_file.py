@@ -51,7 +51,7 @@ def read_header(path: Path) -> Header:
     return Header(dimension, num_rows)
 
 
-def map_rows(path: Path, index_type: str) -> np.ndarray:
+def map_rows(path: Path, index_type: str) -> np.memmap:
     """The rows of a `Flat` or `SQfp16` file, memory-mapped: `[num_rows, dimension]`, float32 or float16.
 
     Raises `IndexFolderError` when the file is cut off, or of another kind.
@@ -152,8 +152,9 @@ def set_search_params(index: Any, search_params: str) -> None:
 
     if not search_params:
         return
+    space: Any = faiss.ParameterSpace()
     try:
-        faiss.ParameterSpace().set_index_parameters(index, search_params)
+        space.set_index_parameters(index, search_params)
     except RuntimeError as error:
         raise ValueError(
             f"search parameters {search_params!r} do not fit a {type(index).__name__} ({faiss_reason(error)}); "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from retriever.limits import ServerLimits
+from retriever.search_options import SearchOptions
 
 TOKEN_VARIABLE = "RETRIEVER_TOKEN"
 
@@ -24,6 +25,7 @@ class ServeOptions:
     device: str = "cpu"
     verify: bool = False
     token: str | None = None
+    search: SearchOptions = field(default_factory=SearchOptions)
     limits: ServerLimits = field(default_factory=ServerLimits)
 
 
@@ -44,6 +46,7 @@ def parse_options(arguments: Sequence[str] | None, *, description: str) -> Serve
         device=given.device,
         verify=given.verify,
         token=read_token(given.token_file),
+        search=SearchOptions(**{choice.name: getattr(given, choice.name) for choice in fields(SearchOptions)}),
         limits=ServerLimits(**{limit.name: getattr(given, limit.name) for limit in fields(ServerLimits)}),
     )
 
@@ -83,7 +86,22 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     engine.add_argument(
         "--device", default=ServeOptions.device, help="cpu, cuda or cuda:N; one process per GPU (default: %(default)s)"
     )
-    engine.add_argument("--verify", action="store_true", help="hash corpora above 1 GiB too before serving")
+    engine.add_argument(
+        "--verify", action="store_true", help="hash every byte of corpora and indexes before serving, not only samples"
+    )
+    search = parser.add_argument_group("search")
+    for choice in fields(SearchOptions):
+        flag, meaning = "--" + choice.name.replace("_", "-"), f"{choice.metadata['help']} (default: %(default)s)"
+        if isinstance(choice.default, bool):
+            search.add_argument(flag, action="store_true", help=choice.metadata["help"])
+        else:
+            search.add_argument(
+                flag,
+                type=type(choice.default),
+                choices=choice.metadata.get("choices"),
+                default=choice.default,
+                help=meaning,
+            )
     limits = parser.add_argument_group("limits")
     for limit in fields(ServerLimits):
         flag = "--" + limit.name.replace("_", "-")

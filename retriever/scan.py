@@ -170,7 +170,7 @@ def make_scan(
 
 def release_pages(rows: np.ndarray) -> None:
     """Let go of the pages of memory-mapped rows; they come back from the file when they are read again."""
-    base = rows
+    base: Any = rows
     while base is not None and not isinstance(base, mmap.mmap):
         base = base.base if isinstance(base, np.ndarray) else None
     if base is not None:
@@ -201,7 +201,7 @@ def _on_gpu(index: Any, path: Path) -> Any:
     try:
         # The resources own the GPU's scratch memory and must outlive the index.
         resources = faiss.StandardGpuResources()
-        copied = faiss.index_cpu_to_gpu(resources, 0, index, options)
+        copied: Any = faiss.index_cpu_to_gpu(resources, 0, index, options)
     except RuntimeError as error:
         raise IndexFolderError(
             f"{path} cannot be copied to the GPU ({faiss_reason(error)}); use --engine faiss"

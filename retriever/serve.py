@@ -77,6 +77,7 @@ def _serve(options: ServeOptions) -> None:
             num_threads=options.num_threads,
             device=options.device,
             verify=options.verify,
+            options=options.search,
             progress=progress,
         )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -149,7 +150,7 @@ def encode_missing(
     missing = shards.missing()
     if not missing:
         return
-    settings = {"device": device, "num_threads": num_threads, "trust_remote_code": trust_remote_code}
+    settings: dict[str, Any] = {"device": device, "num_threads": num_threads, "trust_remote_code": trust_remote_code}
     if num_workers > 1:
         from retriever.ray_workers import encode_on_ray
 
