@@ -38,6 +38,7 @@ def overrides(folder, *more):
         f"teacher.path={folder / 'teacher'}",
         "distill.batch_size=8",
         "distill.learning_rate=1e-2",
+        "distill.held_out_share=0",
         *more,
     ]
 

@@ -59,9 +59,12 @@ def collate(examples: Sequence[TrainingExample], *, pad_token_id: int) -> dict[s
 def split_held_out(
     examples: Sequence[TrainingExample], *, share: float, seed: int
 ) -> tuple[list[TrainingExample], list[TrainingExample]]:
-    """(training, held out): `share` of the questions, rounded down, with all their episodes. Equal prompts are one."""
+    """(training, held out): `share` of the questions, with all their episodes; rounded up, but never all of them.
+
+    Equal prompts are one question.
+    """
     questions = sorted({tuple(e.prompt_ids) for e in examples}, key=lambda ids: derive_seed(seed, "held-out", ids))
-    held_out = set(questions[: int(share * len(questions))])
+    held_out = set(questions[: min(ceil(share * len(questions)), len(questions) - 1)])
     training = [e for e in examples if tuple(e.prompt_ids) not in held_out]
     return training, [e for e in examples if tuple(e.prompt_ids) in held_out]
 

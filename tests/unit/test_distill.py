@@ -156,6 +156,7 @@ def test_held_out_questions_are_in_no_training_example():
     assert len(training) == 45
     assert not {tuple(e.prompt_ids) for e in training} & {tuple(e.prompt_ids) for e in held_out}
     assert split_held_out(examples[::-1], share=0.25, seed=0)[1] == held_out[::-1]
+    assert len(split_held_out(examples, share=0.01, seed=0)[1]) == 3
     assert split_held_out(examples[:3], share=0.9, seed=0)[1] == []
 
 
