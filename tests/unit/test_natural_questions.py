@@ -66,6 +66,7 @@ def test_table_markup_and_quotes_are_cleaned():
 def test_the_span_of_most_annotators_counts_and_the_first_of_equals():
     assert long_answer(original("q", (-1, -1), (3, 6), (6, 16), (6, 16))).endswith("(ARPANET).")
     assert long_answer(original("q", (3, 6), (6, 16))) == '"Email"\nEmail'
+    assert long_answer(original("q", (-1, -1), (-1, -1), (6, 16))).endswith("(ARPANET).")
     assert long_answer(original("q", (-1, -1))) is None
     assert long_answer(original("q")) is None
 

@@ -86,6 +86,11 @@ def test_a_malformed_row_is_named(tmp_path, path, value, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_source_paragraphs_beside_the_rows_are_not_read(tmp_path):
+    write_rows(tmp_path / "a.parquet", [{**ROW, "metadata": {"context": ["long"]}}])
+    assert list(read_rows(tmp_path / "a.parquet")[0]) == list(ROW)
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
     for path in (tmp_path / "absent.parquet", tmp_path, ""):
         with pytest.raises(DataError, match="does not exist: prepare it, or correct its path"):
