@@ -33,6 +33,8 @@ DIMENSIONS = {
     "when_to_search": ("hit", "when to search"),
 }
 
+_PAPER = " Behind the stroke, <span class='paper'>the paper's</span> where it prints one."
+
 
 def read_arcap(folder: Path) -> dict[str, Any] | None:
     """`arcap.json` of a run folder; None where ARCap was not measured."""
@@ -55,12 +57,13 @@ def arcap_section(arcap: Mapping[str, Any], *, pair: str | None) -> str:
     ]
     labels = [f"{DIMENSIONS[dimension][1]}, {name}" for dimension, name in axes]
     shapes = {model: [_value(values, *axis) for axis in axes] for model, values in models.items()}
-    radar = radar_chart(labels, shapes, title="Capabilities (shares from 0 to 1)") if len(axes) >= 3 else ""
+    radar = radar_chart(labels, shapes, title="Capabilities (shares)") if len(axes) >= 3 else ""
+    paper = _PAPER if pair else ""
     return (
-        f'<section id="arcap"><h2>What the agent can do (ARCap)</h2><p><i>source referencing</i>: gold passages given, '
+        '<section id="arcap"><h2>What the agent can do (ARCap)</h2><p><i>source referencing</i>: gold passages given, '
         "the answer at once (EM). <i>using evidence</i>: the same passages, but it may think and search (EM). <i>query "
         "rewriting</i>: a gold answer stands in what the first query finds. <i>when to search</i>: it stands in "
-        "anything that the whole episode found.</p>"
+        f"anything that the whole episode found.{paper}</p>"
         f'<div class="arcap">{radar}{_table(models, axes, labels, pair)}</div></section>'
     )
 
@@ -89,8 +92,8 @@ def _cell(model: Mapping[str, Any], row: str, dimension: str, name: str, pair: s
     metric = DIMENSIONS[dimension][0]
     low, high = measured[f"{metric}_ci95"]
     paper = paper_arcap(pair, row, dimension, name) if pair else None
-    beside = "" if paper is None else f' <small class="paper">paper {paper:.3f}</small>'
-    return f"{measured[metric]:.3f} <small>[{low:.2f}, {high:.2f}]</small>{beside}"
+    beside = "" if paper is None else f' <small>/</small> <small class="paper">{paper:.3f}</small>'
+    return f'{measured[metric]:.3f}{beside}<small class="under">[{low:.2f}, {high:.2f}]</small>'
 
 
 def _searches(model: Mapping[str, Any], name: str) -> str:

@@ -27,11 +27,12 @@ def line_chart(
     """A line per name, with `dotted` ones drawn as marked points on top. Empty when there is nothing to draw.
 
     Args:
-        lines: name -> (x, y) pairs; colours follow the order (`--line-1`, `--line-2`, ..). A point that is not finite
-            is left out.
+        lines: name -> (x, y) pairs; colours follow the order (`--line-1`, `--line-2`, ..), counting names without
+            points. A point that is not finite is left out.
         dotted: name -> (x, y) pairs of few points, such as validation scores; a name of `lines` keeps its colour.
         marks: name -> places on the x axis with a vertical mark, such as alarms.
     """
+    names = list(dict.fromkeys((*lines, *(dotted or {}))))
     lines, dotted = _drawable(lines), _drawable(dotted or {})
     points = [point for series in (*lines.values(), *dotted.values()) for point in series]
     if not points:
@@ -62,7 +63,9 @@ def line_chart(
                 f"<title>{escape(name)} at {step:g}</title></line>"
             )
     legend = []
-    for number, name in enumerate(dict.fromkeys((*lines, *dotted))):
+    for number, name in enumerate(names):
+        if name not in lines and name not in dotted:
+            continue
         colour = f"var(--line-{number % NUM_COLOURS + 1})"
         parts += _line(lines.get(name, ()), colour, place)
         few = dotted.get(name, lines.get(name, ()))
@@ -79,10 +82,12 @@ def line_chart(
 
 
 def radar_chart(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]], *, title: str) -> str:
-    """A polygon per name over `axes` that all run from 0 at the centre to 1; a missing value is a gap at its axis.
+    """A polygon per name over `axes` that all run from 0 at the centre; a missing value is a gap at its axis.
+
+    The rim is the lowest of 0.25, 0.5, 0.75 and 1 that encloses every value, and is told in the title.
 
     Args:
-        axes: labels, clockwise from the top; at least three.
+        axes: labels, clockwise from the top; at least three. A comma in a label starts a second line.
         shapes: name -> a value for each axis, from 0 to 1, or None.
 
     Raises:
@@ -90,7 +95,9 @@ def radar_chart(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]
     """
     if len(axes) < 3:
         raise ValueError(f"a radar of {len(axes)} axes is no polygon: use at least three, or a table")
-    width, height = 560, 2 * RADIUS + 84
+    width, height = 520, 2 * RADIUS + 90
+    known_values = [value for values in shapes.values() for value in values if value is not None]
+    rim = max(0.25, math.ceil(4 * max(known_values, default=1.0)) / 4)
 
     def place(axis: int, value: float) -> tuple[float, float]:
         angle = 2 * math.pi * axis / len(axes)
@@ -104,11 +111,11 @@ def radar_chart(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]
         for ring in (0.25, 0.5, 0.75, 1.0)
     ]
     for axis, label in enumerate(axes):
-        (x, y), (label_x, label_y) = place(axis, 1.0), place(axis, 1.14)
+        (x, y), (label_x, label_y) = place(axis, 1.0), place(axis, 1.12)
         anchor = "middle" if abs(label_x - width / 2) < 1 else "start" if label_x > width / 2 else "end"
         parts.append(
             f'<line class="grid" x1="{width / 2}" y1="{height / 2}" x2="{x:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick" x="{label_x:.1f}" y="{label_y + 4:.1f}" text-anchor="{anchor}">{escape(label)}</text>'
+            f'<text class="tick" y="{label_y - 2:.1f}" text-anchor="{anchor}">{_two_lines(label, label_x)}</text>'
         )
     legend = []
     for number, (name, values) in enumerate(shapes.items()):
@@ -116,7 +123,7 @@ def radar_chart(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]
             raise ValueError(f"{name} has {len(values)} values for {len(axes)} axes")
         colour = f"var(--line-{number % NUM_COLOURS + 1})"
         known = [(axis, value) for axis, value in enumerate(values) if value is not None]
-        places = [place(axis, value) for axis, value in known]
+        places = [place(axis, value / rim) for axis, value in known]
         parts.append(polygon(places, f'fill="{colour}" fill-opacity=".1" stroke="{colour}" stroke-width="2"'))
         parts += [
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"><title>{escape(name)}, {escape(axes[axis])}: '
@@ -125,10 +132,16 @@ def radar_chart(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]
         ]
         legend.append(f'<span><i style="background:{colour}"></i>{escape(name)}</span>')
     return (
-        f'<figure class="radar"><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {width} {height:g}" '
+        f'<figure class="radar"><figcaption>{escape(title)} <small>rim: {rim:g}</small></figcaption>'
+        f'<svg viewBox="0 0 {width} {height:g}" '
         f'role="img" aria-label="{escape(title)}">{"".join(parts)}</svg><div class="legend">{"".join(legend)}</div>'
         "</figure>"
     )
+
+
+def _two_lines(label: str, x: float) -> str:
+    lines = label.split(", ", 1)
+    return "".join(f'<tspan x="{x:.1f}" dy="{14 * min(i, 1)}">{escape(line)}</tspan>' for i, line in enumerate(lines))
 
 
 def _drawable(lines: Mapping[str, Points]) -> dict[str, Points]:

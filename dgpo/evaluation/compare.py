@@ -20,7 +20,6 @@ from rich.table import Table as RichTable
 
 from dgpo.artifacts import MANIFEST, atomic_write_text
 from dgpo.evaluation.curves import RunCurves, read_curves, read_lines, series
-from dgpo.evaluation.results_section import model_of_interest
 from dgpo.evaluation.scores import Score, group_by, mean_of_sets
 from dgpo.evaluation.summary import read_results
 from dgpo.metrics.intervals import paired_bootstrap
@@ -180,7 +179,7 @@ def _tests(a: Path, b: Path) -> Table:
     results = [read_results(folder) for folder in (a, b)]
     shared = [name for name in results[0]["models"] if name in results[1]["models"]]
     pairs = [(name, name) for name in shared]
-    ends = tuple(model_of_interest(result) or list(result["models"])[-1] for result in results)
+    ends = tuple(list(result["models"])[-1] for result in results)  # what the last stage made
     if ends not in pairs:
         pairs.append((ends[0], ends[1]))
     rows, left_out = [], 0

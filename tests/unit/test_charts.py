@@ -37,8 +37,19 @@ def test_a_name_has_one_colour_as_a_line_and_as_points():
 def test_a_radar_places_a_full_value_on_the_rim_and_leaves_a_missing_one_out():
     svg = radar_chart(["up", "right", "down", "left"], {"m": [1.0, 0.5, None, 0.0]}, title="t")
     shape = re.findall(r'<polygon points="([^"]*)" fill="var', svg)[0].split()
-    centre_x, centre_y = 280.0, 162.0
+    centre_x, centre_y = 260.0, 165.0
     assert shape == [f"{centre_x},{centre_y - 120}", f"{centre_x + 60},{centre_y}", f"{centre_x},{centre_y}"]
+
+
+def test_the_rim_of_a_radar_is_the_next_quarter_above_every_value():
+    svg = radar_chart(["up", "right", "down", "left"], {"m": [0.35, None, 0.25, 0.0]}, title="t")
+    assert "rim: 0.5" in svg
+    assert re.findall(r'<polygon points="([^"]*)" fill="var', svg)[0].split()[1] == "260.0,225.0"  # half of 120 below
+
+
+def test_a_run_keeps_its_colour_in_charts_where_another_has_no_values():
+    svg = line_chart({"a": [], "b": [(0, 1), (1, 2)]}, x_label="x", y_label="y")
+    assert 'stroke="var(--line-2)"' in svg
 
 
 def test_a_radar_needs_three_axes_and_a_value_for_each():
@@ -108,7 +119,9 @@ ARCAP = {
 def test_arcap_is_drawn_as_a_radar_beside_a_table_with_the_papers_numbers():
     section = arcap_section(json.loads(json.dumps(ARCAP)), pair="qwen3b_05b")
     assert section.count('fill-opacity=".1"') == 2
-    assert '0.600 <small>[0.50, 0.70]</small> <small class="paper">paper 0.565</small>' in section
+    assert (
+        '0.600 <small>/</small> <small class="paper">0.565</small><small class="under">[0.50, 0.70]</small>' in section
+    )
     assert "<td>2.35</td>" in section or "<td>2.34</td>" in section
     assert "source referencing, musique" in section
 
