@@ -13,7 +13,6 @@ import torch
 
 from dgpo.algorithms import divergences
 from dgpo.algorithms.divergences import cross_entropy
-from dgpo.algorithms.reduce import chunked_mean
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
 """(student logits [n, V], teacher logits [n, V'] or None, targets [n]) -> values [n], in nats."""
@@ -76,30 +75,6 @@ class DistillationLoss:
             return loss + (1 - ratio) * cross_entropy(student_logits, targets)
 
         return values
-
-    def __call__(
-        self,
-        student_logits: torch.Tensor,
-        teacher_logits: torch.Tensor | None,
-        targets: torch.Tensor,
-        *,
-        kl_ratio: float,
-        denominator: torch.Tensor | float,
-        chunk_size: int,
-    ) -> torch.Tensor:
-        """The scalar loss from whole logits."""
-        values = self.token_loss(LossSettings(kl_ratio=kl_ratio, skew=0.1, jsd_beta=0.5, taid_t=1.0))
-        if teacher_logits is None:
-            return chunked_mean(
-                lambda student, target: values(student, None, target),
-                student_logits,
-                targets,
-                denominator=denominator,
-                chunk_size=chunk_size,
-            )
-        return chunked_mean(
-            values, student_logits, teacher_logits.detach(), targets, denominator=denominator, chunk_size=chunk_size
-        )
 
 
 _FORWARD = DistillationLoss(lambda student, teacher, _: divergences.forward_kl(student, teacher))

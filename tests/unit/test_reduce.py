@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dgpo.algorithms.reduce import chunked_mean, masked_mean
+from dgpo.algorithms.reduce import masked_mean
 
 
 @pytest.fixture(autouse=True)
@@ -47,24 +47,3 @@ def test_micro_batches_with_the_denominator_of_all_add_up():
 def test_shapes_that_would_broadcast_are_refused():
     with pytest.raises(ValueError, match=r"values are \(2, 3\) but the mask is \(3,\)"):
         masked_mean(torch.ones(2, 3), torch.ones(3))
-
-
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
-def test_chunks_give_the_value_and_gradient_of_the_whole(chunk_size):
-    rows = torch.randn(7, 5, dtype=torch.float64).requires_grad_()
-    weights = torch.randn(7)
-    mean = chunked_mean(
-        lambda part, weight: weight * part.exp().sum(-1), rows, weights, denominator=7, chunk_size=chunk_size
-    )
-    mean.backward()
-    expected = (weights[:, None] * rows.detach().exp()) / 7
-    assert mean.item() == pytest.approx(expected.sum().item(), rel=1e-5)
-    torch.testing.assert_close(rows.grad, expected)
-
-
-def test_no_rows_give_zero_and_still_a_gradient():
-    rows = torch.empty(0, 5, requires_grad=True)
-    mean = chunked_mean(lambda part: part.log_softmax(-1).sum(-1), rows, denominator=0, chunk_size=2)
-    mean.backward()
-    assert mean.item() == 0.0
-    assert rows.grad.shape == (0, 5)
