@@ -134,7 +134,7 @@ def test_a_backend_is_made_with_its_options_and_closed_in_the_end(module):
 
 def test_exact_match_is_the_reward_where_none_is_named():
     assert rewarded(None, episode("Lima")) == (1.0, {})
-    assert rewarded(None, episode("Cusco")) == (0.0, {})
+    assert rewarded(None, episode("Lima , Peru")) == (0.0, {})
 
 
 def test_a_reward_of_one_number_is_its_total():
