@@ -10,6 +10,8 @@ LIGHT_ROOMS = [
     "dgpo.search",
     "dgpo.artifacts",
     "dgpo.data.rows",
+    "dgpo.data.download",
+    "dgpo.data.prepare",
     "dgpo.metrics.exact_match",
     "dgpo.metrics.hits",
     "dgpo.metrics.intervals",
