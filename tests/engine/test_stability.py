@@ -17,6 +17,7 @@ SMALL = [
     "hardware.micro_batch_size=8",
     "train.save_every=1",
 ]
+TIMEOUT_S = 900  # a rollback starts the engine twice
 EARLY_WARNINGS = [  # what docs/stability.md promises of every PPO run that measures the KL to its initial policy
     "actor/entropy",
     "actor/kl_to_init",
@@ -42,7 +43,7 @@ EARLY_WARNINGS = [  # what docs/stability.md promises of every PPO run that meas
 
 
 def train(world: TinyWorld, run_dir: Path, *overrides: str):
-    return run_command("-m", "dgpo", "train", *world.overrides(run_dir), *SMALL, *overrides)
+    return run_command("-m", "dgpo", "train", *world.overrides(run_dir), *SMALL, *overrides, timeout_s=TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
