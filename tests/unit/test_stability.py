@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -193,3 +194,14 @@ def test_a_recorded_collapse_is_seen():
     watch = CollapseDetector(StabilityConfig(), num_questions=16)
     (alarm,) = [alarm for record in recorded("tiny_collapse") for alarm in watch.observe(record)]
     assert (alarm.rule, alarm.metric, alarm.first_step, alarm.step) == ("kl", "actor/kl_to_init", 2, 4)
+
+
+def test_the_page_has_every_rule_and_every_setting_with_its_default():
+    page = (Path(__file__).parents[2] / "docs" / "stability.md").read_text()
+    assert [rule for rule in ADVICE if f"| `{rule}` |" not in page] == []
+    defaults = {name: value for name, value in vars(StabilityConfig()).items() if name[:4] in ("min_", "max_")}
+    shown = {name: float(value) for name, value in re.findall(r"`(\w+)=([\d.]+)`", page)}
+    assert {name: shown.get(name) for name in defaults if name != "max_rollbacks"} == {
+        name: value for name, value in defaults.items() if name != "max_rollbacks"
+    }
+    assert (shown["patience"], shown["window"]) == (StabilityConfig().patience, StabilityConfig().window)
