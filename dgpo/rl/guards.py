@@ -49,6 +49,7 @@ def check_finite(
         value = values[broken][0].item()
         raise NonFiniteError(
             f"{name} is {value} on {int(broken.sum())} tokens of {len(rows)} of {len(values)} episodes "
-            f"({named}{more}), expected finite numbers: {SOURCES[name]}. Nothing was updated with it",
+            f"({named}{more}), expected finite numbers: {SOURCES[name]}. Nothing was updated with it; "
+            "resume=true goes on from the last checkpoint",
             name,
         )

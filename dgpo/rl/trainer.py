@@ -106,9 +106,10 @@ class DGPOTrainer(PPOTrainerSync):
             self._save_checkpoint()
             folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
             torch.save(self.dataloader_state, folder / "data.pt")
+        saved = f"Saved after step {self.global_steps}" if self.global_steps > 0 else "No step was made yet"
         raise TooManyFailedEpisodesError(
             f"{share:.0%} of this step's episodes failed (retriever.max_failed_share={self.term.max_failed_share}): "
-            f"the first {failures[0]}. Saved after step {self.global_steps}; continue with resume=true"
+            f"the first {failures[0]}. {saved}; continue with resume=true"
         )
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
