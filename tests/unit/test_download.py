@@ -255,6 +255,14 @@ def test_the_command_tells_mistakes_from_faults_by_its_exit_code(hub, tmp_path, 
     assert "dgpo download: train.parquet of PeterJinGo/nq_hotpotqa_train broke off" in capsys.readouterr().err
 
 
+def test_a_log_gets_lines_of_progress(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dgpo.data.hub.SECONDS_PER_LINE", 0.0)
+    run(hub, tmp_path)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("part_aa: ")]
+    assert len(lines) == 25
+    assert lines[11].startswith("part_aa: 12,000 of 25,000 bytes, ")
+
+
 def test_a_dry_run_shows_the_plan_and_fetches_nothing(hub, tmp_path, capsys):
     config = settings(hub.url, tmp_path)
     config.dry_run = True
