@@ -60,7 +60,7 @@ class EpisodeLog:
             keys: of the batch's episodes.
             scores: of each episode, from `dgpo.rl.scoring`.
             teacher_log_probs: key -> [T] of the episodes that the teacher scored.
-            fetch: keys -> the fields of `FIELDS`, one row per key: tensors nested, the others with `tolist`.
+            fetch: keys -> the fields of `FIELDS`, one row per key: nested tensors, and lists of plain values.
         """
         if self.every is None or not (step == 1 or step % self.every == 0):
             return
@@ -141,7 +141,7 @@ def choose_logged(
 
 
 def _rows(values: Any) -> list[Any]:
-    return list(values.unbind()) if isinstance(values, torch.Tensor) else values.tolist()
+    return list(values.unbind() if isinstance(values, torch.Tensor) else values)
 
 
 def _policy_turns(ids: Sequence[int], mask: Sequence[int]) -> list[list[int]]:

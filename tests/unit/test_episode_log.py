@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensordict import NonTensorStack, TensorDict
 
 from dgpo.evaluation.browser_section import browser_section
 from dgpo.rl.episode_log import FIELDS, EpisodeLog, choose_logged
@@ -30,11 +31,6 @@ class Tokenizer:
     def save_pretrained(self, folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "tokenizer.json").write_bytes((self.folder / "tokenizer.json").read_bytes())
-
-
-class Column(list):
-    def tolist(self):
-        return list(self)
 
 
 @pytest.fixture
@@ -64,11 +60,11 @@ def batch(tmp_path):
             "responses": nested(ids),
             "response_mask": nested(mask),
             "old_log_probs": nested([-0.123456] * len(ids)),
-            "raw_prompt": Column([[{"role": "user", "content": f"Question: {key}?"}] for key in chosen]),
-            "reward_model": Column([{"ground_truth": {"target": ["F"]}}] * len(chosen)),
+            "raw_prompt": NonTensorStack(*([{"role": "user", "content": f"Question: {key}?"}] for key in chosen)),
+            "reward_model": NonTensorStack(*({"ground_truth": {"target": ["F"]}} for _ in chosen)),
         }
         assert set(data) == set(FIELDS)
-        return data
+        return TensorDict(data, batch_size=len(chosen))  # as TransferQueue builds it
 
     def write(step, *, every=10, num_episodes=3):
         log = EpisodeLog(tmp_path / "train", tokenizer, every=every, num_episodes=num_episodes)
