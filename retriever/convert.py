@@ -1,0 +1,200 @@
+"""Make an index folder of another type from vectors that exist: no encoder runs, and neither index is held in memory.
+
+The published index of Search-R1 as it is (linked, not copied), in 16 bits, and as a graph over 8 bits:
+python -m retriever.convert --index e5_Flat.index --corpus wiki-18.jsonl.gz --out indexes/wiki \\
+    --encoder intfloat/e5-base-v2 --preset e5
+python -m retriever.convert --index indexes/wiki --to SQfp16 --out indexes/wiki-fp16
+python -m retriever.convert --index indexes/wiki --to HNSW32_SQ8 --search-params efSearch=256 --out indexes/wiki-hnsw
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from retriever.build import (
+    add_encoder_arguments,
+    encoder_config,
+    import_once,
+    link_or_copy,
+    publish,
+    work_folder,
+    write_dense,
+)
+from retriever.collection import open_corpus
+from retriever.corpus import Corpus, read_offsets
+from retriever.encoder_config import EncoderConfig, resolve_config
+from retriever.errors import IndexFolderError
+from retriever.faiss_file import ROW_DTYPES, make_index, map_rows, read_header, row_reader
+from retriever.manifest import CORPUS_FILE, OFFSETS_FILE, read_manifest
+from retriever.shards import Progress, ProgressPrinter
+
+
+def convert_folder(
+    source: Path,
+    out: Path,
+    *,
+    index_type: str,
+    search_params: str = "",
+    num_threads: int = 1,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Make `out` from the index folder `source`, which must hold plain rows (`Flat` or `SQfp16`).
+
+    The corpus is shared by a hard link where the file system can. Raises `IndexFolderError` when `source` is of
+    another type, or `out` exists, and `ValueError` for an index type that FAISS refuses.
+    """
+    manifest = read_manifest(source)
+    if manifest.index_type not in ROW_DTYPES or manifest.encoder is None:
+        raise IndexFolderError(
+            f"{source} is a {manifest.index_type} index, which does not hold the vectors; "
+            f"convert from {' or '.join(ROW_DTYPES)}"
+        )
+    open_corpus(source, manifest)
+    with work_folder(out.parent, [out.name], {"convert": str(source), "to": index_type}, overwrite=overwrite) as work:
+        folder = work / out.name
+        folder.mkdir(exist_ok=True)
+        for name in (CORPUS_FILE, OFFSETS_FILE):
+            link_or_copy(source / name, folder / name)
+        corpus = Corpus(folder / CORPUS_FILE, read_offsets(folder / OFFSETS_FILE, folder / CORPUS_FILE))
+        _write(
+            folder,
+            corpus,
+            source / manifest.index,
+            manifest.index_type,
+            index_type=index_type,
+            search_params=search_params,
+            encoder=manifest.encoder,
+            num_truncated_passages=manifest.num_truncated_passages,
+            num_threads=num_threads,
+            progress=progress,
+        )
+        publish(folder, out)
+
+
+def convert_file(
+    index: Path,
+    corpus: Path,
+    out: Path,
+    encoder: EncoderConfig,
+    *,
+    from_type: str = "Flat",
+    index_type: str = "Flat",
+    search_params: str = "",
+    num_threads: int = 1,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Make `out` from a FAISS file that someone else wrote (`from_type`: `Flat` or `SQfp16`), and its corpus.
+
+    Raises `IndexFolderError` when the two have different numbers of rows, before anything is converted.
+    """
+    config = resolve_config(encoder)
+    if not index.is_file():
+        raise IndexFolderError(f"{index} does not exist; give a FAISS file, or an index folder")
+    rows = map_rows(index, from_type)  # refuses a file that is cut off or of another kind
+    plan = {"convert": str(index), "corpus": str(corpus), "to": index_type, "encoder": asdict(config)}
+    with work_folder(out.parent, [out.name], plan, overwrite=overwrite) as work:
+        imported = import_once(corpus, work / out.name)
+        if len(imported) != len(rows):
+            raise IndexFolderError(
+                f"{index} holds {len(rows)} vectors, {corpus} has {len(imported)} passages: they do not belong "
+                "together; take the corpus that the index was built from"
+            )
+        _write(
+            work / out.name,
+            imported,
+            index,
+            from_type,
+            index_type=index_type,
+            search_params=search_params,
+            encoder=config,
+            num_threads=num_threads,
+            progress=progress,
+        )
+        publish(work / out.name, out)
+
+
+def _write(
+    folder: Path,
+    corpus: Corpus,
+    source: Path,
+    source_type: str,
+    *,
+    index_type: str,
+    search_params: str,
+    encoder: EncoderConfig,
+    num_threads: int,
+    num_truncated_passages: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    import faiss
+
+    faiss.omp_set_num_threads(num_threads)
+    dimension = read_header(source).dimension
+    make_index(index_type, dimension, search_params)
+    if progress:
+        progress(0, len(corpus))
+    write_dense(
+        folder,
+        corpus,
+        row_reader(source, source_type),
+        dimension=dimension,
+        index_type=index_type,
+        search_params=search_params,
+        encoder=encoder,
+        num_truncated_passages=num_truncated_passages,
+        existing=source if source_type == index_type else None,
+        progress=progress,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m retriever.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--index", required=True, type=Path, help="an index folder, or a FAISS file")
+    parser.add_argument("--out", required=True, type=Path, help="index folder to make")
+    parser.add_argument(
+        "--to", default="Flat", help="FAISS factory string: Flat, SQfp16, SQ8, HNSW32_SQ8, .. (default: %(default)s)"
+    )
+    parser.add_argument("--search-params", default="", help="recorded for searching, e.g. efSearch=128 or nprobe=32")
+    parser.add_argument("--num-threads", type=int, default=1, help="of training and adding (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder when it exists")
+    file = parser.add_argument_group("a FAISS file of someone else's (a folder knows these)")
+    file.add_argument("--corpus", type=Path, help="what it was built from: .jsonl, .jsonl.gz or .parquet")
+    file.add_argument("--from-type", choices=list(ROW_DTYPES), default="Flat", help="default: %(default)s")
+    add_encoder_arguments(parser)
+    options = parser.parse_args(arguments)
+    started = time.perf_counter()
+    common = {
+        "index_type": options.to,
+        "search_params": options.search_params,
+        "num_threads": options.num_threads,
+        "overwrite": options.overwrite,
+        "progress": ProgressPrinter("converted"),
+    }
+    try:
+        if options.index.is_dir():
+            convert_folder(options.index, options.out, **common)
+        elif options.corpus is None:
+            raise IndexFolderError(f"{options.index} is no index folder; a FAISS file needs --corpus and an encoder")
+        else:
+            convert_file(
+                options.index,
+                options.corpus,
+                options.out,
+                encoder_config(options),
+                from_type=options.from_type,
+                **common,
+            )
+    except (ValueError, OSError) as error:
+        sys.exit(f"retriever.convert: {error}")
+    print(f"{options.out}: ready after {time.perf_counter() - started:.1f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
