@@ -4,7 +4,8 @@ The page's block `episode-data` (read by `page/browser.js`) is one JSON object. 
 
     sets, models, statuses   names; other fields hold their numbers
     questions, golds, ids, set   per row
-    scores   per model {em, status, searches, answers, queries}, each a list per row, null where it did not play
+    properties   name of a slice -> its value per row, null where the question has none
+    scores   per model {em, status, searches, hit, answers, queries}, each a list per row, null where it did not play
     vocabulary, pieces       per model the number of its tokenizer; per tokenizer {token id: text, or bytes}
     chunk_size, chunks       "model-number" -> {row: episode}; empty where the chunks are files in `folder`
     folder                   null, or the folder beside the page with a file "model-number.js" per chunk
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dgpo.evaluation.scores import Score
+from dgpo.evaluation.scores import SLICE_FIELDS, Score
 from dgpo.evaluation.token_pieces import TokenPieces
 
 CHUNK_SIZE = 200  # questions
@@ -95,6 +96,11 @@ def write_browser_data(
         "golds": [score["golds"] for score in rows.values()],
         "ids": list(rows),
         "set": [sets.index(score["set"]) for score in rows.values()],
+        "properties": {
+            name: values
+            for name in SLICE_FIELDS
+            if any(values := [str(score[name]) if name in score else None for score in rows.values()])
+        },
         "scores": columns,
         "vocabulary": [list(tokenizers).index(model.pieces.fingerprint) if model.pieces else None for model in models],
         "pieces": [tokenizer.pieces(sorted(used[fingerprint])) for fingerprint, tokenizer in tokenizers.items()],
@@ -132,6 +138,7 @@ def _columns(model: ModelEpisodes, rows: Mapping[str, Score], statuses: Sequence
         "em": [score and int(score["em"] == 1) for score in mine],
         "status": [score and statuses.index(score["status"]) for score in mine],
         "searches": [score and int(score["num_searches"]) for score in mine],
+        "hit": [score and int(score["hit"] > 0) for score in mine],
         "answers": [score and score["answer"] for score in mine],
     }
 

@@ -17,7 +17,7 @@ NOT_SCORED = (
     "Not recorded: the teacher did not score this episode token by token. It scores those that its gate lets in, and a "
     "few correct ones; in its `exact` form, which scores whole vocabularies inside the update, only the few."
 )
-_FILTERS = ("model", "set", "outcome", "against", "searches")
+_FILTERS = ("model", "set", "property", "outcome", "against", "searches")
 
 
 def browser_section(folder: Path, results: Mapping[str, Any] | None, *, max_inline_bytes: int) -> str:

@@ -2,8 +2,9 @@
 
 `train/episodes/step_N.jsonl` holds one line per episode, and the folder a copy of the tokenizer:
 
-    {"episode_id", "step", "question", "golds", "em", "num_searches", "status", "answer", "searches": [{"query"}],
-     "prompt_ids", "response_ids", "response_mask", "student_log_probs", "teacher_log_probs" or null}
+    {"episode_id", "step", "question", "golds", "em", "num_searches", "hit", "status", "answer",
+     "searches": [{"query"}], "prompt_ids", "response_ids", "response_mask", "student_log_probs",
+     "teacher_log_probs" or null}
 
 Log-probs are in nats, per response token, of the policy that the step updated and of the teacher; null where that did
 not score the episode.
@@ -106,6 +107,7 @@ class EpisodeLog:
             "golds": list(fields["reward_model"]["ground_truth"]["target"]),
             "em": score["em"],
             "num_searches": score["num_searches"],
+            "hit": score["hit"],
             "status": _status(score),
             "answer": next((action.content for action in actions if action.kind == "answer"), None),
             "searches": [{"query": action.content} for action in actions if action.kind == "search"],

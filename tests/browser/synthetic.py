@@ -27,6 +27,7 @@ class Episode:
     em: int
     status: str
     num_searches: int
+    hit: int = 0
 
     @property
     def episode_id(self) -> str:
@@ -43,7 +44,8 @@ def make_episodes(names: Sequence[str], num_questions: int, *, seed: int = 0) ->
             status = generator.choice(STATUSES)
             em = int(status == "answered" and generator.random() < 0.5)
             set_name = "one" if number % 3 else "two"
-            episodes.append(Episode(name, set_name, number, question, em, status, generator.randrange(4)))
+            counts = (generator.randrange(4), generator.randrange(2))
+            episodes.append(Episode(name, set_name, number, question, em, status, *counts))
     return episodes
 
 
@@ -90,6 +92,8 @@ def make_score(episode: Episode) -> dict[str, Any]:
         "status": episode.status,
         "em": float(episode.em),
         "num_searches": float(episode.num_searches),
+        "hit": float(episode.hit),
+        "kind": "even" if episode.number % 2 == 0 else "odd",
     }
 
 

@@ -55,7 +55,7 @@ def count(browser: Chromium) -> int:
 
 def choose(browser: Chromium, **filters: str) -> int:
     """Sets the filters as a user would, all others back to their first choice. Returns the shown count."""
-    for name in ("model", "set", "outcome", "against", "searches", "text"):
+    for name in ("model", "set", "property", "outcome", "against", "searches", "text"):
         value = filters.get(name, str(MODELS.index("dgpo")) if name == "model" else "")
         browser.run(
             f"(() => {{ const field = document.getElementById('filter-{name}'); field.value = {value!r};"
@@ -73,6 +73,9 @@ def test_each_filter_shows_as_many_questions_as_the_run_has(browser: Chromium, p
     assert choose(browser, outcome="failed") == sum(not e.em for e in dgpo)
     assert choose(browser, outcome="wrong") == sum(not e.em and e.status == "answered" for e in dgpo)
     assert choose(browser, outcome="search_failed") == sum(e.status == "search_failed" for e in dgpo)
+    assert choose(browser, outcome="found") == sum(not e.em and e.hit for e in dgpo)
+    assert choose(browser, outcome="unfound") == sum(not e.em and not e.hit for e in dgpo)
+    assert choose(browser, property="kind=odd") == NUM_QUESTIONS // 2
     assert choose(browser, searches="2") == sum(e.num_searches == 2 for e in dgpo)
     assert choose(browser, searches="2+") == sum(e.num_searches >= 2 for e in dgpo)
     assert choose(browser, model="1", outcome="correct") == sum(e.em for e in kd)

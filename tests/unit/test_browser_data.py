@@ -58,6 +58,8 @@ def make_model(tmp_path, name, episode_ids, *, pieces=None, teacher=None, mask=(
             "status": "answered",
             "em": 1.0,
             "num_searches": 1.0,
+            "hit": 1.0,
+            "kind": "two_hop",
         }
         for episode_id in episode_ids
     ]
@@ -73,6 +75,7 @@ def test_an_episode_is_its_ids_and_the_runs_by_policy_and_environment(tmp_path, 
     assert data["chunks"] == {"0-0": {0: {"ids": [0, 1, 0, 0, 0, 4], "runs": [2, 3, 1]}}}
     assert data["pieces"] == [{0: "a", 1: " b", 4: "é"}]
     assert data["scores"][0]["queries"] == ["about 1"]
+    assert data["properties"] == {"kind": ["two_hop"]}
 
 
 def test_an_episode_that_no_loss_sees_begins_with_an_empty_run_of_the_policy(tmp_path, tokenizer_file):

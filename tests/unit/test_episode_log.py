@@ -44,9 +44,9 @@ def batch(tmp_path):
         mask += [generated] * len(piece)
     keys = [f"{row}_0_0" for row in range(4)]
     scores = [
-        {"em": 1.0, "answered": 1.0, "num_searches": 1.0},
-        {"em": 0.0, "answered": 0.0, "overflow": 1.0, "num_searches": 1.0},
-        {"em": 0.0, "answered": 1.0, "num_searches": 1.0},
+        {"em": 1.0, "answered": 1.0, "num_searches": 1.0, "hit": 0.0},
+        {"em": 0.0, "answered": 0.0, "overflow": 1.0, "num_searches": 1.0, "hit": 0.0},
+        {"em": 0.0, "answered": 1.0, "num_searches": 1.0, "hit": 0.0},
         {"em": 0.0, "error": 1.0},
     ]
     teacher = {keys[2]: torch.full((len(ids),), -1.25)}

@@ -31,11 +31,13 @@ function element(tag, attributes = {}, ...children) {
 
 // Filters ------------------------------------------------------------------------------------------------------------
 
-const FILTERS = ["set", "model", "outcome", "against", "searches", "text"];
+const FILTERS = ["model", "set", "property", "outcome", "against", "searches", "text"];
 const TESTS = {
   correct: (scores, row) => scores.em[row] === 1,
   failed: (scores, row) => scores.em[row] !== 1,
   wrong: (scores, row) => scores.em[row] !== 1 && data.statuses[scores.status[row]] === "answered",
+  found: (scores, row) => scores.em[row] !== 1 && scores.hit[row] === 1,
+  unfound: (scores, row) => scores.em[row] !== 1 && scores.hit[row] !== 1,
 };
 
 function outcomeTest(name) {
@@ -60,6 +62,10 @@ function applyFilters() {
   const scores = data.scores[state.model];
   const tests = [(row) => scores.status[row] !== null];
   if (chosen.set) tests.push((row) => data.sets[data.set[row]] === chosen.set);
+  if (chosen.property) {
+    const [name, value] = chosen.property.split("=");
+    tests.push((row) => data.properties[name][row] === value);
+  }
   if (chosen.outcome) {
     const test = outcomeTest(chosen.outcome);
     tests.push((row) => test(scores, row));
@@ -109,12 +115,19 @@ function fillFilters() {
   options("filter-set", [["", "all sets"], ...data.sets.map((name) => [name, name])]);
   options("filter-model", numbered);
   byId("filter-model").value = state.model;
+  const properties = Object.entries(data.properties).flatMap(([name, values]) =>
+    [...new Set(values)].filter((value) => value !== null).map((value) => [`${name}=${value}`, `${name}: ${value}`]),
+  );
+  options("filter-property", [["", "all questions"], ...properties]);
+  byId("filter-property").hidden = !properties.length;
   const statuses = data.statuses.filter((name) => name !== "answered");
   options("filter-outcome", [
     ["", "any outcome"],
     ["correct", "correct"],
     ["failed", "failed: not an exact match"],
     ["wrong", "wrong answer"],
+    ["found", "failed though a gold was retrieved"],
+    ["unfound", "failed and no gold was retrieved"],
     ...statuses.map((name) => [name, name.replace("_", " ")]),
   ]);
   options("filter-against", [
