@@ -96,7 +96,7 @@ def taid(student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, t: float
     which is `forward_kl`).
     """
     student_logits, teacher_logits = align_vocabularies(student_logits, teacher_logits)
-    target = (1.0 - t) * _lift(student_logits.detach()) + t * _lift(teacher_logits.detach())
+    target = (1.0 - t) * _lift(student_logits.detach()) + t * _lift(teacher_logits)
     return forward_kl(student_logits, target)
 
 
