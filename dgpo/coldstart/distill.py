@@ -81,7 +81,7 @@ def distill_rank(config: Config, *, rank: int = 0, num_ranks: int = 1) -> dict[s
 
     from dgpo.coldstart.examples import TrainingExample
     from dgpo.coldstart.student_episodes import StudentEpisodes
-    from dgpo.coldstart.trainer import train_on_examples
+    from dgpo.coldstart.train import train_on_examples
 
     logging.disable_progress_bar()
     settings, hardware = config.distill, config.hardware

@@ -39,8 +39,10 @@ def run_on_ranks(work: Callable[..., Any], config: Config, *, folder: Path) -> A
     """
     num_ranks = config.hardware.num_nodes * config.hardware.gpus_per_node
     if num_ranks == 1:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Hugging Face's Trainer would take all that it sees
         return work(config, rank=0, num_ranks=1)
-    use_private_ray(folder)
+    if "RAY_ADDRESS" not in os.environ:
+        use_private_ray(folder)
     import ray
 
     try:
@@ -66,20 +68,24 @@ def _run(ray: Any, work: Callable[..., Any], config: Config, num_ranks: int) -> 
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    needs = {"CPU": 1.0} if config.hardware.platform == "cpu" else {"CPU": 1.0, "GPU": 1.0}
-    group = placement_group([needs] * num_ranks, strategy="PACK")
+    hardware = config.hardware
+    names = ("CPU",) if hardware.platform == "cpu" else ("CPU", "GPU")
+    node = dict.fromkeys(names, float(hardware.gpus_per_node))
+    group = placement_group([node] * hardware.num_nodes, strategy="STRICT_SPREAD")
     if not group.wait(RESOURCES_TIMEOUT_S):
-        there = {name: count for name, count in ray.cluster_resources().items() if name in needs}
+        there = [{name: n["Resources"].get(name, 0.0) for name in names} for n in ray.nodes() if n["Alive"]]
         raise ConfigError(
-            f"hardware.num_nodes={config.hardware.num_nodes} x hardware.gpus_per_node={config.hardware.gpus_per_node} "
-            f"needs {num_ranks} x {needs}, but Ray has {there}: lower them, or set RAY_ADDRESS to a larger cluster"
+            f"hardware.num_nodes={hardware.num_nodes} with hardware.gpus_per_node={hardware.gpus_per_node} needs "
+            f"{node} on each node, but Ray's nodes have {there}: lower them, or set RAY_ADDRESS to a larger cluster"
         )
-    rank_class = ray.remote(num_cpus=1, num_gpus=needs.get("GPU", 0))(_Rank)
+    rank_class = ray.remote(num_cpus=1, num_gpus=int("GPU" in names))(_Rank)
     ranks = [
         rank_class.options(
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=rank // hardware.gpus_per_node
+            )
         ).remote()
-        for index in range(num_ranks)
+        for rank in range(num_ranks)
     ]
     address, port = ray.get(ranks[0].free_address.remote())
     pending = [

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dgpo.artifacts import atomic_write_text
+from dgpo.coldstart.errors import CheckpointMismatchError
 from dgpo.coldstart.examples import TrainingExample
 from dgpo.coldstart.replay import AdaptiveSchedule, ReplayBuffer
 from dgpo.config.schema import Config
@@ -111,7 +112,12 @@ class StudentEpisodes:
         atomic_write_text(self._state_file(folder), json.dumps({**state, "buffer": self.buffer.state()}))
 
     def load_state(self, folder: Path) -> None:
-        """Raises FileNotFoundError when the run had fewer ranks: each rank keeps a buffer of its own."""
+        """Raises CheckpointMismatchError when the run had fewer ranks: each rank keeps a buffer of its own."""
+        if not self._state_file(folder).exists():
+            raise CheckpointMismatchError(
+                f"{folder} was written by fewer ranks, and each keeps a replay buffer of its own: go back to as many "
+                "(hardware.num_nodes x hardware.gpus_per_node)"
+            )
         state = json.loads(self._state_file(folder).read_text())
         self.schedule, self.counts = AdaptiveSchedule(**state["schedule"]), Counter(state["counts"])
         self._buffers_full = state["full"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from dgpo.artifacts import write_manifest
-from dgpo.coldstart.trainer import train_on_examples
+from dgpo.coldstart.train import train_on_examples
 from dgpo.config.schema import DistillConfig, HardwareConfig
 from dgpo.tinyworld.build import WorldSettings, real_world
 from dgpo.tinyworld.models import TEACHER_SIZE, make_model

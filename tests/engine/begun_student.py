@@ -13,7 +13,7 @@ export_environment(hardware)
 
 from transformers import AutoTokenizer  # noqa: E402  after the environment
 
-from dgpo.coldstart.trainer import train_on_examples  # noqa: E402
+from dgpo.coldstart.train import train_on_examples  # noqa: E402
 from dgpo.tinyworld.build import WorldSettings, real_world  # noqa: E402
 from dgpo.tinyworld.models import STUDENT_SIZE, make_model  # noqa: E402
 from dgpo.tinyworld.oracle import oracle_examples  # noqa: E402

@@ -17,7 +17,8 @@ from dgpo.coldstart.checkpoints import check_settings, latest_checkpoint, mark_c
 from dgpo.coldstart.distill import LOSSES_WITHOUT_TEACHER, distill
 from dgpo.coldstart.errors import CheckpointMismatchError, DivergedError
 from dgpo.coldstart.examples import StepBatches, TrainingExample, collate, split_held_out
-from dgpo.coldstart.trainer import DistillationTrainer, train_on_examples
+from dgpo.coldstart.train import train_on_examples
+from dgpo.coldstart.trainer import DistillationTrainer
 from dgpo.config.schema import DistillConfig, HardwareConfig
 from dgpo.tinyworld.models import save_model
 from tests.distill_stage import EXAMPLES, tiny_model, tiny_tokenizer, write_stage

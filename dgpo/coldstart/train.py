@@ -1,0 +1,212 @@
+"""One distillation from models and examples to a Hugging Face folder: split, train, resume, save."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    EarlyStoppingCallback,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainingArguments,
+)
+
+from dgpo.algorithms.distillation import DISTILLATION_LOSSES
+from dgpo.coldstart.checkpoints import check_settings, latest_checkpoint, remove_half_written
+from dgpo.coldstart.examples import TrainingExample, num_micro_batches, split_held_out
+from dgpo.coldstart.metrics import MetricsFile
+from dgpo.coldstart.student_episodes import StudentEpisodes
+from dgpo.coldstart.trainer import DistillationTrainer
+from dgpo.config.schema import DistillConfig, HardwareConfig
+from dgpo.protocol import STOP_STRINGS
+
+MIN_LEARNING_RATE_SHARE = 0.05
+KEPT_CHECKPOINTS = 3  # the newest, the one before it in case that one is half-written, and the best
+# May differ between a run and its continuation.
+FREE_SETTINGS = ("micro_batch_size", "chunk_tokens", "patience", "episodes", "init")
+
+
+def train_on_examples(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    examples: Sequence[TrainingExample],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    checkpoint: Path,
+    metrics: Path,
+    settings: DistillConfig,
+    hardware: HardwareConfig,
+    seed: int,
+    name: str,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    student_episodes: StudentEpisodes | None = None,
+) -> dict[str, Any]:
+    """Trains `model` in place and saves it as a Hugging Face folder: its last state, or its best on held-out examples.
+
+    Every rank calls it, with equal arguments. Without `checkpoints` the last state is saved; so it is with `distillm`,
+    whose schedule answers a rise of the held-out loss with more of the student's own episodes.
+
+    Args:
+        examples: of which `settings.held_out_share` is held out, by question.
+        checkpoint: the folder of the result.
+        metrics: jsonl file of losses and speed.
+        checkpoints: folder of the states to resume from, removed in the end; None for none.
+        resume: continue from the newest whole one, if there is one.
+        student_episodes: for `distillm`.
+
+    Returns:
+        Counts: episodes trained on and held out, trained tokens per epoch, steps done, and the step of the best model.
+
+    Raises:
+        ValueError: unknown loss, missing teacher, or no examples.
+        CheckpointMismatchError: resuming under other settings.
+        DivergedError: the loss or its gradient is not finite.
+    """
+    _check(settings, teacher, examples)
+    training, held_out = split_held_out(examples, share=settings.held_out_share, seed=seed)
+    if settings.loss == "distillm" and not held_out:
+        raise ValueError(
+            f"distill.loss=distillm needs held-out episodes, and distill.held_out_share={settings.held_out_share} of "
+            f"{len(examples)} episodes gives none: raise it"
+        )
+    # The held-out loss decides the best model, and when to stop; but DistiLLM answers a rise by itself.
+    watched = bool(held_out) and checkpoints is not None and settings.loss != "distillm"
+    steps_per_epoch = math.ceil(len(training) / settings.batch_size)
+    num_steps = settings.max_steps or settings.epochs * steps_per_epoch
+    state = latest_checkpoint(checkpoints) if checkpoints and resume else None
+    trainer = DistillationTrainer(
+        model=model,
+        teacher=teacher,
+        examples=training,
+        held_out=held_out,
+        pad_token_id=tokenizer.pad_token_id,
+        settings=settings,
+        num_steps=num_steps,
+        args=_training_arguments(
+            settings,
+            hardware,
+            seed=seed,
+            output=checkpoints,
+            every=settings.evaluate_every or min(steps_per_epoch, num_steps),
+            held_out=bool(held_out),
+            keep_best=watched,
+            evaluate_first=settings.loss == "distillm" and state is None,
+        ),
+        callbacks=[
+            MetricsFile(metrics, name=name, num_steps=num_steps, steps_per_epoch=steps_per_epoch),
+            *([EarlyStoppingCallback(settings.patience)] if settings.patience and watched else []),
+        ],
+        student_episodes=student_episodes,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if checkpoints is not None and trainer.is_world_process_zero():
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        recorded = {key: value for key, value in asdict(settings).items() if key not in FREE_SETTINGS}
+        check_settings(checkpoints, {**recorded, "seed": seed, "episodes": len(examples)})
+        remove_half_written(checkpoints)
+    trainer.accelerator.wait_for_everyone()
+    if state is not None:
+        trainer.load_state(state)
+        if trainer.is_world_process_zero():
+            print(f"{name}: continues from {state}", file=sys.stderr, flush=True)
+    trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    trainer.loss_in_head.remove()
+    _save_result(trainer, tokenizer, checkpoint)
+    if checkpoints is not None and trainer.is_world_process_zero():
+        shutil.rmtree(checkpoints)
+    return {
+        "episodes": len(training),
+        "held_out_episodes": len(held_out),
+        "trained_tokens": sum(sum(example.response_mask) for example in training),
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step if watched else None,
+    }
+
+
+def _check(settings: DistillConfig, teacher: PreTrainedModel | None, examples: Sequence[TrainingExample]) -> None:
+    if settings.loss not in DISTILLATION_LOSSES:
+        raise ValueError(f"distill.loss is {settings.loss!r}; expected one of {sorted(DISTILLATION_LOSSES)}")
+    if DISTILLATION_LOSSES[settings.loss].needs_teacher and teacher is None:
+        raise ValueError(f"distill.loss={settings.loss} needs a teacher: set teacher.path, or distill.loss=seqkd")
+    if not examples:
+        raise ValueError("no episodes to distil: collect and filter first, or loosen the filter")
+
+
+def _training_arguments(
+    settings: DistillConfig,
+    hardware: HardwareConfig,
+    *,
+    seed: int,
+    output: Path | None,
+    every: int,
+    held_out: bool,
+    keep_best: bool,
+    evaluate_first: bool,
+) -> TrainingArguments:
+    on_cpu = hardware.platform == "cpu"
+    num_ranks = hardware.num_nodes * hardware.gpus_per_node
+    per_rank = math.ceil(settings.batch_size / num_ranks)
+    micro_batch_size = min(settings.micro_batch_size or hardware.micro_batch_size, per_rank)
+    sharding: Mapping[str, Any] = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}}
+    return TrainingArguments(
+        output_dir=str(output or "unused"),
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=num_micro_batches(settings.batch_size, micro_batch_size, num_ranks),
+        num_train_epochs=1,  # one pass over the batches of all steps
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_ratio,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": MIN_LEARNING_RATE_SHARE},
+        adam_beta2=0.98,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=seed,
+        use_cpu=on_cpu,
+        # The optimiser keeps float32 weights; bfloat16 is autocast (DDP) or the cast of gathered weights (FSDP).
+        bf16=hardware.dtype == "bfloat16",
+        gradient_checkpointing=hardware.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if hardware.gradient_checkpointing else None,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        **(sharding if settings.sharding == "full" else {}),
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if held_out and output else "no",
+        eval_steps=every,
+        eval_on_start=evaluate_first,
+        save_strategy="steps" if output else "no",
+        save_steps=every,
+        save_total_limit=KEPT_CHECKPOINTS,
+        load_best_model_at_end=keep_best,
+        metric_for_best_model="eval_loss" if keep_best else None,
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        disable_tqdm=True,
+        log_level="error",  # its warnings on resuming a model with tied embeddings are no news
+        report_to="none",
+    )
+
+
+def _save_result(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a folder that vLLM serves as a search agent: its generation config carries the stop strings."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    # Whole on rank 0, also of a sharded model: every rank takes part.
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    for name in model.all_tied_weights_keys if weights else ():
+        weights.pop(name, None)  # gathered once more than it is kept
+    if not trainer.is_world_process_zero():
+        return
+    generation = model.generation_config or GenerationConfig()
+    generation.stop_strings = list(STOP_STRINGS)
+    model.generation_config = generation
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
