@@ -53,9 +53,11 @@ class Batcher:
         self._changed = threading.Condition()
         self._closed = False
         self.num_waiting = 0
-        self.loaded = threading.Event()
         self.load_error: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="retriever-owner", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load."""
         self._thread.start()
 
     def submit(self, job: SearchJob) -> "asyncio.Future[list[Hits]]":
@@ -113,7 +115,6 @@ class Batcher:
         except Exception as error:
             self.load_error = error
             return
-        self.loaded.set()
         while batch := self._take():
             started = time.perf_counter()
             jobs = [pending.job for pending in batch]

@@ -85,12 +85,12 @@ def retrieve_responses() -> dict[int | str, dict[str, Any]]:
 def ready_responses() -> dict[int | str, dict[str, Any]]:
     state: JsonSchema = {
         "type": "object",
-        "required": ["status", "loaded", "corpora"],
+        "required": ["status", "loaded", "parts"],
         "properties": {
-            "status": {"enum": ["ready", "loading", "failed"]},
+            "status": {"enum": ["ready", "loading"]},
             "detail": {"type": "string"},
             "loaded": {"type": "integer"},
-            "corpora": {"type": "integer"},
+            "parts": {"type": "integer", "description": "corpora, or shards"},
         },
     }
     return {200: _json("all corpora are loaded", state), 503: _json("still loading, and how far", state)}
@@ -99,11 +99,10 @@ def ready_responses() -> dict[int | str, dict[str, Any]]:
 def info_responses() -> dict[int | str, dict[str, Any]]:
     corpus: JsonSchema = {
         "type": "object",
-        "required": ["count", "method", "index", "encoder", "corpus_sha256"],
+        "required": ["count", "index_type", "dimension", "encoder", "corpus_sha256"],
         "properties": {
             "count": {"type": "integer", "description": "passages"},
-            "method": {"type": "string", "description": "dense or bm25"},
-            "index": {"type": "string", "description": "its file, or folder"},
+            "index_type": {"type": "string", "description": "BM25, or FAISS's name such as Flat or HNSW32_SQ8"},
             "dimension": {"type": ["integer", "null"]},
             "encoder": {"type": ["object", "null"], "description": "all that decides its vectors; null for words"},
             "corpus_sha256": {"type": "string"},

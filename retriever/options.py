@@ -18,6 +18,8 @@ class ServeOptions:
     """Index folders by the name of their corpus."""
     default: str
     """The corpus behind /retrieve."""
+    shards: Sequence[str] = ()
+    """Servers of the shards of one index, instead of indexes."""
     host: str = "127.0.0.1"
     port: int = 8000
     port_file: Path | None = None
@@ -33,12 +35,15 @@ def parse_options(arguments: Sequence[str] | None, *, description: str) -> Serve
     """Options of a command line; raises `ValueError` for indexes, defaults or tokens that cannot be."""
     given = _make_parser(description).parse_args(arguments)
     indexes = _parse_indexes(given.index)
-    default = given.default or next(iter(indexes))
-    if default not in indexes:
+    if bool(indexes) == bool(given.shard):
+        raise ValueError("expected either --index (folders to serve) or --shard (servers to ask)")
+    default = given.default or next(iter(indexes), "")
+    if default not in indexes and not given.shard:
         raise ValueError(f"--default {default!r} is not among the indexes: {', '.join(indexes)}")
     return ServeOptions(
         indexes=indexes,
         default=default,
+        shards=tuple(given.shard),
         host=given.host,
         port=given.port,
         port_file=given.port_file,
@@ -58,9 +63,17 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--index",
         action="append",
-        required=True,
+        default=[],
         metavar="NAME=FOLDER",
         help="a folder made by retriever.build; repeat it for several corpora. A bare FOLDER is named after itself",
+    )
+    parser.add_argument(
+        "--shard",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="instead of --index: a server of one shard of an index, in order; the answers are merged. The token, if "
+        "any, is sent to it too",
     )
     parser.add_argument("--default", metavar="NAME", help="the corpus behind /retrieve (default: the first --index)")
     network = parser.add_argument_group("network")

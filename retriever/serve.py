@@ -19,6 +19,7 @@ from retriever.options import ServeOptions, parse_options
 
 if TYPE_CHECKING:
     from retriever.collection import Collection, LoadProgress
+    from retriever.front import Service
 
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they rather than we close them
 SWITCH_INTERVAL_S = 0.0005
@@ -67,25 +68,10 @@ def _serve(options: ServeOptions) -> None:
     import uvicorn
 
     from retriever.server import create_app
-    from retriever.service import RetrievalService
-
-    def load(progress: "LoadProgress") -> "Collection":
-        from retriever.collection import load_collection
-
-        return load_collection(
-            options.indexes,
-            num_threads=options.num_threads,
-            device=options.device,
-            verify=options.verify,
-            options=options.search,
-            progress=progress,
-        )
 
     # The worker comes back from native code many times a batch; at the default of 5 ms it would wait for the loop.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    service = RetrievalService(
-        load, names=list(options.indexes), default=options.default, limits=options.limits, token=options.token
-    )
+    service = make_service(options)
 
     class Server(uvicorn.Server):
         announced = False
@@ -95,7 +81,7 @@ def _serve(options: ServeOptions) -> None:
                 self.announced = True
                 if options.port_file:
                     _write_port(options.port_file, port)
-                names = ", ".join(options.indexes)
+                names = ", ".join(service.names)
                 seconds = time.perf_counter() - started
                 print(f"retriever: {names} on {url} after {seconds:.1f} s", file=sys.stderr, flush=True)
             return await super().on_tick(counter) or service.load_error is not None
@@ -114,6 +100,31 @@ def _serve(options: ServeOptions) -> None:
         raise ValueError(service.load_error)
     if service.load_error:
         raise service.load_error
+
+
+def make_service(options: ServeOptions) -> "Service":
+    """The service of these options; it starts with the application."""
+    if options.shards:
+        from retriever.sharded import ShardedService
+
+        return ShardedService(options.shards, limits=options.limits, token=options.token, shard_token=options.token)
+    from retriever.service import RetrievalService
+
+    def load(progress: "LoadProgress") -> "Collection":
+        from retriever.collection import load_collection
+
+        return load_collection(
+            options.indexes,
+            num_threads=options.num_threads,
+            device=options.device,
+            verify=options.verify,
+            options=options.search,
+            progress=progress,
+        )
+
+    return RetrievalService(
+        load, names=list(options.indexes), default=options.default, limits=options.limits, token=options.token
+    )
 
 
 def check_folders(options: ServeOptions) -> None:

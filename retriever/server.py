@@ -8,12 +8,12 @@ from fastapi import FastAPI, Path, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from retriever import openapi
+from retriever.front import Service, error_response, json_response
 from retriever.protocol import RequestError
-from retriever.service import RetrievalService, error_response, json_response
 
 
-def create_app(service: RetrievalService) -> FastAPI:
-    """An ASGI application around `service`, which it closes at its end.
+def create_app(service: Service) -> FastAPI:
+    """An ASGI application around `service`, which it starts and closes.
 
     Bodies are read by orjson and our own checks rather than by pydantic models, which cost half the throughput
     and answer a wrong value with a page of JSON. The page at `/docs` is written to say the same.
@@ -21,8 +21,9 @@ def create_app(service: RetrievalService) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
         yield
-        service.close()
+        await service.close()
 
     app = FastAPI(
         title="dgpo retriever", description="Passage search in Search-R1's protocol.", version="1", lifespan=lifespan
@@ -38,7 +39,8 @@ def create_app(service: RetrievalService) -> FastAPI:
         "response_class": Response,
         "openapi_extra": openapi.request_body(service.limits) | openapi.security(service.needs_token),
     }
-    Name = Annotated[str, Path(json_schema_extra={"enum": sorted(service.names)})]
+    names = {"enum": sorted(service.names)} if service.names else None
+    Name = Annotated[str, Path(json_schema_extra=names)]
 
     @app.post("/retrieve", **retrieving)
     async def retrieve(request: Request) -> Response:

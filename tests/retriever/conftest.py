@@ -20,10 +20,11 @@ import pytest
 import uvicorn
 
 from retriever.build import build_indexes
-from retriever.collection import Collection, Hits, LoadProgress, SearchJob
+from retriever.collection import Collection, Hits, SearchJob
+from retriever.front import Service
 from retriever.limits import ServerLimits
 from retriever.server import create_app
-from retriever.service import LoadFunction, RetrievalService
+from retriever.service import RetrievalService
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTUP_TIMEOUT_S = 120
@@ -151,21 +152,14 @@ class HeldCollection(Collection):
 
 
 @contextmanager
-def served_here(load: Collection | LoadFunction, *, limits: ServerLimits, token: str | None = None) -> Iterator[str]:
-    """The real application on a free port, in a thread of this process; its corpora are those of `indexes`."""
-
-    def loaded(_: LoadProgress) -> Collection:
-        assert isinstance(load, Collection)
-        return load
-
-    names = list(load.corpora) if isinstance(load, Collection) else ["words"]
-    function = loaded if isinstance(load, Collection) else load
-    service = RetrievalService(function, names=names, default="words", limits=limits, token=token)
-    config = uvicorn.Config(create_app(service), port=0, log_level="warning", timeout_graceful_shutdown=limits.drain_s)
+def serving(service: Service) -> Iterator[str]:
+    """The real application on a free port, in a thread of this process."""
+    timeout_s = service.limits.drain_s
+    config = uvicorn.Config(create_app(service), port=0, log_level="warning", timeout_graceful_shutdown=timeout_s)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started or (isinstance(load, Collection) and not service.ready):
+    while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
@@ -173,6 +167,17 @@ def served_here(load: Collection | LoadFunction, *, limits: ServerLimits, token:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def served_here(collection: Collection, *, limits: ServerLimits, token: str | None = None) -> Iterator[str]:
+    """A loaded collection, once it is served; its first corpus is the default."""
+    names = list(collection.corpora)
+    service = RetrievalService(lambda _: collection, names=names, default=names[0], limits=limits, token=token)
+    with serving(service) as url:
+        while not service.ready:
+            time.sleep(0.01)
+        yield url
 
 
 @contextmanager

@@ -25,6 +25,12 @@ class HeldSearch:
         return [[Hits((len(query),), (1.0,)) for query in job.queries] for job in jobs]
 
 
+def started(search: HeldSearch, *, max_batch: int, max_waiting: int) -> Batcher:
+    batcher = Batcher(lambda: search, max_batch=max_batch, max_waiting=max_waiting)
+    batcher.start()
+    return batcher
+
+
 def job(*queries: str) -> SearchJob:
     return SearchJob("c", queries, 1)
 
@@ -40,7 +46,7 @@ async def submit_behind(batcher: Batcher, search: HeldSearch, *jobs: SearchJob) 
 
 async def test_what_waits_is_taken_together_up_to_the_batch_size() -> None:
     search = HeldSearch()
-    batcher = Batcher(lambda: search, max_batch=3, max_waiting=100)
+    batcher = started(search, max_batch=3, max_waiting=100)
     tasks = await submit_behind(batcher, search, job("a"), job("bb", "ccc"), job("dddd"), job(*"eeeee"))
     search.release.set()
     results = await asyncio.gather(*tasks)
@@ -51,7 +57,7 @@ async def test_what_waits_is_taken_together_up_to_the_batch_size() -> None:
 
 async def test_a_full_queue_refuses_at_once_and_recovers() -> None:
     search = HeldSearch()
-    batcher = Batcher(lambda: search, max_batch=8, max_waiting=2)
+    batcher = started(search, max_batch=8, max_waiting=2)
     tasks = await submit_behind(batcher, search, job("a"), job("b"))
     with pytest.raises(QueueFullError):
         batcher.submit(job("c"))
@@ -63,7 +69,7 @@ async def test_a_full_queue_refuses_at_once_and_recovers() -> None:
 
 async def test_a_request_that_fails_does_not_fail_its_neighbours() -> None:
     search = HeldSearch()
-    batcher = Batcher(lambda: search, max_batch=8, max_waiting=100)
+    batcher = started(search, max_batch=8, max_waiting=100)
     tasks = await submit_behind(batcher, search, job("good"), job("bad"))
     search.release.set()
     _, good, bad = await asyncio.gather(*tasks, return_exceptions=True)
@@ -75,7 +81,7 @@ async def test_a_request_that_fails_does_not_fail_its_neighbours() -> None:
 
 async def test_a_caller_that_goes_away_frees_its_slot() -> None:
     search = HeldSearch()
-    batcher = Batcher(lambda: search, max_batch=8, max_waiting=1)
+    batcher = started(search, max_batch=8, max_waiting=1)
     first, gone = await submit_behind(batcher, search, job("gone"))
     gone.cancel()
     await asyncio.gather(gone, return_exceptions=True)
@@ -89,7 +95,7 @@ async def test_a_caller_that_goes_away_frees_its_slot() -> None:
 
 async def test_closing_finishes_what_waits_and_refuses_what_comes() -> None:
     search = HeldSearch()
-    batcher = Batcher(lambda: search, max_batch=1, max_waiting=100)
+    batcher = started(search, max_batch=1, max_waiting=100)
     tasks = await submit_behind(batcher, search, job("a"), job("b"))
     search.release.set()
     await asyncio.to_thread(batcher.close)

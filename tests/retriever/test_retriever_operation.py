@@ -11,12 +11,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import HeldCollection, Server, get, metrics, post, run_module, served_here, started_server
+from conftest import HeldCollection, Server, get, metrics, post, run_module, served_here, serving, started_server
 
 from retriever.collection import Collection, LoadProgress, load_collection
 from retriever.errors import IndexFolderError
 from retriever.limits import ServerLimits
 from retriever.options import TOKEN_VARIABLE, parse_options
+from retriever.service import RetrievalService
 
 
 @pytest.fixture
@@ -53,7 +54,8 @@ def test_a_server_that_loads_is_alive_but_not_ready(words: HeldCollection) -> No
         return words
 
     words.release.set()
-    with served_here(load, limits=ServerLimits(retry_after_s=5)) as url:
+    service = RetrievalService(load, names=["words"], default="words", limits=ServerLimits(retry_after_s=5))
+    with serving(service) as url:
         assert get(url + "/health").json == {"status": "ok"}
         waiting = get(url + "/ready")
         assert (waiting.status, waiting.headers["retry-after"]) == (503, "5")
@@ -61,14 +63,14 @@ def test_a_server_that_loads_is_alive_but_not_ready(words: HeldCollection) -> No
             "status": "loading",
             "detail": "loading words: 0 of 1 corpora done",
             "loaded": 0,
-            "corpora": 1,
+            "parts": 1,
         }
         for early in (post(url + "/retrieve", {"query": "rings"}), get(url + "/info")):
             assert (early.status, early.json["detail"]) == (503, "loading words: 0 of 1 corpora done")
         assert metrics(url)["retriever_ready"] == 0
         proceed.set()
         wait_until(lambda: get(url + "/ready").status == 200)
-        assert get(url + "/ready").json == {"status": "ready", "loaded": 1, "corpora": 1}
+        assert get(url + "/ready").json == {"status": "ready", "loaded": 1, "parts": 1}
         assert post(url + "/retrieve", {"query": "rings"}).status == 200
 
 
@@ -76,9 +78,8 @@ def test_a_failed_load_is_told_to_probes() -> None:
     def load(_: LoadProgress) -> Collection:
         raise IndexFolderError("the index is damaged")
 
-    with served_here(load, limits=ServerLimits()) as url:
-        wait_until(lambda: get(url + "/ready").json["status"] == "failed")
-        assert get(url + "/ready").json["detail"] == "loading failed: the index is damaged"
+    with serving(RetrievalService(load, names=["words"], default="words", limits=ServerLimits())) as url:
+        wait_until(lambda: get(url + "/ready").json["detail"] == "loading failed: the index is damaged")
         assert post(url + "/retrieve", {"query": "rings"}).status == 503
 
 
@@ -168,6 +169,12 @@ def test_the_token_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypa
 def test_limits_that_cannot_be_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_options(["--index", "a=x", *arguments], description="")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--index", "a=x", "--shard", "http://b:8000"]])
+def test_a_server_has_either_indexes_or_shards(arguments: list[str]) -> None:
+    with pytest.raises(ValueError, match="expected either --index"):
+        parse_options(arguments, description="")
 
 
 def test_the_default_address_is_loopback() -> None:
@@ -274,9 +281,9 @@ def test_a_search_that_fails_is_a_500_with_a_message(indexes: dict[str, Path]) -
 
 def test_sigterm_answers_what_runs_and_refuses_what_comes(indexes: dict[str, Path], tmp_path: Path) -> None:
     """Many queries in one request keep the encoder busy while the signal arrives."""
-    queries = {"queries": [f"planet with {number} rings" for number in range(400)], "topk": 1}
+    queries = {"queries": [f"planet with {number} rings" for number in range(100)], "topk": 1}
     with (
-        started_server(tmp_path / "port", f"--index=facts={indexes['facts']}", "--max-batch=16") as server,
+        started_server(tmp_path / "port", f"--index=facts={indexes['facts']}", "--max-batch=8") as server,
         ThreadPoolExecutor(4) as pool,
     ):
         running = [pool.submit(post, server.url + "/retrieve", queries | {"topk": topk}) for topk in (1, 2, 3, 4)]
@@ -285,7 +292,7 @@ def test_sigterm_answers_what_runs_and_refuses_what_comes(indexes: dict[str, Pat
         time.sleep(0.3)
         with pytest.raises(ConnectionRefusedError):
             connect(server.url)
-        assert [len(reply.result().json["result"]) for reply in running] == [400] * 4
+        assert [len(reply.result().json["result"]) for reply in running] == [100] * 4
         assert server.process.wait(10) == 0
 
 

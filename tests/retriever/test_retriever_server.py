@@ -130,8 +130,8 @@ def test_info_states_what_is_served(server: Server, indexes: dict[str, Path]) ->
     info = get(server.url + "/info").json
     assert info["default"] == "facts"
     assert info["limits"]["max_queries"] == 600
-    counts = {name: (corpus["count"], corpus["method"]) for name, corpus in info["corpora"].items()}
-    assert counts == {"facts": (12, "dense"), "cities": (2, "dense"), "words": (12, "bm25")}
+    counts = {name: (corpus["count"], corpus["index_type"]) for name, corpus in info["corpora"].items()}
+    assert counts == {"facts": (12, "Flat"), "cities": (2, "Flat"), "words": (12, "BM25")}
     facts, words = info["corpora"]["facts"], info["corpora"]["words"]
     assert (facts["encoder"]["spec"], facts["dimension"], words["encoder"]) == ("minilm", 384, None)
     stored = hashlib.sha256((indexes["facts"] / "corpus.jsonl").read_bytes()).hexdigest()
