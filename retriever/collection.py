@@ -14,7 +14,7 @@ from retriever.corpus import Corpus, read_offsets, scan_offsets, write_offsets
 from retriever.encoder_config import EncoderConfig
 from retriever.encoders import Encoder, load_encoder
 from retriever.errors import IndexFolderError
-from retriever.faiss_file import ROW_DTYPES, map_rows, read_header
+from retriever.faiss_file import ROW_DTYPES, read_header
 from retriever.index import DenseIndex, SearchIndex
 from retriever.manifest import (
     CORPUS_FILE,
@@ -26,7 +26,7 @@ from retriever.manifest import (
     read_manifest,
 )
 from retriever.rerank import RerankedIndex, Reranker
-from retriever.scan import NO_ROW, make_scan
+from retriever.scan import NO_ROW, open_scan
 from retriever.search_options import SearchOptions
 
 logger = logging.getLogger(__name__)
@@ -180,17 +180,15 @@ def open_dense(
     folder: Path, manifest: Manifest, encoder: Encoder, options: SearchOptions, *, device: str, num_threads: int
 ) -> DenseIndex:
     """The index of a dense folder whose files were checked; exact rows, where it has them, score the best again."""
-    path, index_type = folder / manifest.index, manifest.index_type
-    rows = map_rows(path, index_type) if index_type in ROW_DTYPES else None
-    scan = make_scan(
-        path,
-        index_type,
-        rows,
+    exact = manifest.index_type in ROW_DTYPES
+    scan, rows = open_scan(
+        folder / manifest.index,
+        manifest.index_type,
         engine=options.engine,
         device=device,
         scan_dtype=options.scan_dtype,
         num_threads=num_threads,
-        search_params=(manifest.search_params if rows is not None else options.search_params or manifest.search_params),
+        search_params="" if exact else options.search_params or manifest.search_params,
     )
     return DenseIndex(scan, encoder, num_rows=manifest.num_passages, rows=rows, num_candidates=options.num_candidates)
 

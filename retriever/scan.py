@@ -11,7 +11,7 @@ import numpy as np
 
 from retriever.encoder_config import has_native_bfloat16
 from retriever.errors import IndexFolderError
-from retriever.faiss_file import ROW_DTYPES, faiss_reason, set_search_params
+from retriever.faiss_file import ROW_DTYPES, faiss_reason, map_rows, set_search_params
 from retriever.search_options import Engine, ScanDtype
 
 NO_ROW = -1
@@ -57,8 +57,22 @@ class FaissScan:
             raise IndexFolderError(
                 f"{path} cannot be read as a FAISS index ({faiss_reason(error)}); build it again"
             ) from None
+        self._mapped, self._dtype = index, ROW_DTYPES.get(index_type)
         self._index = _on_gpu(index, path) if gpu else index
         set_search_params(self._index, search_params)
+
+    def rows(self) -> np.ndarray | None:
+        """The rows `[num_rows, dimension]` of a Flat or SQfp16 index, None of other kinds.
+
+        They lie in FAISS's own memory map, which lives as long as this scan.
+        """
+        import faiss
+
+        if self._dtype is None:
+            return None
+        index: Any = self._mapped
+        codes = faiss.rev_swig_ptr(index.codes.data(), index.codes.size())
+        return codes.view(self._dtype).reshape(index.ntotal, index.d)
 
     def candidates(self, vectors: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
         scores, rows = self._index.search(np.ascontiguousarray(vectors, dtype=np.float32), num)
@@ -92,7 +106,8 @@ class TorchScan:
         for start in range(0, len(rows), COPY_ROWS):
             block = _as_tensor(rows[start : start + COPY_ROWS])
             self._rows[start : start + COPY_ROWS] = (block.to(self._device).float() - mean).to(self._dtype)
-            release_pages(rows)
+            advise(rows, mmap.MADV_DONTNEED)  # the file's pages stay in the kernel's cache, if there is room
+        advise(rows, mmap.MADV_RANDOM)  # from now on only rows that are scored again are read
 
     def candidates(self, vectors: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
         import torch
@@ -142,39 +157,43 @@ def best_of(scores: Any, num: int) -> tuple[Any, Any]:
     return best, columns.gather(1, order)
 
 
-def make_scan(
+def open_scan(
     path: Path,
     index_type: str,
-    rows: np.ndarray | None,
     *,
-    engine: Engine,
-    device: str,
-    scan_dtype: ScanDtype,
-    num_threads: int,
-    search_params: str,
-) -> Scan:
-    """The scan of an index file; raises `IndexFolderError` when `engine` cannot search its type."""
+    engine: Engine = "auto",
+    device: str = "cpu",
+    scan_dtype: ScanDtype = "auto",
+    num_threads: int = 1,
+    search_params: str = "",
+) -> tuple[Scan, np.ndarray | None]:
+    """The scan of an index file, and the file's exact rows (memory-mapped) where it has them.
+
+    Raises `IndexFolderError` when `engine` cannot search this type.
+    """
     if engine == "auto":
         engine = "torch" if device != "cpu" and index_type in ROW_DTYPES else "faiss"
     if engine != "torch":
-        return FaissScan(
+        scan = FaissScan(
             path, index_type, num_threads=num_threads, gpu=engine == "faiss-gpu", search_params=search_params
         )
-    if rows is None:
+        return scan, scan.rows()
+    if index_type not in ROW_DTYPES:
         raise IndexFolderError(
             f"{path} is a {index_type} index, which the torch engine cannot scan; expected {' or '.join(ROW_DTYPES)}: "
             "use --engine faiss, or make one with python -m retriever.convert --to SQfp16"
         )
-    return TorchScan(rows, device=device, dtype=scan_dtype)
+    rows = map_rows(path, index_type)
+    return TorchScan(rows, device=device, dtype=scan_dtype), rows
 
 
-def release_pages(rows: np.ndarray) -> None:
-    """Let go of the pages of memory-mapped rows; they come back from the file when they are read again."""
+def advise(rows: np.ndarray, advice: int) -> None:
+    """Tell the kernel how memory-mapped rows are used next (`mmap.MADV_..`); nothing for rows in plain memory."""
     base: Any = rows
     while base is not None and not isinstance(base, mmap.mmap):
         base = base.base if isinstance(base, np.ndarray) else None
     if base is not None:
-        base.madvise(mmap.MADV_DONTNEED)
+        base.madvise(advice)
 
 
 def _as_tensor(rows: np.ndarray) -> Any:

@@ -68,11 +68,15 @@ def least_ms(ask: Callable[[Any], object], queries: Any, size: int) -> float:
     return min(cpu_ms(lambda batch=batch: ask(batch)) / len(batch) for batch in batches)
 
 
+class NoEncoder:
+    """Never asked: the queries are vectors."""
+
+
 def measure(path: Path, index_type: str, choices: dict[str, Any], rows: np.ndarray, queries: np.ndarray) -> dict:
     """Size, build and search of one setting; recall against numpy's product."""
-    from retriever.faiss_file import ROW_DTYPES, map_rows, write_index
+    from retriever.faiss_file import write_index
     from retriever.index import DenseIndex
-    from retriever.scan import make_scan
+    from retriever.scan import open_scan
 
     build_ms = float("nan")
     if not path.exists():
@@ -81,14 +85,12 @@ def measure(path: Path, index_type: str, choices: dict[str, Any], rows: np.ndarr
                 path, index_type, lambda start, end: rows[start:end], num_rows=len(rows), dimension=rows.shape[1]
             )
         )
-    mapped = map_rows(path, index_type) if index_type in ROW_DTYPES else None
-    settings = {"device": "cpu", "scan_dtype": "auto", "num_threads": 1, "search_params": ""} | choices
-    index = DenseIndex(make_scan(path, index_type, mapped, **settings), None, num_rows=len(rows), rows=mapped)
+    scan, stored = open_scan(path, index_type, **choices)
+    index = DenseIndex(scan, NoEncoder(), num_rows=len(rows), rows=stored)
 
     def search(batch: np.ndarray) -> np.ndarray:
         return index.search([""] * len(batch), TOPK, query_vectors=batch)[0]
 
-    index.encoder = object()  # never asked: the queries are vectors
     found = search(queries)
     row = {"MB": path.stat().st_size / 1e6, "build ms/row": build_ms / len(rows)}
     row |= {f"batch {size}": least_ms(search, queries, size) for size in BATCH_SIZES}

@@ -12,7 +12,7 @@ from retriever.bm25 import BM25Index
 from retriever.errors import IndexFolderError
 from retriever.faiss_file import make_index, map_rows, row_reader, write_index
 from retriever.index import DenseIndex
-from retriever.scan import BLAS_THRESHOLD, NO_ROW, FaissScan, TorchScan, best_of, make_scan, release_pages
+from retriever.scan import BLAS_THRESHOLD, NO_ROW, FaissScan, TorchScan, advise, best_of, open_scan
 
 DIMENSION = 64
 
@@ -42,9 +42,7 @@ def write(path: Path, vectors: np.ndarray, index_type: str = "Flat", search_para
 
 
 def open_index(path: Path, index_type: str = "Flat", **settings) -> DenseIndex:
-    rows = map_rows(path, index_type) if index_type in ("Flat", "SQfp16") else None
-    given = {"engine": "faiss", "device": "cpu", "scan_dtype": "auto", "num_threads": 1, "search_params": ""}
-    scan = make_scan(path, index_type, rows, **(given | settings))
+    scan, rows = open_scan(path, index_type, **({"engine": "faiss"} | settings))
     return DenseIndex(scan, WordHashEncoder(), num_rows=faiss.read_index(str(path)).ntotal, rows=rows)
 
 
@@ -164,8 +162,10 @@ def test_rows_of_a_file_are_read_mapped_and_unmapped(tmp_path: Path, index_type:
     read = row_reader(path, index_type)(30, 50)
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read, rows[30:50].astype(np.float32))
-    release_pages(rows)
+    advise(rows, mmap.MADV_DONTNEED)
     np.testing.assert_array_equal(read, rows[30:50].astype(np.float32))
+    scan = FaissScan(path, index_type)
+    np.testing.assert_array_equal(scan.rows(), rows)
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(IndexFolderError, match=f"expected a {index_type} index of 100 rows of 64 dimensions.*cut off"):
         map_rows(path, index_type)
@@ -186,9 +186,10 @@ def test_an_index_of_distances_is_refused(tmp_path: Path) -> None:
         ("SQ8", "", 0.95),
         ("HNSW32", "efSearch=64", 0.95),
         ("HNSW32_SQ8", "efSearch=64", 0.9),
+        ("HNSW32_SQ8,Refine(SQfp16)", "efSearch=64", 0.99),
         ("IVF16,Flat", "nprobe=16", 1.0),
         ("IVF16,SQ8", "nprobe=16", 0.95),
-        ("IVF16,PQ32x4", "nprobe=16", 0.3),
+        ("IVF16,PQ8x4", "nprobe=16", 0.1),
         ("PCA48,IVF16,SQ8", "nprobe=16", 0.3),
     ],
 )
