@@ -292,6 +292,8 @@ class TrainConfig:
     save_every: int = 50
     keep_checkpoints: int = 2
     validate_every: int = 200
+    log_episodes_every: int | None = 20  # steps between samples for train/episodes (docs/report.md); None: never
+    num_logged_episodes: int = 8  # in a sample
     generation_concurrency: int | None = None  # episodes in flight; 1 makes a CPU run repeatable to the last bit
     loggers: list[str] = field(default_factory=lambda: ["console"])  # veRL's names; metrics.jsonl is always written
 

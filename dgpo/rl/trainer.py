@@ -28,6 +28,8 @@ from dgpo.algorithms.selective_kl import compute_gate, selective_kl_advantages, 
 from dgpo.artifacts import atomic_write_text
 from dgpo.config.schema import StabilityConfig
 from dgpo.rl.alarms import report_alarms
+from dgpo.rl.episode_log import FIELDS as LOGGED_FIELDS
+from dgpo.rl.episode_log import EpisodeLog
 from dgpo.rl.guards import FROM_TRAINED_WEIGHTS, SOURCES, check_finite
 from dgpo.rl.metrics import choose_monitored, episode_metrics, log_prob_disagreement, sampled_kl, teacher_kl_metrics
 from dgpo.rl.rollback import keep_last_good
@@ -186,9 +188,27 @@ class DGPOTrainer(PPOTrainerSync):
             data.batch["advantages"] = selective_kl_advantages(data.batch["advantages"], **teacher)
         made = ("token_level_rewards", "advantages", "returns")
         self._check_finite(data, batch.keys, {name: data.batch[name] for name in made})
+        self._log_episodes(batch)
         output = {name: response_to_nested(data.batch[name], response_mask) for name in made}
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch))
+        )
+
+    def _log_episodes(self, batch: KVBatchMeta) -> None:
+        log = EpisodeLog(
+            self.metrics_path.parent,
+            self.tokenizer,
+            every=self.term.log_episodes_every,
+            num_episodes=self.term.num_logged_episodes,
+        )
+        log.write(
+            self.global_steps,
+            batch.keys,
+            scores=self.scores,
+            teacher_log_probs=self.teacher_log_probs,
+            fetch=lambda keys: tq.kv_batch_get(
+                keys=keys, partition_id=batch.partition_id, select_fields=list(LOGGED_FIELDS)
+            ),
         )
 
     def _estimate_advantages(self, batch: KVBatchMeta, data: DataProto) -> None:

@@ -255,5 +255,7 @@ def _teacher(config: Config) -> dict[str, Any]:
         "rollbacks_left": config.train.stability.max_rollbacks - num_rollbacks(Path(config.run_dir) / "train"),
         "replay_poll_s": config.hardware.replay_poll_s,
         "max_failed_share": config.retriever.max_failed_share,
+        "log_episodes_every": config.train.log_episodes_every,
+        "num_logged_episodes": config.train.num_logged_episodes,
         "metrics_path": str((Path(config.run_dir) / "train" / "metrics.jsonl").resolve()),
     }

@@ -52,6 +52,24 @@ def test_a_few_steps_of_the_exact_form(straight_run: Path):
     assert sum(record["episode/num_searches"] for record in metrics) > 0
 
 
+def test_a_sample_of_the_episodes_is_logged_with_both_log_probs(straight_run: Path):
+    lines = (straight_run / "episodes" / "step_1.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert 0 < len(records) <= 8
+    assert not (straight_run / "episodes" / "step_2.jsonl").exists()
+    assert (straight_run / "episodes" / "tokenizer.json").exists()
+    for record in records:
+        length = len(record["response_ids"])
+        assert len(record["response_mask"]) == len(record["student_log_probs"]) == length
+        assert record["question"]
+        assert record["golds"]
+        if record["teacher_log_probs"] is not None:  # in the exact form, of monitored correct episodes
+            assert record["em"] == 1.0
+            assert len(record["teacher_log_probs"]) == length
+    first = read_metrics(straight_run / "metrics.jsonl")[0]
+    assert any(record["teacher_log_probs"] for record in records) == (first["teacher/num_scored"] > 0)
+
+
 def test_trained_tokens_are_the_sampled_ones(straight_run: Path):
     """The trainer's log-probs of the batch are vLLM's of what it sampled: same ids, same positions, same weights."""
     for record in read_metrics(straight_run / "metrics.jsonl"):
