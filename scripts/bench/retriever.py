@@ -14,16 +14,11 @@ import itertools
 import json
 import random
 import shlex
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,9 +30,9 @@ import uvloop
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from retriever_data import StubEncoder, load_bench_encoder, make, query_text, vector_file
 from retriever_load import LoadResult, http_request, run_load
+from retriever_servers import Target, started
 
 HERE = Path(__file__).resolve().parent
-START_TIMEOUT_S = 180
 TOPK = 3
 SERVER_ARGS = "--engine torch"
 NUM_CHECKED = 256  # answers per turn that are compared with exact search
@@ -60,13 +55,6 @@ LOADS = (
     Load("64x1-minilm", "minilm", 64, 1),
     Load("64x1-minilm-repeated", "minilm", 64, 1, 0.5, ("cached", "ours")),
 )
-
-
-@dataclass(frozen=True)
-class Target:
-    name: str
-    url: str
-    pid: int | None
 
 
 @dataclass(frozen=True)
@@ -149,30 +137,6 @@ class Judge:
         return sum(found) / (TOPK * len(pairs))
 
 
-@contextmanager
-def started(name: str, command: Sequence[str], probe: str, log: Path) -> Iterator[Target]:
-    """A server process on a free port, once `probe` answers; its log is kept."""
-    port = _free_port()
-    command = [sys.executable, *command, "--port", str(port)]
-    print(f"{name}: python {shlex.join(command[1:])}", file=sys.stderr, flush=True)
-    with open(log, "ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not _answers(url + probe):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{name} did not start; see {log}")
-            time.sleep(0.2)
-        yield Target(name, url, process.pid)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
 def run_turn(load: Load, target: Target, questions: Questions, judge: Judge, options: argparse.Namespace) -> Turn:
     clock = CpuClock(target.pid)
     result = uvloop.run(
@@ -204,18 +168,8 @@ def run_turn(load: Load, target: Target, questions: Questions, judge: Judge, opt
     )
 
 
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
-            return reply.status == 200
-    except OSError:
-        return False
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else float("inf")
 
 
 def start_servers(stack: ExitStack, encoder: str, names: set[str], options: argparse.Namespace) -> list[Target]:
@@ -258,9 +212,9 @@ def print_table(turns: Sequence[Turn], rounds: int) -> None:
             other = [turn for turn in of_load if turn.server == server]
             pairs = list(zip(first, other, strict=True))
             ratios = {
-                "qps": statistics.median(a.qps / b.qps for a, b in pairs),
-                "p99": statistics.median(b.p99_ms / a.p99_ms for a, b in pairs),
-                "cpu": statistics.median(b.cpu_ms / a.cpu_ms for a, b in pairs),
+                "qps": statistics.median(_ratio(a.qps, b.qps) for a, b in pairs),
+                "p99": statistics.median(_ratio(b.p99_ms, a.p99_ms) for a, b in pairs),
+                "cpu": statistics.median(_ratio(b.cpu_ms, a.cpu_ms) for a, b in pairs),
             }
             print(
                 f"{servers[0]} against {server}: {ratios['qps']:.1f} times the throughput, "

@@ -13,6 +13,11 @@ from urllib.parse import urlsplit
 
 import orjson
 
+Requests = Iterator[tuple[tuple[int, ...], bytes]]
+"""Endless (numbers of the queries, bytes of the request)."""
+AnswerObserver = Callable[[tuple[int, ...], int, bytes], None]
+"""Called with query numbers, status (0: the connection broke) and body."""
+
 
 @dataclass
 class LoadResult:
@@ -32,8 +37,8 @@ class LoadResult:
 class _Run:
     """The state that all clients of one run share."""
 
-    def __init__(self, requests: Iterator[tuple[tuple[int, ...], bytes]], *, num_kept: int) -> None:
-        self.requests, self.num_kept = requests, num_kept
+    def __init__(self, requests: Requests, *, num_kept: int, on_answer: AnswerObserver | None, pause_s: float) -> None:
+        self.requests, self.num_kept, self.on_answer, self.pause_s = requests, num_kept, on_answer, pause_s
         self.result = LoadResult()
         self.measuring = self.stopping = False
         self.num_open = 0
@@ -41,6 +46,8 @@ class _Run:
 
     def answered(self, numbers: tuple[int, ...], status: int, body: bytes, sent: float, *, measured: bool) -> None:
         result = self.result
+        if self.on_answer:
+            self.on_answer(numbers, status, body)
         if status != 200:
             result.num_errors += 1
             return
@@ -86,28 +93,32 @@ class _Client(asyncio.Protocol):
             return
         self._waiting = False
         body = bytes(buffer[head_end + 4 : head_end + 4 + length])
-        self._run.answered(self._numbers, int(head[9:12]), body, self._sent, measured=self._measured)
+        status = int(head[9:12])
+        self._run.answered(self._numbers, status, body, self._sent, measured=self._measured)
         buffer.clear()
-        if self._run.stopping:
-            self._transport.close()
-        else:
+        if status == 200:
             self._ask()
+        else:
+            asyncio.get_running_loop().call_later(self._run.pause_s, self._ask)
 
     def _ask(self) -> None:
+        if self._run.stopping:
+            self._transport.close()
+            return
         self._numbers, request = next(self._run.requests)
         self._sent, self._measured, self._waiting = time.perf_counter(), self._run.measuring, True
         self._transport.write(request)
 
 
-def http_request(url: str, queries: list[str], *, topk: int = 3, path: str = "/retrieve") -> bytes:
-    body = orjson.dumps({"queries": queries, "topk": topk, "return_scores": True})
-    head = f"POST {path} HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\nContent-Type: application/json\r\n"
+def http_request(url: str, queries: list[str], *, topk: int = 3, return_scores: bool = True) -> bytes:
+    body = orjson.dumps({"queries": queries, "topk": topk, "return_scores": return_scores})
+    head = f"POST /retrieve HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 async def run_load(
     url: str,
-    requests: Iterator[tuple[tuple[int, ...], bytes]],
+    requests: Requests,
     *,
     num_clients: int,
     warm_up_s: float,
@@ -115,16 +126,18 @@ async def run_load(
     num_kept: int = 256,
     on_start: Callable[[], None] = lambda: None,
     on_end: Callable[[], None] = lambda: None,
+    on_answer: AnswerObserver | None = None,
+    pause_s: float = 0.05,
 ) -> LoadResult:
     """Load `url` with `num_clients` connections, and wait until the last request is answered.
 
     Args:
-        requests: endless (numbers of the queries, bytes of the request).
         num_kept: answers kept for checking.
         on_start, on_end: called where the measured time begins and ends.
+        pause_s: after an answer that is an error.
     """
     loop = asyncio.get_running_loop()
-    run = _Run(requests, num_kept=num_kept)
+    run = _Run(requests, num_kept=num_kept, on_answer=on_answer, pause_s=pause_s)
     address = urlsplit(url)
     run.num_open = num_clients
     for _ in range(num_clients):
