@@ -159,15 +159,18 @@ def _reproduce(overrides: Sequence[str]) -> None:
 
 
 def _play(stage: Callable[[Config], object], config: Config) -> None:
-    """A stage that plays episodes: an outage of the retriever is for its user to mend."""
+    """A stage that plays episodes: an outage of the retriever, or a full disk, is for its user to mend."""
     from dgpo.engines.episode_runner import ResumeMismatchError, SearchOutageError
+    from dgpo.engines.vllm_policy import EngineStartError
 
     try:
         stage(config)
     except ResumeMismatchError as error:
         raise ConfigError(str(error)) from error
-    except SearchOutageError as error:
+    except (SearchOutageError, EngineStartError) as error:
         raise CommandFailedError(str(error)) from error
+    except OSError as error:
+        raise CommandFailedError(f"{error}; when that is mended, repeat the command with resume=true") from error
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
@@ -178,7 +181,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "collect": (_collect, "phase 1a: the teacher plays episodes, the correct ones are kept"),
     "distill": (_distill, "phase 1b: the student learns the kept episodes (cold start)"),
     "train": (_train, "phase 2: PPO with the teacher on failed episodes (DGPO), and its baselines"),
-    "test": (_test, "greedy episodes of checkpoints on test sets: EM, F1, searches, hits, with intervals"),
+    "test": (_test, "episodes of checkpoints on test sets, greedy by default: EM, F1, searches, hits, with intervals"),
     "reproduce": (
         _reproduce,
         "a table of the paper (table=main|ablation|pairs): plans, runs what is missing",

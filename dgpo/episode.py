@@ -123,6 +123,8 @@ async def run_episode(
     corpus: str | None = None,
     seed: int | None = None,
     on_event: Callable[[str, str], None] | None = None,
+    given: str = "",
+    forced: str = "",
 ) -> Trajectory:
     """Plays one question from prompt to end. Token in, token out: sampled ids are kept, never tokenised again.
 
@@ -143,9 +145,13 @@ async def run_episode(
         corpus: the retrieval server's named corpus, None for its default.
         seed: turn t samples with a seed derived from (seed, t); None leaves sampling to the engine.
         on_event: called with ("policy" | "environment", text) as the episode grows.
+        given: text of the environment with which the response begins, such as an observation that no search asked for.
+        forced: the beginning of the first turn, written by the environment too: a policy that must go on with
+            `<answer>`. It is parsed with the turn, and the episode ends after that turn.
 
     Raises:
         EmptyEpisodeError: the first turn has no token, nor has any other.
+        ValueError: `given` leaves no room for a turn.
         GenerationAbortedError: the engine aborted a turn.
         SearchRefusedError: the server will never answer such a search; from the search function.
     """
@@ -155,8 +161,18 @@ async def run_episode(
     num_truncated_turns = 0
     answer: str | None = None
     status: Status = "no_answer"
+    for opening in filter(None, (given, forced)):
+        response.append_observation(tokenizer.encode(opening, add_special_tokens=False))
+        if on_event:
+            on_event("environment", opening)
+    if response.ids and len(response.ids) + limits.min_turn_tokens > limits.max_response_tokens:
+        raise ValueError(
+            f"episode {episode_id!r} is given {len(response.ids)} tokens, which leaves less than episode."
+            f"min_turn_tokens={limits.min_turn_tokens} of max_response_tokens={limits.max_response_tokens}: raise that"
+        )
+    last_turn = 0 if forced else limits.max_turns
 
-    for turn_index in range(limits.max_turns + 1):
+    for turn_index in range(last_turn + 1):
         generation = await policy.generate(
             prompt_ids + response.ids,
             max_tokens=min(limits.max_turn_tokens, limits.max_response_tokens - len(response.ids)),
@@ -169,7 +185,7 @@ async def run_episode(
         start = len(response.ids)
         response.append_turn(generation)
         text = tokenizer.decode(generation.token_ids, skip_special_tokens=False)
-        action = _valid_action(text)
+        action = _valid_action(forced + text)
         turns.append(Turn(start, len(response.ids), action.kind, action.content))
         num_truncated_turns += generation.finish_reason == "length"
         if on_event:
@@ -178,7 +194,7 @@ async def run_episode(
         if action.kind == "answer":
             answer, status = action.content, "answered"
             break
-        if turn_index == limits.max_turns:
+        if turn_index == last_turn:
             break
         if action.kind == "search":
             try:

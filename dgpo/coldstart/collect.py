@@ -5,9 +5,7 @@ python -m dgpo collect pair=qwen3b_05b data.collect_file=data/train.parquet run_
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,8 +16,8 @@ from dgpo.config.checks import check_collect
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.data.rows import read_rows, row_golds
-from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes, play_episodes
-from dgpo.engines.vllm_policy import VllmPolicy
+from dgpo.engines.episode_runner import plan_episodes
+from dgpo.engines.play import load_tokenizer, play_model
 from dgpo.trajectory import Trajectory, write_trajectories
 
 # Not `</answer>`: the teacher's own end token then follows its answer, and the cold start trains the student to end.
@@ -45,9 +43,20 @@ def collect(config: Config) -> Path | None:
         return None
     folder = prepare_run_folder(Path(config.run_dir) / "collect", resume=config.resume)
     (folder / MANIFEST).unlink(missing_ok=True)
-    tokenizer = _load_tokenizer(config)
+    teacher, trusted = config.teacher.path or "", config.teacher.trust_remote_code
+    tokenizer = load_tokenizer(teacher, trust_remote_code=trusted)
     planned = plan_episodes(rows, tokenizer, config=config, samples=config.collect.samples_per_question)
-    trajectories = asyncio.run(_play(config, planned, tokenizer, folder / "trajectories.jsonl"))
+    trajectories = play_model(
+        config,
+        planned,
+        model=teacher,
+        tokenizer=tokenizer,
+        temperature=config.collect.temperature,
+        trust_remote_code=trusted,
+        path=folder / "trajectories.jsonl",
+        name="collect",
+        stop=COLLECT_STOP_STRINGS,
+    )
     golds = {episode.episode_id: row_golds(episode.row) for episode in planned}
     kept, counts = keep_correct(trajectories, golds)
     write_trajectories(folder / "episodes.jsonl", kept)
@@ -61,34 +70,6 @@ def collect(config: Config) -> Path | None:
     )
     _print_table(trajectories, counts)
     return folder
-
-
-def _load_tokenizer(config: Config) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(config.teacher.path, trust_remote_code=config.teacher.trust_remote_code)
-
-
-async def _play(config: Config, planned: list[PlannedEpisode], tokenizer: Any, path: Path) -> list[Trajectory]:
-    policy = VllmPolicy(
-        config.teacher.path or "",
-        hardware=config.hardware,
-        max_model_len=config.episode.max_prompt_tokens + config.episode.max_response_tokens,
-        temperature=config.collect.temperature,
-        seed=config.seed,
-        trust_remote_code=config.teacher.trust_remote_code,
-    )
-    async with policy:
-        return await play_episodes(
-            planned,
-            policy=policy,
-            tokenizer=tokenizer,
-            config=config,
-            path=path,
-            settings={"model": config.teacher.path, "temperature": config.collect.temperature},
-            stop=COLLECT_STOP_STRINGS,
-            name="collect",
-        )
 
 
 def _print_table(trajectories: list[Trajectory], counts: dict[str, int]) -> None:

@@ -6,7 +6,9 @@ yet: what an earlier stage of the experiment will write, and hub models where th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from dgpo.config.model_files import (
 )
 from dgpo.config.schema import Config
 from dgpo.config.stages import STAGES, collection, initial_model, is_planned
-from dgpo.data.rows import DataError, read_rows
+from dgpo.data.benchmarks import BENCHMARKS
+from dgpo.data.rows import DataError, read_rows, row_id
 from dgpo.extensions import ExtensionError, check_search, load_reward
 from dgpo.search import RetrieverUnavailableError, check_health, read_token
 
@@ -46,6 +49,7 @@ CHOICES = {
         "skew_reverse_kl",
     ),
     "distill.sharding": ("none", "full"),
+    "test.compat": ("none", "upstream"),
 }
 POSITIVE = {  # section -> the keys whose values must be above 0
     "hardware": "num_nodes gpus_per_node micro_batch_size",
@@ -55,7 +59,9 @@ POSITIVE = {  # section -> the keys whose values must be above 0
     "distill": "epochs batch_size learning_rate chunk_tokens",
     "train": "num_steps batch_size mini_batch_size samples_per_question temperature actor_learning_rate "
     "critic_learning_rate",
+    "test": "samples upstream_batch_size",
 }
+LOGGERS = ("console", "tensorboard", "wandb")  # of the test
 
 
 def check_collect(config: Config) -> list[str]:
@@ -172,26 +178,82 @@ def check_train(config: Config) -> list[str]:
     return notes
 
 
-def check_test(config: Config) -> list[str]:
-    """What evaluation needs: checkpoints, test sets, lengths, a retriever, a free folder."""
+def check_test(config: Config, stage: str = "test") -> list[str]:
+    """What evaluation (`test`, or `arcap`) needs: checkpoints, test sets, lengths, a retriever, a free folder."""
     notes: list[str] = []
-    _check_values(config, "hardware", "episode")
-    _check_stage_folder(config, "test")
+    _check_values(config, "hardware", "episode", "test")
+    _check_stage_folder(config, stage)
     if not config.test.models:
         raise ConfigError("test.models is empty: name checkpoints, e.g. test.models.dgpo=runs/dgpo/train/model")
     if not config.data.test_files:
         raise ConfigError("data.test_files is empty: name test sets, e.g. data.test_files.nq=data/nq_test.parquet")
-    baseline = config.test.baseline
-    if baseline is not None and baseline not in config.test.models:
-        raise ConfigError(f"test.baseline={baseline}: expected one of test.models, {', '.join(config.test.models)}")
+    _check_test_values(config)
     for name, path in config.test.models.items():
         if _check_model(config, path, key=f"test.models.{name}", notes=notes):
             _check_lengths(config, f"test.models.{name}", path)
     rows: list[dict[str, Any]] = []
-    for name, file in config.data.test_files.items():
-        rows += _check_rows(file, key=f"data.test_files.{name}")
+    for name in config.test.sets or config.data.test_files:
+        rows += _check_test_set(name, config.data.test_files[name])[: config.test.max_questions]
+    if config.test.compat == "upstream" and len(rows) < config.test.upstream_batch_size:
+        raise ConfigError(
+            f"test.compat=upstream drops the last batch when it is not full, and {len(rows)} questions fill none of "
+            f"test.upstream_batch_size={config.test.upstream_batch_size}: lower it"
+        )
     _check_retriever(config, rows)
     return notes
+
+
+def _check_test_values(config: Config) -> None:
+    test = config.test
+    for key, names in (("test.models", test.models), ("data.test_files", config.data.test_files)):
+        for name in names:
+            if not re.fullmatch(r"\w[\w.+-]*", name):
+                raise ConfigError(f"{key}: the name {name!r} becomes a folder: use letters, digits and ._+- only")
+    for name in test.sets or []:
+        if name not in config.data.test_files:
+            raise ConfigError(f"test.sets: unknown set {name!r}: {_near(name, config.data.test_files)}")
+    if test.baseline is not None and test.baseline not in test.models:
+        raise ConfigError(f"test.baseline={test.baseline}: expected one of test.models, {', '.join(test.models)}")
+    for logger in test.loggers:
+        if logger not in LOGGERS:
+            raise ConfigError(f"test.loggers: unknown logger {logger!r}: {_near(logger, LOGGERS)}")
+    if test.max_questions is not None and test.max_questions < 1:
+        raise ConfigError(f"test.max_questions={test.max_questions}: expected at least 1, or null for all")
+    if test.temperature is not None and test.temperature < 0:
+        raise ConfigError(f"test.temperature={test.temperature}: expected 0 (greedy) or more")
+    if test.samples > 1 and test.temperature == 0:
+        raise ConfigError(
+            f"test.samples={test.samples} with test.temperature=0 plays the same episode again: set a temperature above "
+            "0, or leave it out"
+        )
+    if test.compat == "upstream" and (test.samples > 1 or test.temperature not in (None, 1.0)):
+        raise ConfigError(
+            f"test.compat=upstream takes one sample at temperature 1, but test.samples={test.samples} and "
+            f"test.temperature={test.temperature}: leave both out"
+        )
+
+
+def _check_test_set(name: str, file: str) -> list[dict[str, Any]]:
+    """The rows, each with an id of its own, and of the benchmark that the set is named after, if it is one."""
+    key = f"data.test_files.{name}"
+    rows = _check_rows(file, key=key)
+    seen: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        first = seen.setdefault(row_id(row), index)
+        if first != index:
+            raise ConfigError(
+                f"{key}: {file}, rows {first} and {index} have the id {row_id(row)!r}: give each an extra_info.id of "
+                "its own"
+            )
+    sources = {row["data_source"] for row in rows}
+    if name in BENCHMARKS and sources & set(BENCHMARKS) - {name}:
+        raise ConfigError(f"{key}={file}: its rows are of {', '.join(sorted(sources))}: name the set after them")
+    return rows
+
+
+def _near(name: str, choices: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(choices), n=1)
+    return f"{f'did you mean {near[0]}? ' if near else ''}expected some of {', '.join(choices)}"
 
 
 def _check_values(config: Config, *sections: str) -> None:

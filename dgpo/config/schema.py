@@ -300,14 +300,19 @@ class TrainConfig:
 
 @dataclass
 class TestConfig:
-    """Evaluation of checkpoints on held-out questions, greedy by default."""
+    """Evaluation of checkpoints on held-out questions (docs/evaluation.md); `arcap` reads it too."""
 
     __test__ = False  # not a pytest class
 
     models: dict[str, str] = field(default_factory=dict)  # name in the table -> checkpoint
+    sets: list[str] | None = None  # some of data.test_files; None: all of them
     max_questions: int | None = None  # per set
-    temperature: float = 0.0
+    temperature: float | None = None  # None: 0 (greedy); 1 with several samples or compat=upstream
+    samples: int = 1  # episodes of each question
     baseline: str | None = None  # the model against which paired differences are shown
+    compat: str = "none"  # none | upstream: the protocol of the authors' release, faults included
+    upstream_batch_size: int = 256  # of compat=upstream; the last batch is dropped when it is not full
+    loggers: list[str] = field(default_factory=lambda: ["console"])  # console | tensorboard | wandb
 
 
 @dataclass

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,11 +37,24 @@ class ResumeMismatchError(ValueError):
 
 @dataclass(frozen=True)
 class PlannedEpisode:
-    """One episode to play: `episode_id` is unique in its file and decides its seed."""
+    """One episode to play.
+
+    Attributes:
+        episode_id: unique in its file; decides the seed.
+        row: of the question.
+        prompt_ids: [P].
+        question_id: the same for all samples of a question.
+        sample: its number among them.
+        given, forced: how the response begins before the policy writes (`dgpo.episode.run_episode`).
+    """
 
     episode_id: str
     row: Mapping[str, Any]
     prompt_ids: list[int]
+    question_id: str = ""
+    sample: int = 0
+    given: str = ""
+    forced: str = ""
 
     @property
     def corpus(self) -> str | None:
@@ -68,7 +83,7 @@ def plan_episodes(
                 f"episode.max_prompt_tokens={limit}: raise the limit or drop the question"
             )
         ids = [name] if samples == 1 else [f"{name}#{sample}" for sample in range(samples)]
-        planned += [PlannedEpisode(episode_id, row, prompt_ids) for episode_id in ids]
+        planned += [PlannedEpisode(each, row, prompt_ids, name, sample) for sample, each in enumerate(ids)]
     return planned
 
 
@@ -118,6 +133,8 @@ async def play_episodes(
                 stop=stop,
                 corpus=episode.corpus,
                 seed=derive_seed(config.seed, episode.episode_id),
+                given=episode.given,
+                forced=episode.forced,
             )
             finished[episode.episode_id] = trajectory
             progress.advance()
@@ -164,7 +181,7 @@ class _Partial:
             )
         atomic_write_text(self.settings_path, text)
         self._drop_torn_line()
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)  # nothing is left to be written when a disk is full
 
     def _drop_torn_line(self) -> None:
         """A run that was killed in the middle of a write leaves a line without its end."""
@@ -180,8 +197,16 @@ class _Partial:
                 yield Trajectory.from_json(line)
 
     def append(self, trajectory: Trajectory) -> None:
-        self._file.write(trajectory.to_json() + "\n")
-        self._file.flush()
+        """Writes one line, whole or not at all; raises `OSError` with the file's name, on a full disk for example."""
+        data = f"{trajectory.to_json()}\n".encode()
+        size = self._file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def close(self) -> None:
         self._file.close()

@@ -21,6 +21,10 @@ FIXED = "dgpo.engines.die_with_parent.DieWithParent"
 REPLACEABLE = "dgpo.engines.replaceable_weights.ReplaceableWeights"
 
 
+class EngineStartError(RuntimeError):
+    """vLLM does not load the model."""
+
+
 class VllmPolicy:
     """One vLLM engine with one model. Use as `async with VllmPolicy(...) as policy`.
 
@@ -65,7 +69,11 @@ class VllmPolicy:
         await self.stop()
 
     async def start(self) -> None:
-        """Loads the model into a new engine (about 20 s on a CPU). Does nothing when it runs already."""
+        """Loads the model into a new engine (about 20 s on a CPU). Does nothing when it runs already.
+
+        Raises:
+            EngineStartError: vLLM refuses the model, or the settings in `hardware.engine`.
+        """
         if self._engine is not None:
             return
         export_environment(self.hardware)
@@ -77,24 +85,31 @@ class VllmPolicy:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         settings = self.hardware.engine
-        self._engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=self.model_path,
-                dtype=settings.dtype,
-                enforce_eager=settings.enforce_eager,
-                tensor_parallel_size=settings.tensor_parallel_size,
-                gpu_memory_utilization=settings.gpu_memory_utilization,
-                max_num_seqs=settings.max_num_seqs,
-                max_num_batched_tokens=max(settings.max_num_batched_tokens, self.max_model_len),
-                max_model_len=self.max_model_len,
-                enable_chunked_prefill=settings.chunked_prefill,
-                enable_prefix_caching=True,  # every turn of an episode repeats the tokens of the turns before
-                seed=self.seed,
-                disable_log_stats=True,
-                trust_remote_code=self.trust_remote_code,
-                worker_extension_cls=REPLACEABLE if self.replaceable_weights else FIXED,
+        try:
+            self._engine = AsyncLLM.from_engine_args(
+                AsyncEngineArgs(
+                    model=self.model_path,
+                    dtype=settings.dtype,
+                    enforce_eager=settings.enforce_eager,
+                    tensor_parallel_size=settings.tensor_parallel_size,
+                    gpu_memory_utilization=settings.gpu_memory_utilization,
+                    max_num_seqs=settings.max_num_seqs,
+                    max_num_batched_tokens=max(settings.max_num_batched_tokens, self.max_model_len),
+                    max_model_len=self.max_model_len,
+                    enable_chunked_prefill=settings.chunked_prefill,
+                    enable_prefix_caching=True,  # every turn of an episode repeats the tokens of the turns before
+                    seed=self.seed,
+                    disable_log_stats=True,
+                    trust_remote_code=self.trust_remote_code,
+                    worker_extension_cls=REPLACEABLE if self.replaceable_weights else FIXED,
+                )
             )
-        )
+        except Exception as error:  # vLLM raises what its parts raise
+            reason = " ".join(str(error).split())[:500]
+            raise EngineStartError(
+                f"vLLM does not start with {self.model_path} ({type(error).__name__}: {reason}): check that it is a "
+                "complete checkpoint, and hardware.engine"
+            ) from error
 
     async def stop(self) -> None:
         """Ends the engine and waits for its processes; the policy may be started again."""

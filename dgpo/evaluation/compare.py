@@ -20,7 +20,7 @@ from rich.table import Table as RichTable
 
 from dgpo.artifacts import MANIFEST, atomic_write_text
 from dgpo.evaluation.curves import RunCurves, read_curves, read_lines, series
-from dgpo.evaluation.scores import Score, group_by, mean_of_sets
+from dgpo.evaluation.scores import Score, average_samples, group_by, mean_of_sets
 from dgpo.evaluation.summary import read_results
 from dgpo.metrics.intervals import paired_bootstrap
 from dgpo.metrics.mcnemar import mcnemar_exact
@@ -199,7 +199,7 @@ def _tests(a: Path, b: Path) -> Table:
 
 
 def _scores(folder: Path, model: str) -> list[Score]:
-    return read_lines(folder / "test" / model / "scores.jsonl")
+    return average_samples(read_lines(folder / "test" / model / "scores.jsonl"))
 
 
 def match_scores(a: Sequence[Score], b: Sequence[Score]) -> tuple[tuple[list[Score], list[Score]], int]:

@@ -1,11 +1,10 @@
-"""Evaluation: greedy episodes of every checkpoint on every question of every test set.
+"""Evaluation: episodes of every checkpoint on every question of every test set; greedy, all of them, by default.
 
 python -m dgpo test test.models.dgpo=runs/dgpo/train/model data.test_files.nq=data/nq_test.parquet run_dir=runs/dgpo
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,11 @@ from dgpo.config.checks import check_test
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.data.rows import read_rows, row_golds, row_question
-from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes, play_episodes
-from dgpo.engines.vllm_policy import VllmPolicy
-from dgpo.evaluation.scores import Score, compare, score_episode, summarize_model
+from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
+from dgpo.engines.play import load_tokenizer, play_model
+from dgpo.evaluation import upstream
+from dgpo.evaluation.loggers import log_metrics
+from dgpo.evaluation.scores import Score, compare, release_metrics, score_episode, summarize_model
 from dgpo.evaluation.summary import print_results, update_summary
 from dgpo.trajectory import Trajectory
 
@@ -28,7 +29,7 @@ NUM_TRANSCRIPTS = 200
 
 
 def evaluate(config: Config) -> Path | None:
-    """Runs the stage; writes `test/results.json`, and per model its trajectories, scores and transcripts.
+    """Runs the stage; writes `test/results.json`, and per model its trajectories, scores, metrics and transcripts.
 
     Returns:
         The stage's folder, or None for a dry run.
@@ -38,28 +39,53 @@ def evaluate(config: Config) -> Path | None:
         SearchOutageError: the retriever failed too often; `resume=true` continues.
     """
     notes = check_test(config)
-    rows = {name: read_rows(file)[: config.test.max_questions] for name, file in config.data.test_files.items()}
+    rows, num_dropped = tested_rows(config)
     if config.dry_run:
         sizes = ", ".join(f"{name} ({len(group)} questions)" for name, group in rows.items())
-        print("\n".join([f"dry run: {', '.join(config.test.models)} would be tested on {sizes}.", *notes]))
+        samples = f", {config.test.samples} times each" if config.test.samples > 1 else ""
+        print("\n".join([f"dry run: {', '.join(config.test.models)} would be tested on {sizes}{samples}.", *notes]))
         return None
     started = time.perf_counter()
     folder = prepare_run_folder(Path(config.run_dir) / "test", resume=config.resume)
     scores = {name: _evaluate_model(config, name, rows, folder / name) for name in config.test.models}
+    models = {
+        name: {"checkpoint": config.test.models[name], **summarize_model(group)} for name, group in scores.items()
+    }
     results = {
-        "models": {
-            name: {"checkpoint": config.test.models[name], **summarize_model(group)} for name, group in scores.items()
-        },
+        "models": {name: {**model, "metrics": release_metrics(model)} for name, model in models.items()},
         "baseline": config.test.baseline,
         "difference_to_baseline": _compare_all(scores, config.test.baseline),
-        "temperature": config.test.temperature,
+        "protocol": upstream.LABEL if config.test.compat == "upstream" else "ours",
+        "num_dropped": num_dropped,
+        "samples": config.test.samples,
+        "temperature": sampling_temperature(config),
         "max_questions": config.test.max_questions,
         "seed": config.seed,
     }
     atomic_write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     update_summary(Path(config.run_dir), wall_s={"test": round(time.perf_counter() - started, 1)}, seed=config.seed)
-    print_results(results)
+    if "console" in config.test.loggers:
+        print_results(results)
+    log_metrics(config, {name: model["metrics"] for name, model in results["models"].items()}, folder)
     return folder
+
+
+def tested_rows(config: Config) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """The questions by set, and how many the protocol of compat=upstream drops of them."""
+    names = config.test.sets or list(config.data.test_files)
+    rows = {name: read_rows(config.data.test_files[name])[: config.test.max_questions] for name in names}
+    if config.test.compat != "upstream":
+        return rows, 0
+    kept = upstream.drop_incomplete_batch(rows, config.test.upstream_batch_size)
+    return kept, sum(map(len, rows.values())) - sum(map(len, kept.values()))
+
+
+def sampling_temperature(config: Config) -> float:
+    """`test.temperature`, or what it stands for where it is not set: greedy, unless samples are to differ."""
+    test = config.test
+    if test.temperature is not None:
+        return test.temperature
+    return upstream.TEMPERATURE if test.compat == "upstream" or test.samples > 1 else 0.0
 
 
 def _evaluate_model(config: Config, name: str, rows: Mapping[str, Sequence[Any]], folder: Path) -> list[Score]:
@@ -69,22 +95,31 @@ def _evaluate_model(config: Config, name: str, rows: Mapping[str, Sequence[Any]]
         if inputs == _inputs(config, name):
             return [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
         (folder / MANIFEST).unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _load_tokenizer(config, config.test.models[name])
+    checkpoint, trusted = config.test.models[name], config.student.trust_remote_code
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trusted)
     planned = {
-        set_name: plan_episodes(group, tokenizer, config=config, prefix=f"{set_name}/")
+        set_name: plan_episodes(group, tokenizer, config=config, samples=config.test.samples, prefix=f"{set_name}/")
         for set_name, group in rows.items()
     }
-    everything = [episode for group in planned.values() for episode in group]
-    trajectories = asyncio.run(_play(config, name, everything, tokenizer, folder / "trajectories.jsonl"))
+    folder.mkdir(parents=True, exist_ok=True)
+    trajectories = play_model(
+        config,
+        [episode for group in planned.values() for episode in group],
+        model=checkpoint,
+        tokenizer=tokenizer,
+        temperature=sampling_temperature(config),
+        trust_remote_code=trusted,
+        path=folder / "trajectories.jsonl",
+        name=f"test {name}",
+    )
     played = {trajectory.episode_id: trajectory for trajectory in trajectories}
     scores = [
-        score_episode(played[episode.episode_id], episode.row, set_name=set_name)
+        _score(played[episode.episode_id], episode, tokenizer, config=config, set_name=set_name)
         for set_name, group in planned.items()
         for episode in group
     ]
     _write_lines(folder / "scores.jsonl", scores)
-    shown = [episode for group in planned.values() for episode in group[:NUM_TRANSCRIPTS]]
+    shown = [episode for group in planned.values() for episode in group[: NUM_TRANSCRIPTS * config.test.samples]]
     _write_lines(folder / "transcripts.jsonl", [_transcript(played[e.episode_id], e, tokenizer) for e in shown])
     write_manifest(
         folder,
@@ -102,40 +137,23 @@ def _inputs(config: Config, name: str) -> dict[str, Any]:
     return {
         "checkpoint": config.test.models[name],
         "test_files": dict(config.data.test_files),
+        "sets": config.test.sets,
         "max_questions": config.test.max_questions,
-        "temperature": config.test.temperature,
+        "temperature": sampling_temperature(config),
+        "samples": config.test.samples,
+        "compat": config.test.compat,
+        "upstream_batch_size": config.test.upstream_batch_size,
         "seed": config.seed,
     }
 
 
-def _load_tokenizer(config: Config, path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=config.student.trust_remote_code)
-
-
-async def _play(
-    config: Config, name: str, planned: list[PlannedEpisode], tokenizer: Any, path: Path
-) -> list[Trajectory]:
-    checkpoint = config.test.models[name]
-    policy = VllmPolicy(
-        checkpoint,
-        hardware=config.hardware,
-        max_model_len=config.episode.max_prompt_tokens + config.episode.max_response_tokens,
-        temperature=config.test.temperature,
-        seed=config.seed,
-        trust_remote_code=config.student.trust_remote_code,
-    )
-    async with policy:
-        return await play_episodes(
-            planned,
-            policy=policy,
-            tokenizer=tokenizer,
-            config=config,
-            path=path,
-            settings={"model": checkpoint, "temperature": config.test.temperature},
-            name=f"test {name}",
-        )
+def _score(trajectory: Trajectory, episode: PlannedEpisode, tokenizer: Any, *, config: Config, set_name: str) -> Score:
+    text = tokenizer.decode(trajectory.prompt_ids + trajectory.response_ids, skip_special_tokens=False)
+    compat = config.test.compat == "upstream"
+    score = score_episode(trajectory, episode.row, set_name=set_name, text=text, upstream=compat)
+    if config.test.samples == 1:
+        return score
+    return {**score, "question_id": episode.question_id, "sample": episode.sample}
 
 
 def _compare_all(scores: Mapping[str, list[Score]], baseline: str | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from dgpo.evaluation.charts import interval_bar
+from dgpo.evaluation.summary import protocol_note
 from dgpo.pipeline.paper import SETS, paper_value
 
 SLICE_TITLES = {"kind": "question kind", "country_split": "countries", "held_out_paraphrase": "held-out wording"}
@@ -43,7 +44,12 @@ def _headline(results: Mapping[str, Any], summary: Mapping[str, Any], pair: str 
     for name, model in models.items():
         average = model["average"]
         low, high = average["em_ci95"]
-        cells = [escape(name), f"<b>{average['em']:.3f}</b>", f'<span class="range">{low:.3f} to {high:.3f}</span>']
+        spread = f" <small>±{average['em_sd']:.3f}</small>" if "em_sd" in average else ""
+        cells = [
+            escape(name),
+            f"<b>{average['em']:.3f}</b>{spread}",
+            f'<span class="range">{low:.3f} to {high:.3f}</span>',
+        ]
         cells += [interval_bar(average["em"], low, high, highest=highest)]
         cells += [_paper(pair, name, "average")] if with_paper else []
         cells += [_set_cell(model["sets"][each], _paper(pair, name, each)) for each in several]
@@ -55,12 +61,20 @@ def _headline(results: Mapping[str, Any], summary: Mapping[str, Any], pair: str 
         rows.append((name == model_of_interest(results), cells))
     num_questions = next(iter(models.values()))["num_questions"]
     how = "greedy" if results["temperature"] == 0 else f"sampled at temperature {results['temperature']:g}"
+    if results.get("samples", 1) > 1:
+        how += f", {results['samples']} times each (EM: the mean; after ±, its deviation from sample to sample)"
+    if results.get("num_dropped"):
+        how += f"; {results['num_dropped']} questions dropped"
+    ours = results.get("protocol", "ours") == "ours"
+    protocol = "" if ours else f"<p class='bad'>Protocol: {escape(results['protocol'])}.</p>"
     mean = " EM is the unweighted mean over the sets." if several else ""
+    note = protocol_note(results).strip()
+    protocol = f" <b>{escape(note)}.</b>" if note else ""
     paper = f" <span class='paper'>paper</span>: its table for the pair {escape(pair)}." if pair else ""
     return (
         f'<section id="results"><h2>Held-out questions</h2><p>{num_questions} questions of {escape(", ".join(sets))}, '
-        f"all of them in the denominator, {how}.{mean} Intervals: bootstrap over questions; differences are paired. "
-        f"<i>hit</i>: a gold answer stood in a retrieved passage.{paper}</p>{_table(head, rows)}</section>"
+        f"all of them in the denominator, {how}.{mean}{protocol} Intervals: bootstrap over questions; differences are paired. "
+        f"<i>hit</i>: a gold answer stood in a retrieved passage.{paper}</p>{protocol}{_table(head, rows)}</section>"
     )
 
 

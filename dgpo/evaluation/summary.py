@@ -14,6 +14,9 @@ from rich.table import Table
 from dgpo.artifacts import MANIFEST, atomic_write_text, package_versions
 from dgpo.config.schema import Config
 
+# Columns of the table that only some results have.
+EXTRA_COLUMNS = {"em_sd": "deviation over samples", "em_ours": "EM, our parse"}
+
 
 def write_summary(folder: Path, *, wall_s: Mapping[str, float], config: Config) -> Path:
     """Writes `summary.json` from `test/results.json`, with wall times of the stages. Returns its path."""
@@ -85,7 +88,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     baseline = results["baseline"]
     sets = list(next(iter(results["models"].values()))["sets"])
     num_questions = next(iter(results["models"].values()))["num_questions"]
-    title = f"Exact match on {num_questions} questions of {', '.join(sets)}"
+    title = f"Exact match on {num_questions} questions of {', '.join(sets)}{protocol_note(results)}"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("model", style="bold")
     if len(sets) > 1:
@@ -93,7 +96,9 @@ def print_results(results: Mapping[str, Any]) -> None:
             table.add_column(name, justify="right")
     for column in ("EM", "95% interval", *([f"against {baseline}"] if baseline else [])):
         table.add_column(column, justify="right")
-    for column in ("F1", "answered", "searches", "hit"):
+    first = next(iter(results["models"].values()))["average"]
+    extra = {name: label for name, label in EXTRA_COLUMNS.items() if name in first}
+    for column in (*extra.values(), "F1", "answered", "searches", "hit"):
         table.add_column(column, justify="right")
     for name, model in results["models"].items():
         average = model["average"]
@@ -106,10 +111,23 @@ def print_results(results: Mapping[str, Any]) -> None:
             cells.append(
                 f"{difference['average'][0]:+.3f} {_interval(difference['average'][1:])}" if difference else ""
             )
+        cells += [f"{average[each]:.3f}" for each in extra]
         cells += [f"{average['f1']:.3f}", f"{average['answered']:.1%}"]
         cells += [f"{average['num_searches']:.2f}", f"{average['hit']:.1%}"]
         table.add_row(*cells)
     Console(width=_width()).print(table)
+
+
+def protocol_note(results: Mapping[str, Any]) -> str:
+    """What sets these results apart from one greedy episode of every question; empty where nothing does."""
+    if results.get("protocol", "ours") != "ours":
+        dropped = f"last {results['num_dropped']} questions dropped, " if results["num_dropped"] else ""
+        return (
+            f"\n{results['protocol'].upper()}: one sample at temperature {results['temperature']:g}, {dropped}answers "
+            "parsed from prompt and response, raw substring hits"
+        )
+    samples = results.get("samples", 1)
+    return f"\nmean over {samples} samples at temperature {results['temperature']:g}" if samples > 1 else ""
 
 
 def _interval(ends: list[float]) -> str:

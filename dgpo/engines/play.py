@@ -1,0 +1,70 @@
+"""A checkpoint plays planned episodes: the one place where collection, `test`, `arcap` and `ask` make their policy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dgpo.config.schema import Config
+from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
+from dgpo.engines.vllm_policy import VllmPolicy
+from dgpo.protocol import STOP_STRINGS
+from dgpo.trajectory import Trajectory
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
+    """The tokenizer that was saved beside a checkpoint."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def make_policy(config: Config, model: str, *, temperature: float, trust_remote_code: bool) -> VllmPolicy:
+    """The engine of one checkpoint, not yet started, with room for the longest episode that `config` allows."""
+    return VllmPolicy(
+        model,
+        hardware=config.hardware,
+        max_model_len=config.episode.max_prompt_tokens + config.episode.max_response_tokens,
+        temperature=temperature,
+        seed=config.seed,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def play_model(
+    config: Config,
+    planned: Sequence[PlannedEpisode],
+    *,
+    model: str,
+    tokenizer: Any,
+    temperature: float,
+    trust_remote_code: bool,
+    path: Path,
+    name: str,
+    stop: Sequence[str] = STOP_STRINGS,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Trajectory]:
+    """Starts an engine with `model`, plays every episode that `path`'s partial file lacks, and ends the engine.
+
+    Args:
+        settings: what the episodes depend on beside the model, its temperature and the rules of the episode.
+        path, name, stop: of `dgpo.engines.episode_runner.play_episodes`; what it raises is raised here.
+    """
+
+    async def play() -> list[Trajectory]:
+        policy = make_policy(config, model, temperature=temperature, trust_remote_code=trust_remote_code)
+        async with policy:
+            return await play_episodes(
+                planned,
+                policy=policy,
+                tokenizer=tokenizer,
+                config=config,
+                path=path,
+                settings={"model": model, "temperature": temperature, **(settings or {})},
+                stop=stop,
+                name=name,
+            )
+
+    return asyncio.run(play())
