@@ -223,8 +223,8 @@ def _check_test_values(config: Config) -> None:
         raise ConfigError(f"test.temperature={test.temperature}: expected 0 (greedy) or more")
     if test.samples > 1 and test.temperature == 0:
         raise ConfigError(
-            f"test.samples={test.samples} with test.temperature=0 plays the same episode again: set a temperature above "
-            "0, or leave it out"
+            f"test.samples={test.samples} with test.temperature=0 plays the same episode again: set a temperature "
+            "above 0, or leave it out"
         )
     if test.compat == "upstream" and (test.samples > 1 or test.temperature not in (None, 1.0)):
         raise ConfigError(

@@ -7,7 +7,6 @@ from html import escape
 from typing import Any
 
 from dgpo.evaluation.charts import interval_bar
-from dgpo.evaluation.summary import protocol_note
 from dgpo.pipeline.paper import SETS, paper_value
 
 SLICE_TITLES = {"kind": "question kind", "country_split": "countries", "held_out_paraphrase": "held-out wording"}
@@ -68,12 +67,10 @@ def _headline(results: Mapping[str, Any], summary: Mapping[str, Any], pair: str 
     ours = results.get("protocol", "ours") == "ours"
     protocol = "" if ours else f"<p class='bad'>Protocol: {escape(results['protocol'])}.</p>"
     mean = " EM is the unweighted mean over the sets." if several else ""
-    note = protocol_note(results).strip()
-    protocol = f" <b>{escape(note)}.</b>" if note else ""
     paper = f" <span class='paper'>paper</span>: its table for the pair {escape(pair)}." if pair else ""
     return (
         f'<section id="results"><h2>Held-out questions</h2><p>{num_questions} questions of {escape(", ".join(sets))}, '
-        f"all of them in the denominator, {how}.{mean}{protocol} Intervals: bootstrap over questions; differences are paired. "
+        f"all of them in the denominator, {how}.{mean} Intervals: bootstrap over questions; differences are paired. "
         f"<i>hit</i>: a gold answer stood in a retrieved passage.{paper}</p>{protocol}{_table(head, rows)}</section>"
     )
 
