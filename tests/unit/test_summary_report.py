@@ -207,6 +207,21 @@ def test_the_papers_numbers_stand_beside_ours_only_for_its_own_pair_and_sets(run
     assert '0.800 <small>/</small> <small><span class="paper">0.378</span></small>' in text  # DGPO, NQ
 
 
+def test_the_page_says_under_which_protocol_the_numbers_were_made(run):
+    assert "greedy" in write_report(run).read_text()
+    path = run / "test" / "results.json"
+    results = json.loads(path.read_text())
+    for model in results["models"].values():
+        model["average"]["em_sd"] = 0.012
+    how = {"protocol": "upstream-compatible", "samples": 3, "num_dropped": 1, "temperature": 1.0}
+    path.write_text(json.dumps({**results, **how}))
+    text = write_report(run).read_text()
+    assert "sampled at temperature 1, 3 times each" in text
+    assert "1 questions dropped" in text
+    assert "Protocol: upstream-compatible." in text
+    assert "<b>0.800</b> <small>±0.012</small>" in text
+
+
 def test_the_report_command_needs_a_tested_run(run, tmp_path, capsys):
     assert main(["report", f"run_dir={run}"]) == 0
     assert main(["report", f"run_dir={tmp_path / 'empty'}"]) == 1
