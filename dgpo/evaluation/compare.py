@@ -199,6 +199,7 @@ def _tests(a: Path, b: Path) -> Table:
 
 
 def _scores(folder: Path, model: str) -> list[Score]:
+    """One record per question; the mean of its samples where there are several."""
     return average_samples(read_lines(folder / "test" / model / "scores.jsonl"))
 
 

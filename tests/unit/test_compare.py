@@ -98,6 +98,21 @@ def test_models_of_different_names_are_compared_as_the_ends_of_their_runs(tmp_pa
     assert rows[0][-1] == "1"
 
 
+def test_several_samples_of_a_question_are_averaged_and_leave_nothing_to_count(tmp_path):
+    a, b = (make_run(tmp_path / name, right=range(5)) for name in "ab")
+    path = a / "test" / "dgpo" / "scores.jsonl"
+    scores = [json.loads(line) for line in path.read_text().splitlines()]
+    sampled = [
+        {**score, "episode_id": f"{score['episode_id']}#{sample}", "question_id": score["episode_id"], "em": em}
+        for score in scores
+        for sample, em in enumerate((score["em"], 0.0))
+    ]
+    path.write_text("".join(json.dumps(score) + "\n" for score in sampled))
+    row = compare_runs(a, b)[2].rows[0]
+    assert row[2:6] == ("20", "0.125", "0.250", "-0.125")
+    assert row[7:] == ("", "", "")
+
+
 def test_another_question_under_the_same_id_is_no_pair():
     score = {"episode_id": "nq/1", "question": "q", "golds": ["g"], "em": 1.0}
     both, left_out = match_scores([score], [{**score, "question": "another"}])
