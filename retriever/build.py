@@ -36,6 +36,15 @@ from retriever.encoder_config import (
     resolve_config,
     resolve_dtype,
 )
+from retriever.encoding import (
+    PASSAGES_PER_PART,
+    Job,
+    Parts,
+    Progress,
+    ProgressPrinter,
+    encode_missing,
+    write_texts,
+)
 from retriever.errors import IndexFolderError
 from retriever.faiss_file import ReadRows, make_index, write_index
 from retriever.manifest import (
@@ -48,15 +57,6 @@ from retriever.manifest import (
     probe_rows,
     sample_sha256,
     seal_files,
-)
-from retriever.shards import (
-    PASSAGES_PER_SHARD,
-    Job,
-    Progress,
-    ProgressPrinter,
-    Shards,
-    encode_missing,
-    write_texts,
 )
 from retriever.sources import find_corpora, import_corpus
 
@@ -76,7 +76,7 @@ def build_indexes(
     overwrite: bool = False,
     bm25_k1: float = BM25_K1,
     bm25_b: float = BM25_B,
-    passages_per_shard: int = PASSAGES_PER_SHARD,
+    passages_per_part: int = PASSAGES_PER_PART,
     progress: Progress | None = None,
 ) -> dict[str, Path]:
     """Index every corpus into `out_root/<name>`, with one model load, and return the folders by name.
@@ -91,9 +91,9 @@ def build_indexes(
         plan |= {"k1": bm25_k1, "b": bm25_b}
     else:
         config = resolve_config(EncoderConfig(spec=encoder) if isinstance(encoder, str) else encoder)
-        # Every shard in one number format, on whatever machine the build goes on; searching may choose its own.
+        # Every part in one number format, on whatever machine the build goes on; searching may choose its own.
         encoding = replace(config, dtype=resolve_dtype(config.dtype, device))
-        plan |= {"encoder": asdict(encoding), "passages_per_shard": passages_per_shard}
+        plan |= {"encoder": asdict(encoding), "passages_per_part": passages_per_part}
     with work_folder(Path(out_root), list(sources), plan, overwrite=overwrite) as work:
         opened = {name: import_once(source, work / name) for name, source in sources.items()}
         if method == "bm25":
@@ -103,9 +103,9 @@ def build_indexes(
         else:
             make_index(index_type, 64, search_params)  # a mistake in them should not wait for the encoding
             numbers = write_texts(work, opened)
-            shards = Shards(Job(work, tuple(sources), encoding, passages_per_shard))
+            parts = Parts(Job(work, tuple(sources), encoding, passages_per_part))
             encode_missing(
-                shards,
+                parts,
                 device=device,
                 num_threads=num_threads,
                 trust_remote_code=trust_remote_code,
@@ -116,18 +116,18 @@ def build_indexes(
                 write_dense(
                     work / name,
                     corpus,
-                    _rows_of(shards, numbers[name]),
-                    dimension=shards.vectors(np.zeros(1, dtype=np.int64)).shape[1],
+                    _rows_of(parts, numbers[name]),
+                    dimension=parts.vectors(np.zeros(1, dtype=np.int64)).shape[1],
                     index_type=index_type,
                     search_params=search_params,
                     encoder=config,
-                    num_truncated_passages=shards.num_truncated(),
+                    num_truncated_passages=parts.num_truncated(),
                 )
         return {name: publish(work / name, Path(out_root) / name) for name in sources}
 
 
-def _rows_of(shards: Shards, numbers: np.ndarray) -> ReadRows:
-    return lambda start, end: shards.vectors(numbers[start:end])
+def _rows_of(parts: Parts, numbers: np.ndarray) -> ReadRows:
+    return lambda start, end: parts.vectors(numbers[start:end])
 
 
 def write_dense(
@@ -189,7 +189,7 @@ def write_manifest(folder: Path, corpus: Corpus, *, index: str, index_type: str,
 
 @contextmanager
 def work_folder(out_root: Path, names: Sequence[str], plan: Mapping[str, Any], *, overwrite: bool) -> Iterator[Path]:
-    """A hidden folder in `out_root` for unfinished work, removed at the end, kept for resuming when shards lie in it.
+    """A hidden folder in `out_root` for unfinished work, removed at the end, kept for resuming when parts lie in it.
 
     Raises `IndexFolderError` when a target exists, when another process builds it, or when the work that lies there
     has another plan.
@@ -221,7 +221,7 @@ def work_folder(out_root: Path, names: Sequence[str], plan: Mapping[str, Any], *
         try:
             yield work
         except BaseException as error:
-            if not any(work.glob("shard-*.npy")):
+            if not any(work.glob("part-*.npy")):
                 shutil.rmtree(work)
             else:
                 error.add_note(f"what is encoded is kept in {work}; the same command goes on from there")
@@ -238,8 +238,8 @@ def import_once(source: Path, folder: Path) -> Corpus:
             if left not in (path, table):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
     else:
-        for shard in folder.parent.glob("shard-*.npy"):  # they are of other passages
-            shard.unlink()
+        for part in folder.parent.glob("part-*.npy"):  # they are of other passages
+            part.unlink()
         folder.mkdir(exist_ok=True)
         write_offsets(table, import_corpus(source, path))
         note.write_text(seen)
@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--workers", type=int, default=1, help="Ray actors that encode, one GPU each on cuda (default: %(default)s)"
     )
-    parser.add_argument("--passages-per-shard", type=int, default=PASSAGES_PER_SHARD, help="default: %(default)s")
+    parser.add_argument("--passages-per-part", type=int, default=PASSAGES_PER_PART, help="default: %(default)s")
     parser.add_argument("--bm25-k1", type=float, default=BM25_K1)
     parser.add_argument("--bm25-b", type=float, default=BM25_B)
     parser.add_argument("--overwrite", action="store_true", help="replace the folder when it exists")
@@ -360,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             overwrite=options.overwrite,
             bm25_k1=options.bm25_k1,
             bm25_b=options.bm25_b,
-            passages_per_shard=options.passages_per_shard,
+            passages_per_part=options.passages_per_part,
             progress=ProgressPrinter(),
         )
     except (ValueError, OSError) as error:

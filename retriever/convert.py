@@ -26,10 +26,10 @@ from retriever.build import (
 from retriever.collection import open_corpus
 from retriever.corpus import Corpus, read_offsets
 from retriever.encoder_config import EncoderConfig, resolve_config
+from retriever.encoding import Progress, ProgressPrinter
 from retriever.errors import IndexFolderError
 from retriever.faiss_file import ROW_DTYPES, make_index, map_rows, read_header, row_reader
 from retriever.manifest import CORPUS_FILE, OFFSETS_FILE, read_manifest
-from retriever.shards import Progress, ProgressPrinter
 
 
 def convert_folder(

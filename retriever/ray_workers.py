@@ -8,31 +8,31 @@ from collections.abc import Iterator
 from typing import Any
 
 from retriever.encoders import load_encoder
-from retriever.shards import Job, Shards
+from retriever.encoding import Job, Parts
 
 MAX_RESTARTS = 3
 
 
 class EncoderWorker:
-    """Loads the encoder once and encodes the shards it is given."""
+    """Loads the encoder once and encodes the parts it is given."""
 
     def __init__(self, job: Job, device: str, num_threads: int, trust_remote_code: bool) -> None:
-        self._shards = Shards(job)
+        self._parts = Parts(job)
         self._model = load_encoder(
             job.encoder, device=device, num_threads=num_threads, trust_remote_code=trust_remote_code
         )
 
     def encode(self, number: int) -> int:
-        self._shards.encode(number, self._model)
+        self._parts.encode(number, self._model)
         return number
 
 
 def encode_on_ray(
     job: Job, missing: list[int], *, num_workers: int, device: str, num_threads: int, trust_remote_code: bool
 ) -> Iterator[int]:
-    """Encode shards on `num_workers` actors, and give each number when its file is there.
+    """Encode parts on `num_workers` actors, and give each number when its file is there.
 
-    An actor that dies is started again and its shard repeated. Raises `ValueError` when Ray is absent.
+    An actor that dies is started again and its part repeated. Raises `ValueError` when Ray is absent.
     """
     try:
         import ray

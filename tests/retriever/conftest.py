@@ -84,7 +84,7 @@ class WordHashEncoder:
 def word_hash_encoder(monkeypatch: pytest.MonkeyPatch) -> WordHashEncoder:
     """Builder and loader use this one encoder, whatever they are asked for."""
     encoder = WordHashEncoder()
-    for module in ("shards", "collection", "recall"):
+    for module in ("encoding", "collection", "recall"):
         monkeypatch.setattr(f"retriever.{module}.load_encoder", lambda *_, **__: encoder)
     return encoder
 

@@ -73,7 +73,7 @@ def test_an_existing_folder_is_replaced_only_when_told(folder: Path, tmp_path: P
 
 
 def test_a_malformed_row_is_named_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retriever.shards.load_encoder", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("retriever.encoding.load_encoder", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "bad.jsonl").write_text('{"id": "0", "contents": null}\n')
     with pytest.raises(CorpusError, match='row 0: "contents" is None'):
         build_indexes({"bad": tmp_path / "bad.jsonl"}, tmp_path)

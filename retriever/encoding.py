@@ -1,7 +1,7 @@
-"""Passages encoded in numbered shards: the unit of work, of resuming after a kill, and of spreading over GPUs.
+"""Passages encoded in numbered parts: the unit of work, of resuming after a kill, and of spreading over GPUs.
 
-A shard file appears whole or not at all, and holds the same bytes whoever encodes it: shards have fixed borders, and a
-vector does not depend on other shards.
+A part file appears whole or not at all, and holds the same bytes whoever encodes it: parts have fixed borders, and a
+vector does not depend on other parts.
 """
 
 import os
@@ -23,7 +23,7 @@ from retriever.manifest import CORPUS_FILE, OFFSETS_FILE
 Progress = Callable[[int, int], None]
 """Called with the number of passages encoded so far, and of all; first with what was there at the start."""
 
-PASSAGES_PER_SHARD = 4096
+PASSAGES_PER_PART = 4096
 TEXTS_FILE = "texts.npy"
 
 
@@ -32,20 +32,21 @@ class Job:
     """What is encoded where: enough for a worker on another machine that sees the same files."""
 
     folder: Path
-    """Holds a folder per corpus, `texts.npy` and the shards."""
+    """Holds a folder per corpus, `texts.npy` and the parts."""
     corpora: tuple[str, ...]
     encoder: EncoderConfig
-    passages_per_shard: int = PASSAGES_PER_SHARD
+    passages_per_part: int = PASSAGES_PER_PART
 
 
-class Shards:
-    """The texts of a job, its shard files, and the vectors in them."""
+class Parts:
+    """The texts of a job, its part files, and the vectors in them."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self._corpora = [_open_corpus(job.folder / name) for name in job.corpora]
         # One row per text to encode: the number of its corpus, and its row there
         self._texts = np.load(job.folder / TEXTS_FILE, mmap_mode="r", allow_pickle=False)
+        self._paths: dict[int, Path] = {}
         self._mapped: dict[int, np.ndarray] = {}
 
     @property
@@ -53,27 +54,27 @@ class Shards:
         return len(self._texts)
 
     @property
-    def num_shards(self) -> int:
-        return -(-self.num_texts // self.job.passages_per_shard)
+    def num_parts(self) -> int:
+        return -(-self.num_texts // self.job.passages_per_part)
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are still to encode."""
-        return [number for number in range(self.num_shards) if self._find(number) is None]
+        """Numbers of the parts that are still to encode."""
+        self._paths = self._list()
+        return [number for number in range(self.num_parts) if number not in self._paths]
 
     def num_passages(self, number: int) -> int:
         return len(self._texts[self._span(number)])
 
     def num_truncated(self) -> int:
-        """Passages that were cut to the encoder's limit, over all shards."""
-        names = [path.name for path in self.job.folder.glob("shard-*.npy")]
-        return sum(int(name.removesuffix(".npy").rsplit("-", 1)[1]) for name in names)
+        """Passages that were cut to the encoder's limit, over all parts."""
+        return sum(int(path.stem.rsplit("-", 1)[1]) for path in self._list().values())
 
     def encode(self, number: int, model: Encoder) -> None:
-        """Encode one shard and write it."""
+        """Encode one part and write it."""
         texts = [self._corpora[corpus][int(row)]["contents"] for corpus, row in self._texts[self._span(number)]]
         before = model.num_truncated
         vectors = model.encode_passages(texts)
-        path = self.job.folder / f"shard-{number:06d}-{model.num_truncated - before}.npy"
+        path = self.job.folder / f"part-{number:06d}-{model.num_truncated - before}.npy"
         partial = path.with_suffix(f".{os.getpid()}.partial")
         with open(partial, "wb") as file:
             np.save(file, vectors.astype(np.float32, copy=False), allow_pickle=False)
@@ -83,30 +84,31 @@ class Shards:
 
     def vectors(self, numbers: np.ndarray) -> np.ndarray:
         """Vectors `[n, dimension]` of texts by their number."""
-        which = numbers // self.job.passages_per_shard
+        which = numbers // self.job.passages_per_part
         found = None
         for number in np.unique(which):
-            shard = self._map(int(number))
+            part = self._map(int(number))
             if found is None:
-                found = np.empty((len(numbers), shard.shape[1]), dtype=np.float32)
+                found = np.empty((len(numbers), part.shape[1]), dtype=np.float32)
             mine = which == number
-            found[mine] = shard[numbers[mine] - number * self.job.passages_per_shard]
+            found[mine] = part[numbers[mine] - number * self.job.passages_per_part]
         assert found is not None
         return found
 
     def _span(self, number: int) -> slice:
-        return slice(number * self.job.passages_per_shard, (number + 1) * self.job.passages_per_shard)
+        return slice(number * self.job.passages_per_part, (number + 1) * self.job.passages_per_part)
 
-    def _find(self, number: int) -> Path | None:
-        return next(self.job.folder.glob(f"shard-{number:06d}-*.npy"), None)
+    def _list(self) -> dict[int, Path]:
+        """The part files that are there, by number."""
+        return {int(path.stem.split("-")[1]): path for path in self.job.folder.glob("part-*.npy")}
 
     def _map(self, number: int) -> np.ndarray:
         if number not in self._mapped:
-            path = self._find(number)
-            assert path is not None, f"shard {number} was not encoded"
+            if number not in self._paths:
+                self._paths = self._list()
             if len(self._mapped) >= 64:  # reading goes forward: what was mapped first is done
                 self._mapped.pop(next(iter(self._mapped)))
-            self._mapped[number] = np.load(path, mmap_mode="r", allow_pickle=False)
+            self._mapped[number] = np.load(self._paths[number], mmap_mode="r", allow_pickle=False)
         return self._mapped[number]
 
 
@@ -138,7 +140,7 @@ def write_texts(folder: Path, corpora: Mapping[str, Corpus]) -> dict[str, np.nda
 
 
 def encode_missing(
-    shards: Shards,
+    parts: Parts,
     *,
     device: str,
     num_threads: int,
@@ -146,29 +148,29 @@ def encode_missing(
     num_workers: int = 1,
     progress: Progress | None = None,
 ) -> None:
-    """Encode every shard that is not there yet: in this process, or on Ray actors when `num_workers` is above 1."""
-    missing = shards.missing()
+    """Encode every part that is not there yet: in this process, or on Ray actors when `num_workers` is above 1."""
+    missing = parts.missing()
     if not missing:
         return
     settings: dict[str, Any] = {"device": device, "num_threads": num_threads, "trust_remote_code": trust_remote_code}
     if num_workers > 1:
         from retriever.ray_workers import encode_on_ray
 
-        finished = encode_on_ray(shards.job, missing, num_workers=num_workers, **settings)
+        finished = encode_on_ray(parts.job, missing, num_workers=num_workers, **settings)
     else:
-        finished = _encode_here(shards, missing, load_encoder(shards.job.encoder, **settings))
-    done = shards.num_texts - sum(shards.num_passages(number) for number in missing)
+        finished = _encode_here(parts, missing, load_encoder(parts.job.encoder, **settings))
+    done = parts.num_texts - sum(parts.num_passages(number) for number in missing)
     if progress:
-        progress(done, shards.num_texts)
+        progress(done, parts.num_texts)
     for number in finished:
-        done += shards.num_passages(number)
+        done += parts.num_passages(number)
         if progress:
-            progress(done, shards.num_texts)
+            progress(done, parts.num_texts)
 
 
-def _encode_here(shards: Shards, missing: list[int], model: Encoder) -> Iterator[int]:
+def _encode_here(parts: Parts, missing: list[int], model: Encoder) -> Iterator[int]:
     for number in missing:
-        shards.encode(number, model)
+        parts.encode(number, model)
         yield number
 
 

@@ -11,12 +11,12 @@ from conftest import FACTS, ROOT, WordHashEncoder, write_corpus
 
 from retriever.build import build_indexes
 from retriever.encoder_config import EncoderConfig
+from retriever.encoding import ProgressPrinter
 from retriever.errors import IndexFolderError
-from retriever.shards import ProgressPrinter
 
 STUB = EncoderConfig(spec="models/stub", query_prefix="", passage_prefix="", dtype="float32")
 TIMEOUT_S = 300
-NUM_PASSAGES, PASSAGES_PER_SHARD = 600, 30
+NUM_PASSAGES, PASSAGES_PER_PART = 600, 30
 
 
 class Killed(BaseException):
@@ -24,11 +24,11 @@ class Killed(BaseException):
 
 
 class FailingEncoder(WordHashEncoder):
-    """Fails after `num_shards` calls."""
+    """Fails after `num_parts` calls."""
 
-    def __init__(self, num_shards: int) -> None:
+    def __init__(self, num_parts: int) -> None:
         super().__init__()
-        self._left = num_shards
+        self._left = num_parts
 
     def encode_passages(self, texts: list[str]) -> np.ndarray:
         if not self._left:
@@ -48,13 +48,13 @@ def test_a_build_goes_on_where_it_stopped(
     whole = build_indexes({"facts": corpus}, tmp_path / "whole", STUB)["facts"]
     word_hash_encoder.passages.clear()
     with monkeypatch.context() as patch:
-        patch.setattr("retriever.shards.load_encoder", lambda *_, **__: FailingEncoder(2))
+        patch.setattr("retriever.encoding.load_encoder", lambda *_, **__: FailingEncoder(2))
         with pytest.raises(Killed):
-            build_indexes({"facts": corpus}, tmp_path / "out", STUB, passages_per_shard=5)
+            build_indexes({"facts": corpus}, tmp_path / "out", STUB, passages_per_part=5)
     assert not (tmp_path / "out" / "facts").exists()
     seen: list[tuple[int, int]] = []
     folder = build_indexes(
-        {"facts": corpus}, tmp_path / "out", STUB, passages_per_shard=5, progress=lambda *done: seen.append(done)
+        {"facts": corpus}, tmp_path / "out", STUB, passages_per_part=5, progress=lambda *done: seen.append(done)
     )["facts"]
     assert len(word_hash_encoder.passages) == 2  # of 12, ten were there
     assert seen == [(10, 12), (12, 12)]
@@ -68,13 +68,13 @@ def test_unfinished_work_of_other_settings_or_another_corpus_is_not_mixed_in(
     corpus = write_corpus(tmp_path / "facts.jsonl", FACTS)
     other = EncoderConfig(spec="models/stub", query_prefix="", passage_prefix="p: ", dtype="float32")
     with monkeypatch.context() as patch:
-        patch.setattr("retriever.shards.load_encoder", lambda *_, **__: FailingEncoder(2))
+        patch.setattr("retriever.encoding.load_encoder", lambda *_, **__: FailingEncoder(2))
         with pytest.raises(Killed):
-            build_indexes({"facts": corpus}, tmp_path, STUB, passages_per_shard=5)
+            build_indexes({"facts": corpus}, tmp_path, STUB, passages_per_part=5)
     with pytest.raises(IndexFolderError, match=r"unfinished build with other settings.*--overwrite to discard"):
-        build_indexes({"facts": corpus}, tmp_path, other, passages_per_shard=5)
+        build_indexes({"facts": corpus}, tmp_path, other, passages_per_part=5)
     write_corpus(corpus, dict(reversed(FACTS.items())))
-    build_indexes({"facts": corpus}, tmp_path, STUB, passages_per_shard=5)
+    build_indexes({"facts": corpus}, tmp_path, STUB, passages_per_part=5)
     assert len(word_hash_encoder.passages) == len(FACTS)
 
 
@@ -95,7 +95,7 @@ def test_time_left_counts_only_what_this_run_encoded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([100.0, 110.0, 112.0, 130.0])
-    monkeypatch.setattr("retriever.shards.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("retriever.encoding.time.perf_counter", lambda: next(times))
     printer = ProgressPrinter()
     for done in (500, 520, 525, 560):  # the third comes 2 s after a line, and is not printed
         printer(done, 1000)
@@ -121,7 +121,7 @@ def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 def start_build(corpus: Path, out: Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "retriever.build", "--corpus", str(corpus), "--out", str(out)]
-    command += ["--passages-per-shard", str(PASSAGES_PER_SHARD), *arguments]
+    command += ["--passages-per-part", str(PASSAGES_PER_PART), *arguments]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -131,19 +131,19 @@ def test_a_killed_build_is_resumed_to_the_same_bytes(
 ) -> None:
     build = start_build(corpus, tmp_path / "places")
     deadline = time.monotonic() + TIMEOUT_S
-    while len(before := list(tmp_path.glob(".places.building/shard-*.npy"))) < 3:
+    while len(before := list(tmp_path.glob(".places.building/part-*.npy"))) < 3:
         assert build.poll() is None, "the build ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     build.send_signal(signal.SIGKILL)
     assert build.wait(10) == -signal.SIGKILL
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".places.building/shard-*.npy")}
-    assert 3 <= len(before) < NUM_PASSAGES // PASSAGES_PER_SHARD
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".places.building/part-*.npy")}
+    assert 3 <= len(before) < NUM_PASSAGES // PASSAGES_PER_PART
     assert not (tmp_path / "places").exists()
     again = start_build(corpus, tmp_path / "places")
     _, errors = again.communicate(timeout=TIMEOUT_S)
     assert again.returncode == 0
-    assert f"{len(before) * PASSAGES_PER_SHARD} of {NUM_PASSAGES} passages were encoded before" in errors.decode()
+    assert f"{len(before) * PASSAGES_PER_PART} of {NUM_PASSAGES} passages were encoded before" in errors.decode()
     assert content(tmp_path / "places") == uninterrupted
 
 
