@@ -176,7 +176,6 @@ def _training_arguments(
         gradient_checkpointing=hardware.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if hardware.gradient_checkpointing else None,
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
         **(sharding if settings.sharding == "full" else {}),
         logging_steps=1,
         logging_nan_inf_filter=False,
