@@ -123,6 +123,12 @@ def _test(overrides: Sequence[str]) -> None:
     _play(evaluate, load_config(overrides))
 
 
+def _arcap(overrides: Sequence[str]) -> None:
+    from dgpo.evaluation.arcap import arcap
+
+    _play(arcap, load_config(overrides))
+
+
 def _report(overrides: Sequence[str]) -> None:
     from dgpo.evaluation.report import write_report
 
@@ -182,6 +188,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "distill": (_distill, "phase 1b: the student learns the kept episodes (cold start)"),
     "train": (_train, "phase 2: PPO with the teacher on failed episodes (DGPO), and its baselines"),
     "test": (_test, "episodes of checkpoints on test sets, greedy by default: EM, F1, searches, hits, with intervals"),
+    "arcap": (
+        _arcap,
+        "source referencing, using evidence, query rewriting, when to search; models and sets as in test",
+    ),
     "reproduce": (
         _reproduce,
         "a table of the paper (table=main|ablation|pairs): plans, runs what is missing",

@@ -258,7 +258,7 @@ async def _execute_search(
     started = time.perf_counter()
     found = await search.search(sent, topk=limits.topk, corpus=corpus)
     latency_s = time.perf_counter() - started
-    documents = [_cut_passage(document, tokenizer, limits.max_passage_tokens) for document in found]
+    documents = [cut_passage(document, tokenizer, limits.max_passage_tokens) for document in found]
     return SearchRecord(
         turn=turn,
         query=sent,
@@ -269,7 +269,7 @@ async def _execute_search(
     )
 
 
-def _cut_passage(document: dict[str, Any], tokenizer: Tokenizer, max_tokens: int) -> dict[str, Any]:
+def cut_passage(document: dict[str, Any], tokenizer: Tokenizer, max_tokens: int) -> dict[str, Any]:
     """The document itself if its contents fit into `max_tokens`, else a copy with the longest beginning that fits.
 
     Characters are cut, not ids: decoding cut ids could split a character, or change the spaces.

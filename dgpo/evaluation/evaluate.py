@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgpo.artifacts import MANIFEST, atomic_write_text, prepare_run_folder, read_manifest, write_manifest
+from dgpo.artifacts import atomic_write_text, prepare_run_folder, write_manifest
 from dgpo.config.checks import check_test
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
@@ -20,6 +20,7 @@ from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
 from dgpo.engines.play import load_tokenizer, play_model
 from dgpo.evaluation import upstream
 from dgpo.evaluation.loggers import log_metrics
+from dgpo.evaluation.records import finished_records, write_records
 from dgpo.evaluation.scores import Score, compare, release_metrics, score_episode, summarize_model
 from dgpo.evaluation.summary import print_results, update_summary
 from dgpo.trajectory import Trajectory
@@ -39,7 +40,10 @@ def evaluate(config: Config) -> Path | None:
         SearchOutageError: the retriever failed too often; `resume=true` continues.
     """
     notes = check_test(config)
-    rows, num_dropped = tested_rows(config)
+    everything = rows = read_test_sets(config)
+    if config.test.compat == "upstream":
+        rows = upstream.drop_incomplete_batch(everything, config.test.upstream_batch_size)
+    num_dropped = sum(map(len, everything.values())) - sum(map(len, rows.values()))
     if config.dry_run:
         sizes = ", ".join(f"{name} ({len(group)} questions)" for name, group in rows.items())
         samples = f", {config.test.samples} times each" if config.test.samples > 1 else ""
@@ -70,14 +74,10 @@ def evaluate(config: Config) -> Path | None:
     return folder
 
 
-def tested_rows(config: Config) -> tuple[dict[str, list[dict[str, Any]]], int]:
-    """The questions by set, and how many the protocol of compat=upstream drops of them."""
+def read_test_sets(config: Config) -> dict[str, list[dict[str, Any]]]:
+    """The questions of the chosen sets, at most `test.max_questions` of each."""
     names = config.test.sets or list(config.data.test_files)
-    rows = {name: read_rows(config.data.test_files[name])[: config.test.max_questions] for name in names}
-    if config.test.compat != "upstream":
-        return rows, 0
-    kept = upstream.drop_incomplete_batch(rows, config.test.upstream_batch_size)
-    return kept, sum(map(len, rows.values())) - sum(map(len, kept.values()))
+    return {name: read_rows(config.data.test_files[name])[: config.test.max_questions] for name in names}
 
 
 def sampling_temperature(config: Config) -> float:
@@ -90,11 +90,10 @@ def sampling_temperature(config: Config) -> float:
 
 def _evaluate_model(config: Config, name: str, rows: Mapping[str, Sequence[Any]], folder: Path) -> list[Score]:
     """Scores of one model, in the order of the rows; from its folder where a resumed run has finished it."""
-    if (folder / MANIFEST).exists():
-        inputs = read_manifest(folder, stage="test")["inputs"]
-        if inputs == _inputs(config, name):
-            return [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
-        (folder / MANIFEST).unlink()
+    inputs = result_inputs(config, name)
+    finished = finished_records(folder, stage="test", inputs=inputs)
+    if finished is not None:
+        return finished
     checkpoint, trusted = config.test.models[name], config.student.trust_remote_code
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trusted)
     planned = {
@@ -118,13 +117,13 @@ def _evaluate_model(config: Config, name: str, rows: Mapping[str, Sequence[Any]]
         for set_name, group in planned.items()
         for episode in group
     ]
-    _write_lines(folder / "scores.jsonl", scores)
+    write_records(folder / "scores.jsonl", scores)
     shown = [episode for group in planned.values() for episode in group[: NUM_TRANSCRIPTS * config.test.samples]]
-    _write_lines(folder / "transcripts.jsonl", [_transcript(played[e.episode_id], e, tokenizer) for e in shown])
+    write_records(folder / "transcripts.jsonl", [_transcript(played[e.episode_id], e, tokenizer) for e in shown])
     write_manifest(
         folder,
         stage="test",
-        inputs=_inputs(config, name),
+        inputs=inputs,
         config=to_yaml(config),
         counts={"episodes": len(scores), "correct": int(sum(score["em"] for score in scores))},
         seed=config.seed,
@@ -132,7 +131,7 @@ def _evaluate_model(config: Config, name: str, rows: Mapping[str, Sequence[Any]]
     return scores
 
 
-def _inputs(config: Config, name: str) -> dict[str, Any]:
+def result_inputs(config: Config, name: str) -> dict[str, Any]:
     """What a model's scores depend on."""
     return {
         "checkpoint": config.test.models[name],
@@ -176,7 +175,3 @@ def _transcript(trajectory: Trajectory, episode: PlannedEpisode, tokenizer: Any)
         "golds": row_golds(episode.row),
         "segments": [[speaker, tokenizer.decode(ids, skip_special_tokens=False)] for speaker, ids in segments],
     }
-
-
-def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    atomic_write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -88,7 +88,8 @@ def _named_apart(folders: Sequence[Path]) -> list[Path]:
 
 def find_pair(folder: Path) -> str | None:
     """The paper's pair whose student and teacher a run used, by what its stages recorded; None for other models."""
-    manifests = [*folder.glob(f"test/*/{MANIFEST}"), folder / "train" / "model" / MANIFEST]
+    tested = [path for stage in ("test", "arcap") for path in folder.glob(f"{stage}/*/{MANIFEST}")]
+    manifests = [*tested, folder / "train" / "model" / MANIFEST]
     for path in manifests:
         if not path.exists():
             continue

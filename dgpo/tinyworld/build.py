@@ -29,6 +29,7 @@ from dgpo.tinyworld.world import (
     corpus_documents,
     load_real_world,
     permute_world,
+    question_passages,
     sample_unique_questions,
     split_countries,
     world_names,
@@ -69,10 +70,13 @@ def build_world(out: Path, settings: WorldSettings) -> dict[str, int]:
         counts["passages"] += len(documents)
         atomic_write_text(out / "corpora" / f"{each.name}.jsonl", "".join(json.dumps(d) + "\n" for d in documents))
 
+    worlds = {each.name: each for each in (world, *permuted)}
     country_split = dict.fromkeys(train_isos, "train") | dict.fromkeys(test_isos, "test")
     for split, questions in _question_sets(settings, world, permuted, train_isos, test_isos).items():
         rows = [
-            question_row(question, corpus=corpus, split=split, index=i, country_split=country_split, settings=settings)
+            question_row(
+                question, world=worlds[corpus], split=split, index=i, country_split=country_split, settings=settings
+            )
             for i, (corpus, question) in enumerate(questions)
         ]
         write_rows(out / "data" / f"{split}.parquet", rows)
@@ -135,13 +139,17 @@ def _question_sets(
 def question_row(
     question: Question,
     *,
-    corpus: str,
+    world: World,
     split: str,
     index: int,
     country_split: Mapping[str, str],
     settings: WorldSettings,
 ) -> dict[str, Any]:
-    """Return a data row (method.md section 6); `extra_info.corpus` names the world that the agent searches in."""
+    """Return a data row; `extra_info.corpus` names the world that the agent searches in.
+
+    Its gold passages are those that state the facts that the question needs, in the order in which it needs them.
+    """
+    passages = question_passages(question, world)
     return {
         "data_source": DATA_SOURCE,
         "question": normalize_question(question.text),
@@ -152,7 +160,9 @@ def question_row(
             "id": f"{DATA_SOURCE}-{split}-{index}",
             "index": index,
             "split": split,
-            "corpus": corpus,
+            "corpus": world.name,
+            "hops": len(passages),
+            "gold_passages": [{"id": f"gold-{i}", "contents": text} for i, text in enumerate(passages)],
             "kind": question.kind,
             "country_split": country_split[question.iso],
             "held_out_paraphrase": question.held_out_paraphrase,

@@ -182,6 +182,13 @@ def country_passage(country: Country) -> str:
     return f'"{country.name}"\n{country.name} : {facts} .'
 
 
+def question_passages(question: Question, world: World) -> list[str]:
+    """Return the passages that a question needs, in the order in which it needs them."""
+    country = world.countries[question.iso]
+    passages = [city_passage(question.city, country.name)] if question.city is not None else []
+    return [*passages, country_passage(country)] if question.attribute is not None else passages
+
+
 def corpus_documents(world: World) -> list[dict[str, str]]:
     """Return the corpus rows {"id", "contents"}: one passage per country and per city."""
     contents = [country_passage(country) for country in world.countries.values()]

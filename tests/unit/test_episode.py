@@ -271,6 +271,34 @@ async def test_events_tell_the_episode_as_it_grows():
     assert events == [("policy", SEARCH), ("environment", OBSERVATION), ("policy", ANSWER)]
 
 
+async def test_what_is_given_and_forced_is_environment_text_that_the_first_turn_goes_on_from():
+    trajectory, policy = await play([" Paris </answer>", ANSWER], given=OBSERVATION, forced="<answer>")
+    opening = ids_of(OBSERVATION + "<answer>")
+    assert policy.calls[0]["token_ids"] == PROMPT_IDS + opening
+    assert trajectory.response_ids == opening + ids_of(" Paris </answer>")
+    assert trajectory.response_mask == [0] * len(opening) + [1] * len(" Paris </answer>")
+    assert (trajectory.status, trajectory.answer, trajectory.num_searches) == ("answered", "Paris", 0)
+
+
+async def test_a_forced_turn_is_the_only_one():
+    search = RecordingSearch()
+    trajectory, policy = await play(["Paris", ANSWER], forced="<answer>", search=search)
+    assert (len(policy.calls), trajectory.status, trajectory.answer) == (1, "no_answer", None)
+    trajectory, _ = await play([SEARCH], forced="<answer>", search=search)
+    assert search.queries == []
+
+
+async def test_after_a_given_observation_the_episode_goes_on_as_ever():
+    trajectory, policy = await play([SEARCH, ANSWER], given=OBSERVATION)
+    assert policy.calls[0]["token_ids"] == PROMPT_IDS + ids_of(OBSERVATION)
+    assert (trajectory.num_searches, trajectory.answer) == (1, "Paris")
+
+
+async def test_a_given_text_that_leaves_no_room_for_a_turn_is_refused():
+    with pytest.raises(ValueError, match=r"given \d+ tokens.*max_response_tokens=60"):
+        await play([ANSWER], given=OBSERVATION, limits=make_limits(max_response_tokens=60))
+
+
 def test_log_probs_must_belong_to_tokens():
     with pytest.raises(ValueError, match="2 sampled tokens but 1 log-probs"):
         Generation([1, 2], [-1.0], "stop")

@@ -1,0 +1,253 @@
+"""ARCap: what an agent can do, not only whether it is right, on every test set whose rows hold gold passages.
+
+python -m dgpo arcap test.models.dgpo=runs/dgpo/train/model data.test_files.nq=data/prepared/nq_test.parquet
+
+Each question is played up to three times, by the loop that also trains:
+    at_once   its gold passages as <information>, then a forced <answer>     source referencing
+    evidence  the same passages, then freely: think, search, answer          using evidence
+    episode   an ordinary episode                                            query rewriting, when to search
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dgpo.artifacts import atomic_write_text, prepare_run_folder, write_manifest
+from dgpo.config.checks import check_test
+from dgpo.config.load import ConfigError, to_yaml
+from dgpo.config.schema import Config
+from dgpo.data.rows import DataError, row_gold_passages, row_golds, row_question
+from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
+from dgpo.engines.play import load_tokenizer, play_model
+from dgpo.episode import Tokenizer, cut_passage
+from dgpo.evaluation import upstream
+from dgpo.evaluation.arcap_chart import DIMENSIONS
+from dgpo.evaluation.evaluate import read_test_sets, result_inputs, sampling_temperature
+from dgpo.evaluation.records import finished_records, write_records
+from dgpo.evaluation.report import find_pair
+from dgpo.evaluation.scores import Score, average_samples, group_by
+from dgpo.metrics.exact_match import exact_match
+from dgpo.metrics.hits import answer_in_passages
+from dgpo.metrics.intervals import bootstrap_ci
+from dgpo.pipeline.paper import paper_arcap
+from dgpo.protocol import render_observation, render_passages
+from dgpo.trajectory import Trajectory
+
+FORCED_ANSWER = "<answer>"
+# Dimension -> (how its episodes are played, field of an episode's score that it averages).
+MEASURED = {
+    "source_referencing": ("at_once", "em"),
+    "using_evidence": ("evidence", "em"),
+    "query_rewriting": ("episode", "first_hit"),
+    "when_to_search": ("episode", "hit"),
+}
+# Tokens a passage may grow by where its ends join other text.
+JOINT_TOKENS = 4
+
+
+def arcap(config: Config) -> Path | None:
+    """Runs the stage; writes `arcap/arcap.json`, and per model its trajectories and scores.
+
+    Models, sets, samples and temperature are those of `test`; `test.compat=upstream` counts hits as the release does.
+
+    Returns:
+        The stage's folder, or None for a dry run.
+
+    Raises:
+        ConfigError: from the checks, or no set has gold passages.
+        SearchOutageError: the retriever failed too often; `resume=true` continues.
+    """
+    notes = check_test(config, "arcap")
+    everything = read_test_sets(config)
+    sets = {name: rows for name, rows in everything.items() if any(map(row_gold_passages, rows))}
+    if not sets:
+        raise ConfigError(
+            f"none of the test sets {', '.join(everything)} has gold passages (extra_info.gold_passages): prepare nq "
+            "with prepare.nq_annotations, or musique (docs/data.md)"
+        )
+    left_out = [name for name in everything if name not in sets]
+    notes += [f"left out, for want of gold passages: {', '.join(left_out)}"] if left_out else []
+    if config.dry_run:
+        sizes = ", ".join(f"{name} ({sum(map(bool, map(row_gold_passages, rows)))})" for name, rows in sets.items())
+        print("\n".join([f"dry run: {', '.join(config.test.models)} on questions with gold passages: {sizes}", *notes]))
+        return None
+    folder = prepare_run_folder(Path(config.run_dir) / "arcap", resume=config.resume)
+    scores = {name: _measure(config, name, sets, folder / name) for name in config.test.models}
+    result = {
+        "models": {
+            name: {"checkpoint": config.test.models[name], **summarize(group)} for name, group in scores.items()
+        },
+        "hits": upstream.LABEL if config.test.compat == "upstream" else "ours",
+        "samples": config.test.samples,
+        "temperature": sampling_temperature(config),
+        "seed": config.seed,
+    }
+    atomic_write_text(folder / "arcap.json", json.dumps(result, indent=1) + "\n")
+    print_arcap(result, pair=find_pair(Path(config.run_dir)))
+    print("\n".join(notes), end="\n" if notes else "")
+    return folder
+
+
+def _measure(config: Config, name: str, sets: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> list[Score]:
+    """Scores of one model; from its folder where a resumed run has finished it."""
+    inputs = result_inputs(config, name)
+    finished = finished_records(folder, stage="arcap", inputs=inputs)
+    if finished is not None:
+        return finished
+    checkpoint, trusted = config.test.models[name], config.student.trust_remote_code
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trusted)
+    planned = {
+        set_name: plan_arcap(rows, tokenizer, config=config, set_name=set_name) for set_name, rows in sets.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    trajectories = play_model(
+        config,
+        [episode for tasks in planned.values() for group in tasks.values() for episode in group],
+        model=checkpoint,
+        tokenizer=tokenizer,
+        temperature=sampling_temperature(config),
+        trust_remote_code=trusted,
+        path=folder / "trajectories.jsonl",
+        name=f"arcap {name}",
+    )
+    played = {trajectory.episode_id: trajectory for trajectory in trajectories}
+    raw = config.test.compat == "upstream"
+    scores = [
+        {"set": set_name, "task": task, **score_arcap(played[episode.episode_id], episode, raw_hits=raw)}
+        for set_name, tasks in planned.items()
+        for task, group in tasks.items()
+        for episode in group
+    ]
+    write_records(folder / "scores.jsonl", scores)
+    counts = {"episodes": len(scores)}
+    write_manifest(folder, stage="arcap", inputs=inputs, config=to_yaml(config), counts=counts, seed=config.seed)
+    return scores
+
+
+def plan_arcap(
+    rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, config: Config, set_name: str
+) -> dict[str, list[PlannedEpisode]]:
+    """The episodes of one set by how they are played; questions without gold passages only as ordinary episodes."""
+
+    def plan(task: str, some: Sequence[Mapping[str, Any]]) -> list[PlannedEpisode]:
+        prefix = f"{set_name}/{task}/"
+        return plan_episodes(some, tokenizer, config=config, samples=config.test.samples, prefix=prefix)
+
+    with_gold = [row for row in rows if row_gold_passages(row)]
+    room = config.episode.max_response_tokens - config.episode.max_turn_tokens
+    at_once, evidence = (
+        [replace(each, given=gold_observation(each.row, tokenizer, max_tokens=room)) for each in plan(task, with_gold)]
+        for task in ("at_once", "evidence")
+    )
+    return {
+        "at_once": [replace(each, forced=FORCED_ANSWER) for each in at_once],
+        "evidence": evidence,
+        "episode": plan("episode", rows),
+    }
+
+
+def gold_observation(row: Mapping[str, Any], tokenizer: Tokenizer, *, max_tokens: int) -> str:
+    """The row's gold passages as a search would have brought them, each cut alike where they are longer than allowed.
+
+    Raises:
+        DataError: there are too many of them for `max_tokens`.
+    """
+    documents = row_gold_passages(row)
+
+    def num_tokens(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    frame = num_tokens(render_observation(render_passages([{**document, "contents": ""} for document in documents])))
+    for limit in (max_tokens, (max_tokens - frame) // len(documents) - JOINT_TOKENS):
+        if limit > 0:
+            cut = [cut_passage(document, tokenizer, limit) for document in documents]
+            text = render_observation(render_passages(cut))
+            if num_tokens(text) <= max_tokens:
+                return text
+    raise DataError(
+        f"the {len(documents)} gold passages of {row_question(row)!r} do not fit into {max_tokens} tokens: raise "
+        "episode.max_response_tokens"
+    )
+
+
+def score_arcap(trajectory: Trajectory, episode: PlannedEpisode, *, raw_hits: bool = False) -> Score:
+    """What ARCap counts of one episode: `em`, `hit` (of all searches), `first_hit` (of the first), `num_searches`.
+
+    An episode that never searches has no hit; one without an answer, or whose search failed, is wrong.
+    """
+    golds = row_golds(episode.row)
+    hits = [answer_in_passages(golds, record.documents, raw=raw_hits) for record in trajectory.searches]
+    answer = trajectory.answer
+    return {
+        "episode_id": trajectory.episode_id,
+        "question_id": episode.question_id,
+        "question": row_question(episode.row),
+        "golds": golds,
+        "first_query": trajectory.searches[0].query if trajectory.searches else None,
+        "answer": answer,
+        "status": trajectory.status,
+        "em": float(answer is not None and exact_match(answer, golds)),
+        "hit": float(any(hits)),
+        "first_hit": float(bool(hits) and hits[0]),
+        "num_searches": float(trajectory.num_searches),
+    }
+
+
+def summarize(scores: Sequence[Score]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Dimension -> set -> its metric with an interval over questions, in the form that `arcap_chart` draws."""
+    summary: dict[str, dict[str, dict[str, Any]]] = {dimension: {} for dimension in MEASURED}
+    for set_name, group in group_by(scores, "set").items():
+        tasks = {task: average_samples(part) for task, part in group_by(group, "task").items()}
+        for dimension, (task, field) in MEASURED.items():
+            values = [score[field] for score in tasks.get(task, [])]
+            if not values:
+                continue
+            metric = DIMENSIONS[dimension][0]
+            measured = {metric: float(np.mean(values)), f"{metric}_ci95": list(bootstrap_ci(values))}
+            if dimension == "when_to_search":
+                measured["num_searches"] = float(np.mean([score["num_searches"] for score in tasks[task]]))
+            summary[dimension][set_name] = {**measured, "num_questions": len(values)}
+    return summary
+
+
+def print_arcap(result: Mapping[str, Any], *, pair: str | None) -> None:
+    """One row per dimension and set, one column per model; behind a stroke the paper's number where it prints one."""
+    note = "" if result["hits"] == "ours" else f"\n{result['hits'].upper()}: raw, case-sensitive substring hits"
+    table = Table(title=f"What the agent can do (ARCap){note}", title_justify="left", title_style="bold")
+    for column in ("dimension", "set", "questions"):
+        table.add_column(column)
+    models = result["models"]
+    for name in models:
+        table.add_column(name, justify="right")
+    for dimension, (metric, label) in DIMENSIONS.items():
+        for set_name in dict.fromkeys(each for model in models.values() for each in model[dimension]):
+            cells = [_cell(model[dimension].get(set_name), metric) for model in models.values()]
+            paper = [paper_arcap(pair, name, dimension, set_name) if pair else None for name in models]
+            shown = [
+                cell if value is None else f"{cell} [dim]/ {value:.3f}[/]"
+                for cell, value in zip(cells, paper, strict=True)
+            ]
+            number = next(
+                str(m[dimension][set_name]["num_questions"]) for m in models.values() if set_name in m[dimension]
+            )
+            table.add_row(f"{label} ({'EM' if metric == 'em' else metric})", set_name, number, *shown)
+            if dimension == "when_to_search":
+                searches = [f"{model[dimension][set_name]['num_searches']:.2f}" for model in models.values()]
+                table.add_row("searches per episode", set_name, number, *searches)
+    console = Console()
+    Console(width=None if console.is_terminal else 130).print(table)
+
+
+def _cell(measured: Mapping[str, Any] | None, metric: str) -> str:
+    if measured is None:
+        return ""
+    low, high = measured[f"{metric}_ci95"]
+    return f"{measured[metric]:.3f} \\[{low:.2f}, {high:.2f}]"

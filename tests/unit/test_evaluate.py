@@ -1,0 +1,224 @@
+"""The test stage with a model whose answers are known, from configuration to results."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dgpo.__main__ import main
+from dgpo.config.load import ConfigError
+from dgpo.engines import episode_runner
+from dgpo.evaluation.evaluate import evaluate
+from dgpo.trajectory import read_trajectories
+from tests.unit.fake_model import FakeModel, fake_config, make_question, use_model
+
+SHELF = {"find Ada": ['"Ada"\nAda Lovelace wrote it.']}
+
+
+def reply(text, seed):
+    """Q0: searches, then right. Q1: wrong. Q2: never answers. Q3: by its seed."""
+    if "Q0" in text:
+        return "<answer>Ada Lovelace</answer>" if "wrote it" in text else "<search>find Ada</search>"
+    if "Q3" in text:
+        return f"<answer>{'right' if seed % 2 else 'wrong'}</answer>"
+    return "<answer>Ada</answer>" if "Q1" in text else "<think>hm"
+
+
+def questions():
+    return [
+        make_question(0, "Ada Lovelace", hops=2),
+        make_question(1, "Charles", hops=1),
+        make_question(2, "Beijing", hops=1),
+    ]
+
+
+@pytest.fixture
+def model(monkeypatch):
+    model = FakeModel(reply)
+    use_model(monkeypatch, model)
+    return model
+
+
+def results_of(config):
+    return json.loads((Path(config.run_dir) / "test" / "results.json").read_text())
+
+
+def scores_of(config):
+    lines = (Path(config.run_dir) / "test" / "mine" / "scores.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_every_question_is_in_the_denominator_by_set_and_by_hops(model, tmp_path):
+    config = fake_config(tmp_path, {"own": questions(), "more": questions()[:1]}, SHELF)
+    evaluate(config)
+    result = results_of(config)["models"]["mine"]
+    own, more = result["sets"]["own"], result["sets"]["more"]
+    assert (own["num_questions"], own["em"], own["answered"], own["hit"]) == (
+        3,
+        *[pytest.approx(v) for v in (1 / 3, 2 / 3, 1 / 3)],
+    )
+    assert own["status"] == {"answered": 2, "no_answer": 1}
+    assert own["num_searches"] == pytest.approx(1 / 3)
+    assert more["em"] == 1.0
+    assert result["average"]["em"] == pytest.approx(2 / 3)
+    assert {hops: group["em"] for hops, group in result["slices"]["hops"].items()} == {"1": 0.0, "2": 1.0}
+
+
+def test_the_releases_metric_names_are_written_and_mean_what_they_say(model, tmp_path):
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    evaluate(config)
+    assert results_of(config)["models"]["mine"]["metrics"] == {
+        "val/test_score/own": pytest.approx(1 / 3),
+        "val/search_count/own": pytest.approx(1 / 3),
+        "val/search_present_ratio/own": pytest.approx(1 / 3),
+        "val/info_contains_answer_ratio/own": pytest.approx(1 / 3),
+    }
+
+
+def test_samples_differ_and_are_averaged_by_question(model, tmp_path):
+    config = fake_config(tmp_path, {"own": [make_question(3, "right"), make_question(0, "Ada Lovelace")]}, SHELF)
+    config.test.samples = 8
+    evaluate(config)
+    scores = scores_of(config)
+    assert [score["episode_id"] for score in scores[:2]] == ["own/own-test-3#0", "own/own-test-3#1"]
+    share = sum(score["em"] for score in scores[:8]) / 8
+    assert 0 < share < 1
+    results = results_of(config)
+    own = results["models"]["mine"]["sets"]["own"]
+    assert (own["num_questions"], own["num_episodes"]) == (2, 16)
+    assert own["em"] == pytest.approx((share + 1) / 2)
+    by_sample = [(a["em"] + b["em"]) / 2 for a, b in zip(scores[:8], scores[8:], strict=True)]
+    mean = sum(by_sample) / 8
+    assert own["em_sd"] == pytest.approx((sum((x - mean) ** 2 for x in by_sample) / 7) ** 0.5)
+    assert results["temperature"] == 1.0
+    assert own["em_ci95"] == [pytest.approx(share), 1.0], "two questions, resampled whole"
+
+
+def test_both_parses_stand_side_by_side_from_one_run(model, tmp_path):
+    rows = questions()
+    for row in rows:
+        row["prompt"][0]["content"] = "For example, <answer> Beijing </answer>. " + row["prompt"][0]["content"]
+    config = fake_config(tmp_path, {"own": rows}, SHELF)
+    evaluate(config)
+    own = results_of(config)["models"]["mine"]["sets"]["own"]
+    # Q2 never answers; the release reads "Beijing" in the prompt, or "and" in the text on invalid actions.
+    assert (own["em"], own["em_upstream"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert own["hit_upstream"] == pytest.approx(1 / 3)
+
+
+def test_upstream_drops_the_last_batch_samples_once_and_says_so(model, tmp_path, capsys):
+    rows = questions()
+    rows[1]["prompt"][0]["content"] = "Beijing, <answer> Beijing </answer>: " + rows[1]["prompt"][0]["content"]
+    rows[1]["reward_model"]["ground_truth"]["target"] = ["and"]
+    rows[1]["prompt"][0]["content"] = rows[1]["prompt"][0]["content"].replace("Q1", "Q2")
+    config = fake_config(tmp_path, {"own": rows}, SHELF)
+    config.test.compat, config.test.upstream_batch_size = "upstream", 2
+    evaluate(config)
+    results = results_of(config)
+    own = results["models"]["mine"]["sets"]["own"]
+    assert (results["protocol"], results["num_dropped"], results["temperature"]) == ("upstream-compatible", 1, 1.0)
+    assert own["num_questions"] == 2
+    assert (own["em"], own["em_ours"]) == (1.0, 0.5), "an episode that never answers is graded as `and`"
+    assert scores_of(config)[1]["answer"] == "and"
+    assert "UPSTREAM-COMPATIBLE" in capsys.readouterr().out
+
+
+def test_a_finished_model_is_not_played_again(model, tmp_path):
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    evaluate(config)
+    first, config.resume = model.num_turns, True
+    evaluate(config)
+    assert model.num_turns == first
+    config.test.max_questions = 1
+    evaluate(config)
+    assert results_of(config)["models"]["mine"]["num_questions"] == 1
+
+
+def test_a_full_disk_is_one_clear_line_and_resuming_plays_what_is_missing(model, tmp_path, monkeypatch, capsys):
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    config.hardware.engine.concurrency = 1
+    append, room = episode_runner._Partial.append, 1
+
+    def until_full(self, trajectory):
+        nonlocal room
+        if not room:
+            self._file = FullFile(self._file)
+        room = max(room - 1, 0)
+        append(self, trajectory)
+
+    monkeypatch.setattr(episode_runner._Partial, "append", until_full)
+    monkeypatch.setattr("dgpo.__main__.load_config", lambda _: config)
+    assert main(["test"]) == 1
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert "trajectories.jsonl.partial" in message
+    assert "resume=true" in message
+    folder = Path(config.run_dir) / "test" / "mine"
+    assert (folder / "trajectories.jsonl.partial").read_text().count("\n") == 1
+    assert len(list(read_trajectories(folder / "trajectories.jsonl.partial"))) == 1, "no torn line"
+    assert not (folder / "scores.jsonl").exists()
+    monkeypatch.setattr(episode_runner._Partial, "append", append)
+    config.resume, model.num_turns = True, 0
+    evaluate(config)
+    assert model.num_turns == 1 + 5, "Q0 was kept, Q1 and Q2 were played"
+    assert results_of(config)["models"]["mine"]["num_questions"] == 3
+
+
+class FullFile:
+    """A file on a disk that has room for seven more bytes."""
+
+    def __init__(self, file):
+        self.file, self.room = file, 7
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written, self.room = self.file.write(data[: self.room]), 0
+        return written
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda c: setattr(c.test, "sets", ["owm"]), ("unknown set 'owm'", "did you mean own?")),
+        (lambda c: setattr(c.test, "compat", "upsteam"), ("test.compat=upsteam", "none, upstream")),
+        (lambda c: setattr(c.test, "loggers", ["wandbb"]), ("'wandbb'", "did you mean wandb?")),
+        (lambda c: setattr(c.test, "compat", "upstream"), ("3 questions", "upstream_batch_size=256")),
+        (lambda c: setattr(c.test, "samples", 0), ("test.samples=0", "more than 0")),
+        (lambda c: (setattr(c.test, "samples", 4), setattr(c.test, "temperature", 0.0)), ("above 0",)),
+        (lambda c: setattr(c.test, "temperature", -1.0), ("test.temperature=-1.0",)),
+        (lambda c: setattr(c.test, "max_questions", 0), ("test.max_questions=0",)),
+        (lambda c: c.test.models.update({"../x": "y"}), ("'../x'", "becomes a folder")),
+        (lambda c: c.data.test_files.update(nq=c.data.test_files["bad"]), ("data.test_files.nq", "triviaqa")),
+        (lambda c: c.data.test_files.update(own=c.data.test_files["twice"]), ("rows 0 and 2", "'own-test-0'")),
+    ],
+)
+def test_wrong_settings_and_files_are_refused_before_anything_is_written(model, tmp_path, change, parts):
+    sets = {"own": questions(), "bad": [make_question(0, "a", source="triviaqa")]}
+    config = fake_config(tmp_path, {**sets, "twice": [*questions()[:2], make_question(0, "x")]}, SHELF)
+    config.data.test_files = dict(config.data.test_files)
+    change(config)
+    for name in ("bad", "twice"):
+        config.data.test_files.pop(name)
+    with pytest.raises(ConfigError) as caught:
+        evaluate(config)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not Path(config.run_dir).exists()
+
+
+def test_tensorboard_gets_the_metrics_of_each_model(model, tmp_path):
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    config.test.loggers = ["tensorboard"]
+    evaluate(config)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(Path(config.run_dir) / "test" / "tensorboard" / "mine"))
+    events.Reload()
+    (event,) = events.Scalars("val/test_score/own")
+    assert event.value == pytest.approx(1 / 3)
