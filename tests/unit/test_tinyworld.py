@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dgpo.data.rows import read_rows
+from dgpo.data.rows import read_rows, row_gold_passages, row_golds
 from dgpo.protocol import STOP_STRINGS, encode_prompt, parse_action, render_observation, render_passages
 from dgpo.tinyworld.build import WorldSettings, build_world, real_world
 from dgpo.tinyworld.models import STUDENT_SIZE, make_model
@@ -154,6 +154,17 @@ def test_question_files_of_a_built_world(folder):
     assert corpora == {"real", "permuted0", "permuted1"}
     first = json.loads((folder / "corpora" / "real.jsonl").read_text().splitlines()[0])
     assert set(first) == {"id", "contents"}
+
+
+@pytest.mark.parametrize(("split", "corpus"), [("test", "real"), ("train", None)])
+def test_gold_passages_stand_in_the_corpus_and_the_last_one_states_the_answer(folder, split, corpus):
+    for row in read_rows(folder / "data" / f"{split}.parquet"):
+        info = row["extra_info"]
+        lines = (folder / "corpora" / f"{corpus or info['corpus']}.jsonl").read_text().splitlines()
+        contents = [passage["contents"] for passage in row_gold_passages(row)]
+        assert set(contents) <= {json.loads(line)["contents"] for line in lines}
+        assert row_golds(row)[0] in contents[-1]
+        assert info["hops"] == len(contents) == {"city": 1, "attribute": 1, "two_hop": 2}[info["kind"]]
 
 
 def test_the_same_seed_builds_the_same_world_and_another_seed_another(folder, tmp_path):
