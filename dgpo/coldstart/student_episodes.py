@@ -25,6 +25,7 @@ from dgpo.coldstart.examples import TrainingExample
 from dgpo.coldstart.replay import AdaptiveSchedule, ReplayBuffer
 from dgpo.config.schema import Config
 from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
+from dgpo.engines.play import make_policy
 from dgpo.engines.vllm_policy import VllmPolicy
 from dgpo.seeds import derive_seed
 from dgpo.trajectory import Trajectory
@@ -156,13 +157,10 @@ class StudentEpisodes:
 
     async def _started_policy(self) -> VllmPolicy:
         if self._policy is None:
-            episode = self.config.episode
-            self._policy = VllmPolicy(
+            self._policy = make_policy(
+                self.config,
                 self.model,
-                hardware=self.config.hardware,
-                max_model_len=episode.max_prompt_tokens + episode.max_response_tokens,
                 temperature=self.config.distill.student_episodes.temperature,
-                seed=self.config.seed,
                 trust_remote_code=self.config.student.trust_remote_code,
                 replaceable_weights=True,
             )

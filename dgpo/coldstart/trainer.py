@@ -1,7 +1,8 @@
 """Supervised training on episodes, on policy tokens only: Hugging Face's `Trainer` around the fused loss.
 
 It serves the cold start and, with `seqkd` on ideal episodes, the tiny teacher's own training. Optimiser, scheduler,
-accumulation, mixed precision, DDP, FSDP2 and checkpoints are Hugging Face's; the loss is `dgpo.algorithms`'.
+accumulation, mixed precision, DDP, FSDP2 and checkpoints are Hugging Face's; the loss is `dgpo.algorithms`'. (veRL's
+supervised engine would bring the same, but no place for a teacher beside the student.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A checkpoint plays planned episodes: the one place where collection, `test`, `arcap` and `ask` make their policy."""
+"""A checkpoint plays planned episodes: the one place where collection, DistiLLM, `test` and others make their policy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def make_policy(config: Config, model: str, *, temperature: float, trust_remote_code: bool) -> VllmPolicy:
+def make_policy(
+    config: Config, model: str, *, temperature: float, trust_remote_code: bool, replaceable_weights: bool = False
+) -> VllmPolicy:
     """The engine of one checkpoint, not yet started, with room for the longest episode that `config` allows."""
     return VllmPolicy(
         model,
@@ -30,6 +32,7 @@ def make_policy(config: Config, model: str, *, temperature: float, trust_remote_
         temperature=temperature,
         seed=config.seed,
         trust_remote_code=trust_remote_code,
+        replaceable_weights=replaceable_weights,
     )
 
 
