@@ -26,4 +26,10 @@ def finished_records(folder: Path, *, stage: str, inputs: Mapping[str, Any]) -> 
     if read_manifest(folder, stage=stage)["inputs"] != inputs:
         (folder / MANIFEST).unlink()
         return None
-    return [json.loads(line) for line in (folder / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_records(folder / "scores.jsonl")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a whole file. Not `splitlines`: a text may hold other line ends than a file's."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]

@@ -18,6 +18,7 @@ from rich.table import Table
 from dgpo.artifacts import atomic_write_text, package_versions
 from dgpo.config.load import ConfigError, chosen, group_choices, load_config
 from dgpo.config.schema import Config
+from dgpo.evaluation.records import read_records
 from dgpo.evaluation.scores import Score, compare
 from dgpo.pipeline import tiny
 from dgpo.pipeline.estimate import gpu_hours
@@ -149,7 +150,7 @@ def collect_rows(plans: Mapping[str, Plan], *, baseline: str) -> list[dict[str, 
 
 
 def _scores(folder: Path, row: str) -> list[Score]:
-    return [json.loads(line) for line in (folder / "test" / row / "scores.jsonl").read_text().splitlines()]
+    return read_records(folder / "test" / row / "scores.jsonl")
 
 
 def _write_table(folder: Path, name: str, plans: Mapping[str, Plan]) -> Path:
