@@ -1,4 +1,4 @@
-"""A checkpoint plays planned episodes: the one place where collection, DistiLLM, `test` and others make their policy."""
+"""A checkpoint plays planned episodes: where collection, DistiLLM, `test`, `arcap` and `ask` make their policy."""
 
 from __future__ import annotations
 
