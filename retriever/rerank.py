@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retriever.corpus import Corpus
-from retriever.encoder_config import refuse_pickles
+from retriever.encoder_config import refuse_pickles, require_model
 from retriever.encoders import Encoder
 from retriever.index import SearchIndex
 from retriever.scan import NO_ROW
@@ -20,6 +20,7 @@ class Reranker:
         """`model` is a folder or a Hugging Face id; raises `ValueError` when it cannot be loaded from safetensors."""
         from sentence_transformers import CrossEncoder
 
+        require_model(model)
         refuse_pickles(model)
         try:
             self._model = CrossEncoder(

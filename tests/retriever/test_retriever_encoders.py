@@ -1,6 +1,7 @@
 import json
 import pickle
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,6 +127,13 @@ class Bomb:
 
     def __reduce__(self) -> tuple:
         return pytest.fail, ("unpickled",)
+
+
+def test_a_model_that_cannot_be_had_is_named_within_seconds() -> None:
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="'no-such-owner/no-such-model' is neither a folder nor in the local cache"):
+        load_encoder(EncoderConfig(spec="no-such-owner/no-such-model", preset="e5"))
+    assert time.perf_counter() - started < 15
 
 
 def test_code_of_a_model_repository_runs_only_when_trusted(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from retriever.encoding import ProgressPrinter
 from retriever.errors import IndexFolderError
 
 STUB = EncoderConfig(spec="models/stub", query_prefix="", passage_prefix="", dtype="float32")
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 NUM_PASSAGES, PASSAGES_PER_PART = 600, 30
 
 
@@ -115,7 +115,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "places"
-    assert start_build(corpus, out).wait(TIMEOUT_S) == 0
+    code, errors = finish(start_build(corpus, out))
+    assert code == 0, errors
     return content(out)
 
 
@@ -123,6 +124,15 @@ def start_build(corpus: Path, out: Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "retriever.build", "--corpus", str(corpus), "--out", str(out)]
     command += ["--passages-per-part", str(PASSAGES_PER_PART), *arguments]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def finish(build: subprocess.Popen) -> tuple[int, str]:
+    """Exit code and stderr of a build; one that hangs does not outlive the test."""
+    try:
+        _, errors = build.communicate(timeout=TIMEOUT_S)
+    finally:
+        build.kill()
+    return build.returncode, errors.decode()
 
 
 @pytest.mark.slow
@@ -140,17 +150,15 @@ def test_a_killed_build_is_resumed_to_the_same_bytes(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".places.building/part-*.npy")}
     assert 3 <= len(before) < NUM_PASSAGES // PASSAGES_PER_PART
     assert not (tmp_path / "places").exists()
-    again = start_build(corpus, tmp_path / "places")
-    _, errors = again.communicate(timeout=TIMEOUT_S)
-    assert again.returncode == 0
-    assert f"{len(before) * PASSAGES_PER_PART} of {NUM_PASSAGES} passages were encoded before" in errors.decode()
+    code, errors = finish(start_build(corpus, tmp_path / "places"))
+    assert code == 0, errors
+    assert f"{len(before) * PASSAGES_PER_PART} of {NUM_PASSAGES} passages were encoded before" in errors
     assert content(tmp_path / "places") == uninterrupted
 
 
 @pytest.mark.slow
 def test_two_ray_workers_make_the_bytes_of_one(corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    build = start_build(corpus, tmp_path / "places", "--workers", "2")
-    _, errors = build.communicate(timeout=TIMEOUT_S)
-    assert build.returncode == 0, errors.decode()
+    code, errors = finish(start_build(corpus, tmp_path / "places", "--workers", "2"))
+    assert code == 0, errors
     assert content(tmp_path / "places") == uninterrupted

@@ -72,5 +72,5 @@ def test_a_query_without_candidates_stays_empty(tmp_path: Path, cross_encoder: s
 def test_a_model_that_is_no_reranker_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gives 3 values per pair; expected one score"):
         Reranker(str(write_cross_encoder(tmp_path / "three", num_labels=3)))
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match="is neither a folder"):
         Reranker(str(tmp_path / "absent"))
