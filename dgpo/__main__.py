@@ -129,6 +129,21 @@ def _arcap(overrides: Sequence[str]) -> None:
     _play(arcap, load_config(overrides))
 
 
+def _ask(arguments: Sequence[str]) -> None:
+    from dgpo.ask.asker import QuestionError
+    from dgpo.ask.command import ask
+    from dgpo.engines.vllm_policy import EngineStartError
+    from dgpo.pipeline.processes import StageFailedError, stopped_by_sigterm
+
+    try:
+        with stopped_by_sigterm():
+            ask(arguments)
+    except QuestionError as error:
+        raise ConfigError(str(error)) from error
+    except (EngineStartError, StageFailedError, OSError) as error:
+        raise CommandFailedError(str(error)) from error
+
+
 def _report(overrides: Sequence[str]) -> None:
     from dgpo.evaluation.report import write_report
 
@@ -196,6 +211,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         _reproduce,
         "a table of the paper (table=main|ablation|pairs): plans, runs what is missing",
     ),
+    "ask": (_ask, '"question" ask.model=PATH: a checkpoint answers and shows how; ask.web=true opens a page'),
     "report": (_report, "report.html from what is in run_dir; report.runs=[a,b] draws their curves over its own"),
     "compare": (_compare, "two run folders: configuration, metrics, paired tests; out=FILE.md"),
 }

@@ -203,6 +203,24 @@ def check_test(config: Config, stage: str = "test") -> list[str]:
     return notes
 
 
+def check_ask(config: Config) -> None:
+    """What `ask` needs: a checkpoint, room for an episode, a prompt with a place for the question, a retriever."""
+    _check_values(config, "hardware", "episode")
+    ask = config.ask
+    if not ask.model:
+        raise ConfigError(
+            "ask.model is not set: name a checkpoint, e.g. ask.model=runs/dgpo/train/model, or add world=tiny to use "
+            "the latest quickstart's"
+        )
+    _check_model(config, ask.model, key="ask.model", notes=[])
+    _check_lengths(config, "ask.model", ask.model)
+    if ask.prompt is not None and "{question}" not in ask.prompt:
+        raise ConfigError(f"ask.prompt={ask.prompt!r} has no place for the question: add {{question}} to it")
+    if ask.temperature < 0:
+        raise ConfigError(f"ask.temperature={ask.temperature}: expected 0 (greedy) or more")
+    _check_retriever(config, [{"extra_info": {"corpus": ask.corpus}}])
+
+
 def _check_test_values(config: Config) -> None:
     test = config.test
     for key, names in (("test.models", test.models), ("data.test_files", config.data.test_files)):

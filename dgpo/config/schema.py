@@ -316,6 +316,18 @@ class TestConfig:
 
 
 @dataclass
+class AskConfig:
+    """`ask`: a checkpoint answers a question, and shows how."""
+
+    model: str | None = None  # a checkpoint; None with world=tiny: the latest quickstart's
+    temperature: float = 0.0
+    prompt: str | None = None  # a template with {question}; None: Search-R1's, which the checkpoints were trained on
+    corpus: str | None = None  # the retrieval server's named corpus; None: its default
+    web: bool = False  # a page on this machine instead of the terminal
+    port: int = 8765  # of that page
+
+
+@dataclass
 class ReportConfig:
     """`report.html` of a run."""
 
@@ -345,4 +357,5 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     test: TestConfig = field(default_factory=TestConfig)
+    ask: AskConfig = field(default_factory=AskConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

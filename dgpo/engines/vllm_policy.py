@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +36,9 @@ class VllmPolicy:
         seed: of the engine; a request that brings its own seed does not depend on it.
         replaceable_weights: whether `load_weights` will be called; costs CPU engines their packed weights.
 
+    Attributes:
+        on_text: where it is set, called with (request id, new text) while a turn is being written.
+
     The log-probs are the model's own (before temperature), in nats, one per sampled token.
     """
 
@@ -57,6 +60,7 @@ class VllmPolicy:
         self.seed = seed
         self.trust_remote_code = trust_remote_code
         self.replaceable_weights = replaceable_weights
+        self.on_text: Callable[[str, str], None] | None = None
         self._engine: Any = None
 
     async def __aenter__(self) -> VllmPolicy:
@@ -162,12 +166,19 @@ class VllmPolicy:
             skip_special_tokens=False,  # a tokenizer may hold the tags as special tokens: they still stop a turn
             logprobs=0,  # of the sampled token only
             seed=seed if self.temperature > 0 else None,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.DELTA if self.on_text else RequestOutputKind.FINAL_ONLY,
         )
-        final = None
+        sampled: list[int] = []
+        log_probs: list[float] = []
+        reason = None
         async for output in self._engine.generate(TokensPrompt(prompt_token_ids=token_ids), sampling, request_id):
-            final = output
-        completion = final.outputs[0]
-        sampled = list(completion.token_ids)
-        log_probs = [table[token].logprob for token, table in zip(sampled, completion.logprobs or [], strict=True)]
-        return Generation(sampled, log_probs, completion.finish_reason or "abort")
+            completion = output.outputs[0]
+            sampled += completion.token_ids
+            log_probs += [
+                table[token].logprob
+                for token, table in zip(completion.token_ids, completion.logprobs or [], strict=True)
+            ]
+            reason = completion.finish_reason
+            if self.on_text and completion.text:
+                self.on_text(request_id, completion.text)
+        return Generation(sampled, log_probs, reason or "abort")

@@ -1,0 +1,131 @@
+"""One question, one episode: the project's episode loop with its trace told as it grows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from dgpo.ask.trace import Piece, TagStream
+from dgpo.config.schema import Config
+from dgpo.episode import EpisodeLimits, Policy, Search, run_episode
+from dgpo.protocol import SEARCH_R1_PROMPT, build_messages, encode_prompt
+from dgpo.trajectory import Trajectory
+
+_OPEN, _CLOSE = "<information>", "</information>"
+
+
+class QuestionError(ValueError):
+    """A question that cannot be asked."""
+
+
+class Asker:
+    """Answers questions with one checkpoint; several may be in flight.
+
+    Args:
+        config: rules of the episode, `ask.prompt`, `ask.corpus` and the seed.
+        policy: where it has an attribute `on_text`, that is set, and the trace comes token by token; else turn by turn.
+        tokenizer: of the policy.
+        search: finds the passages.
+    """
+
+    def __init__(self, config: Config, *, policy: Policy, tokenizer: Any, search: Search) -> None:
+        self.config, self.policy, self.tokenizer, self.search = config, policy, tokenizer, search
+        limits = asdict(config.episode)
+        self.max_prompt_tokens = limits.pop("max_prompt_tokens")
+        self.limits = EpisodeLimits(**limits)
+        self._numbers = itertools.count()
+        self._listeners: dict[str, Callable[[str], None]] = {}
+        self._end = getattr(tokenizer, "eos_token", None) or ""
+        if hasattr(policy, "on_text"):
+            policy.on_text = self._on_text
+
+    async def ask(self, question: str, on_piece: Callable[[Piece], None]) -> Trajectory:
+        """Plays the episode of a question; `on_piece` is called with its trace as it grows.
+
+        Raises:
+            QuestionError: it is empty, or its prompt is longer than `episode.max_prompt_tokens`.
+        """
+        prompt_ids = self._prompt(question)
+        name = f"ask-{next(self._numbers)}"
+        stream = TagStream()
+        streamed = False
+
+        def hear(text: str) -> None:
+            nonlocal streamed
+            streamed = True
+            tell(stream.feed(text.replace(self._end, "") if self._end else text))
+
+        def tell(pieces: list[Piece]) -> None:
+            for piece in pieces:
+                on_piece(piece)
+
+        def on_event(writer: str, text: str) -> None:
+            nonlocal streamed
+            if writer == "environment":
+                tell([_environment_piece(text)])
+                return
+            if not streamed:
+                hear(text)
+            tell(stream.end_turn())
+            streamed = False
+
+        self._listeners[name] = hear
+        try:
+            return await run_episode(
+                episode_id=name,
+                prompt_ids=prompt_ids,
+                policy=self.policy,
+                search=self.search,
+                tokenizer=self.tokenizer,
+                limits=self.limits,
+                corpus=self.config.ask.corpus,
+                seed=self.config.seed,
+                on_event=on_event,
+            )
+        finally:
+            del self._listeners[name]
+
+    def _prompt(self, question: str) -> list[int]:
+        if not question.strip():
+            raise QuestionError("the question is empty: type one")
+        ids = encode_prompt(self.tokenizer, build_messages(question, self.config.ask.prompt or SEARCH_R1_PROMPT))
+        if len(ids) > self.max_prompt_tokens:
+            raise QuestionError(
+                f"the question makes a prompt of {len(ids)} tokens, more than episode.max_prompt_tokens="
+                f"{self.max_prompt_tokens}: shorten it"
+            )
+        return ids
+
+    def _on_text(self, request_id: str, text: str) -> None:
+        if request_id in self._listeners:
+            self._listeners[request_id](text)
+
+
+def sources(trajectory: Trajectory) -> list[dict[str, str]]:
+    """The passages that the episode saw, each once, in the order found: {"id", "title", "text", "query"}."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for record in trajectory.searches:
+        for document in record.documents:
+            title, _, text = document["contents"].partition("\n")
+            source = {"id": str(document.get("id", "")), "title": title.strip('"'), "text": text, "query": record.query}
+            found.setdefault((source["id"], document["contents"]), source)
+    return list(found.values())
+
+
+def ending(trajectory: Trajectory) -> str:
+    """How the episode ended, in words; empty where it was answered."""
+    return {
+        "answered": "",
+        "no_answer": "no answer within the allowed turns",
+        "overflow": "what was found leaves no room for an answer",
+        "search_failed": "the retrieval server did not answer",
+    }[trajectory.status]
+
+
+def _environment_piece(text: str) -> Piece:
+    inside = text.strip()
+    if inside.startswith(_OPEN) and inside.endswith(_CLOSE):
+        return Piece("information", inside[len(_OPEN) : -len(_CLOSE)])
+    return Piece("note", inside)

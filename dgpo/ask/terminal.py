@@ -1,0 +1,92 @@
+"""The trace on a terminal: coloured by kind, as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+
+from rich.console import Console
+from rich.text import Text
+
+from dgpo.ask.asker import Asker, QuestionError, ending, sources
+from dgpo.ask.trace import Piece
+
+STYLES = {"think": "blue", "search": "yellow", "information": "green", "answer": "bold", "text": "dim", "note": "red"}
+LABEL_WIDTH = 13
+# A model or a passage may hold escape sequences, which a terminal would obey.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class TerminalTrace:
+    """Prints pieces; a label opens each run of one kind."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._kind: str | None = None
+        self._started = False
+
+    def show(self, piece: Piece) -> None:
+        text = printable(piece.text)
+        if piece.kind != self._kind:
+            if not text.strip():
+                return
+            self._open(piece.kind)
+        if not self._started:
+            text = text.lstrip()
+        self._started = self._started or bool(text)
+        self.console.print(Text(text, STYLES[piece.kind]), end="", soft_wrap=True)
+
+    def close(self) -> None:
+        if self._kind is not None:
+            self.console.print()
+        self._kind = None
+
+    def _open(self, kind: str) -> None:
+        self.close()
+        self._kind, self._started = kind, False
+        self.console.print(
+            Text(f"{kind:<{LABEL_WIDTH}}", f"reverse {STYLES[kind]}" if kind == "answer" else "dim"), end=""
+        )
+
+
+def printable(text: str) -> str:
+    """The text without control characters but tabs and line ends."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+async def answer_once(asker: Asker, question: str, console: Console) -> None:
+    """Asks one question and prints trace, sources and outcome.
+
+    Raises:
+        QuestionError: it cannot be asked.
+    """
+    started = time.perf_counter()
+    trace = TerminalTrace(console)
+    try:
+        trajectory = await asker.ask(question, trace.show)
+    finally:
+        trace.close()
+    for number, source in enumerate(sources(trajectory), start=1):
+        line = f"  [{number}] {source['title']}  (for: {source['query']})"
+        console.print(Text(printable(line), "green dim"))
+    seconds = time.perf_counter() - started
+    outcome = ending(trajectory) or f"answer: {trajectory.answer}"
+    console.print(Text(printable(outcome), "bold"), end="")
+    console.print(Text(f"   {trajectory.num_searches} searches, {seconds:.1f} s", "dim"))
+
+
+async def prompt_loop(asker: Asker, console: Console) -> None:
+    """Asks what is typed, until an empty line or the end of input."""
+    console.print(Text("Type a question; an empty line ends.", "dim"))
+    while True:
+        try:
+            question = await asyncio.to_thread(input, "? ")
+        except EOFError:
+            return
+        if not question.strip():
+            return
+        try:
+            await answer_once(asker, question, console)
+        except QuestionError as error:
+            console.print(Text(str(error), "red"))
