@@ -25,8 +25,8 @@ RENDER_MS_PER_QUERY = 0.05  # cache, rows, json of a query (retriever.py)
 RESCORE_MS_PER_QUERY = 0.012  # 16 mapped rows of 768 float32 (index_types.py, the part beyond the product)
 START_CPU_S = 6.2  # libraries, encoder, checks of a million passages (index_start.py)
 PRIVATE_GB, PRIVATE_GB_PER_MILLION = 0.42, 0.009  # without and per million passages (index_start.py)
-FLAT_GFLOPS, BF16_GFLOPS = 65.0, 130.0  # one core, batches of 64 and more (index_types.py)
-HNSW_SQ8_MS = 0.45  # efSearch 128 at 30,000 rows (index_types.py)
+FLAT_GFLOPS, BF16_GFLOPS = 85.0, 140.0  # one core, batches of 64 and more (index_types.py)
+HNSW_SQ8_MS = 0.4  # efSearch 128 at 30,000 rows (index_types.py)
 MINILM_MS_PER_QUERY = 1.8  # bfloat16, batches of 64 (index_types.py)
 
 # Stated: not measured here. The first three are what an H200 is known to do; the rest are assumptions.
@@ -190,12 +190,20 @@ def main() -> None:
         # A GPU's copy is made by reading the file once; a mapped index is read as it is searched
         read_s = setting.index_gb * 1e9 / DISK_BYTES_PER_S
         copy_s = setting.index_gb * 1e9 / HOST_TO_GPU_BYTES_PER_S if setting.gpu_gb else 0.0
-        private_gb = PRIVATE_GB + NUM_PASSAGES / 1e6 * PRIVATE_GB_PER_MILLION
+        num_millions = NUM_PASSAGES / setting.num_shards / 1e6
+        private_gb = PRIVATE_GB + num_millions * PRIVATE_GB_PER_MILLION
         if "bf16" in setting.name:
             private_gb += setting.index_gb / 2
         loads = setting.gpu_gb or "bf16" in setting.name
         cold_s, warm_s = (START_CPU_S + max(read_s, copy_s), START_CPU_S + copy_s) if loads else (START_CPU_S,) * 2
-        cells = [setting.index_gb, setting.gpu_gb, private_gb, setting.index_gb + CORPUS_GB, cold_s, warm_s]
+        cells = [
+            setting.index_gb,
+            setting.gpu_gb,
+            private_gb,
+            setting.index_gb + CORPUS_GB / setting.num_shards,
+            cold_s,
+            warm_s,
+        ]
         memory.append([setting.name, *(number(cell) if cell else "-" for cell in cells)])
     columns = ["setting", "index GB", "GPU GB", "private GB", "page cache GB wanted", "start s, cold", "start s, warm"]
     show("Memory of one server, and its start", columns, memory)
