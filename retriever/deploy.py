@@ -67,11 +67,11 @@ class ServerActor:
     def state(self) -> tuple[str, bool, str | None]:
         """URL, whether it is ready, and why it never will be."""
         code = self._process.poll()
-        if code is not None:
+        if code is not None and not self._ever_ready:
             return self._url, False, f"exit status {code}: {self._log.read_text()[-LOG_TAIL_CHARS:]}"
         try:
-            with urllib.request.urlopen(f"{self._url}/ready", timeout=5) as reply:
-                self._ever_ready = ready = reply.status == 200
+            with urllib.request.urlopen(f"{self._url}/ready", timeout=5):
+                self._ever_ready = ready = True
         except (OSError, urllib.error.URLError):
             ready = False
         return self._url, ready, None

@@ -12,6 +12,7 @@ are medians over rounds. Recall@3 is against exact float32 search with the same 
 import argparse
 import itertools
 import json
+import os
 import random
 import shlex
 import statistics
@@ -71,6 +72,8 @@ class Turn:
     """Of the server's process tree, per query."""
     num_errors: int
     recall: float
+    load_average: float
+    """Of the machine, over the last minute: how much else it had to do."""
 
 
 class Questions:
@@ -165,6 +168,7 @@ def run_turn(load: Load, target: Target, questions: Questions, judge: Judge, opt
         cpu_ms,
         result.num_errors,
         judge.recall(result),
+        os.getloadavg()[0],
     )
 
 
@@ -201,7 +205,9 @@ def print_table(turns: Sequence[Turn], rounds: int) -> None:
     for load in dict.fromkeys(turn.load for turn in turns):
         of_load = [turn for turn in turns if turn.load == load]
         servers = list(dict.fromkeys(turn.server for turn in of_load))
-        print(f"\n{load}: medians of {rounds} rounds\n{'':10}" + "".join(f"{c:>10}" for c in (*columns, "errors")))
+        busy = statistics.median(turn.load_average for turn in of_load)
+        print(f"\n{load}: medians of {rounds} rounds, load average {busy:.0f} on {os.cpu_count()} cores")
+        print(f"{'':10}" + "".join(f"{column:>10}" for column in (*columns, "errors")))
         for server in servers:
             own = [turn for turn in of_load if turn.server == server]
             medians = [statistics.median(getattr(turn, column) for turn in own) for column in columns]
