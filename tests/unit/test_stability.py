@@ -196,6 +196,19 @@ def test_a_recorded_collapse_is_seen():
     assert (alarm.rule, alarm.metric, alarm.first_step, alarm.step) == ("kl", "actor/kl_to_init", 2, 4)
 
 
+@pytest.mark.parametrize(
+    ("name", "rules"),
+    [
+        ("tiny_collapse_apart", {"entropy_high", "answer_fall", "turn_length"}),
+        ("tiny_collapse_loops", {"entropy_low", "answer_fall", "turn_length", "repetition"}),
+    ],
+)
+def test_recorded_collapses_raise_the_alarms_of_their_kind(name, rules):
+    """The two attempts of a real run with an actor learning rate of 0.3, rolled back once; its own settings."""
+    watch = CollapseDetector(StabilityConfig(patience=2, window=2), num_questions=16)
+    assert {alarm.rule for record in recorded(name) for alarm in watch.observe(record)} == rules
+
+
 def test_the_page_has_every_rule_and_every_setting_with_its_default():
     page = (Path(__file__).parents[2] / "docs" / "stability.md").read_text()
     assert [rule for rule in ADVICE if f"| `{rule}` |" not in page] == []
