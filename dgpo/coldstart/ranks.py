@@ -14,7 +14,7 @@ from typing import Any
 
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
-from dgpo.engines.private_ray import use_private_ray
+from dgpo.engines.private_ray import forget_private_ray, use_private_ray
 
 RESOURCES_TIMEOUT_S = 60.0
 OBJECT_STORE_BYTES = 200_000_000  # of a Ray of our own: only settings and counts travel
@@ -50,7 +50,7 @@ def run_on_ranks(work: Callable[..., Any], config: Config, *, folder: Path) -> A
         return _run(ray, work, config, num_ranks)
     finally:
         ray.shutdown()
-        (folder / "ray_token").unlink(missing_ok=True)
+        forget_private_ray(folder)
 
 
 def _connect(ray: Any, config: Config) -> None:
