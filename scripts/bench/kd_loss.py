@@ -133,6 +133,8 @@ def main() -> None:
     for _ in range(options.repetitions):
         for name, (form, chunk) in forms.items():
             runs[name].append(measure_in_process(form, {**sizes, "chunk": chunk}))
+            last = runs[name][-1]
+            print(f"  {name}: {last['seconds']:.2f} s, {last['peak_gb']:.3f} GB", file=sys.stderr, flush=True)
     print(f"medians of {options.repetitions} in turn; in brackets the median of the ratios to plain of the same turn:")
     for name, measured in runs.items():
         report(name, measured, runs["plain"])
