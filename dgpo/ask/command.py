@@ -48,6 +48,7 @@ def ask(arguments: Sequence[str]) -> None:
     if is_tiny:
         overrides = [*tiny.OVERRIDES, *(override for override in overrides if override not in tiny.OVERRIDES)]
     config = load_config(overrides)
+    config.hardware.env.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings would stand between the questions
     run = _tiny_run(config) if is_tiny else None
     if run and not config.ask.model:
         config.ask.model = str(run / "train" / "model")

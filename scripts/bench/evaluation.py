@@ -1,0 +1,113 @@
+"""How busy evaluation keeps vLLM: its generated tokens a second against vLLM's offline `generate` on the same turns.
+
+    python scripts/bench/evaluation.py MODEL QUESTIONS.parquet [..] [--num-questions 1000] [key=value ..]
+
+First the episodes are played exactly as `python -m dgpo test` plays them, searches included, with its engine settings.
+Then vLLM's offline engine, with the same settings, gets all turns of those episodes at once: the recorded ids up to the
+turn as the prompt, and as many tokens to write as the episode wrote there. Starting the engines is not timed. Overrides
+such as `world=tiny hardware=cpu retriever.url=..` are those of the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from dgpo.config.load import load_config
+from dgpo.config.schema import Config
+from dgpo.data.rows import read_rows
+from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes, play_episodes
+from dgpo.engines.play import load_tokenizer, make_policy
+from dgpo.trajectory import Trajectory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("words", nargs="+", metavar="QUESTIONS.parquet | key=value")
+    parser.add_argument("--num-questions", type=int, default=1000)
+    parser.add_argument("--repeat", type=int, default=1, help="of both, in turn")
+    options = parser.parse_intermixed_args()
+    config = load_config([word for word in options.words if "=" in word])
+    tokenizer = load_tokenizer(options.model, trust_remote_code=False)
+    planned = [
+        episode
+        for number, file in enumerate(word for word in options.words if "=" not in word)
+        for episode in plan_episodes(read_rows(file), tokenizer, config=config, prefix=f"{number}/")
+    ][: options.num_questions]
+    for _ in range(options.repeat):
+        trajectories, ours = asyncio.run(episodes(config, options.model, planned, tokenizer))
+        offline = offline_generate(config, options.model, trajectories)
+        result = {"ours": ours, "offline": offline, "ratio": ours["tokens_per_s"] / offline["tokens_per_s"]}
+        print(json.dumps({name: rounded(value) for name, value in result.items()}), flush=True)
+
+
+async def episodes(
+    config: Config, model: str, planned: list[PlannedEpisode], tokenizer: object
+) -> tuple[list[Trajectory], dict[str, float]]:
+    """Every planned episode, and its speed."""
+    policy = make_policy(config, model, temperature=0.0, trust_remote_code=False)
+    async with policy:
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            trajectories = await play_episodes(
+                planned,
+                policy=policy,
+                tokenizer=tokenizer,
+                config=config,
+                path=Path(folder) / "trajectories.jsonl",
+                settings={},
+                name="episodes",
+            )
+            seconds = time.perf_counter() - started
+    num_tokens = sum(sum(trajectory.response_mask) for trajectory in trajectories)
+    num_searches = sum(trajectory.num_searches for trajectory in trajectories)
+    speed = {"seconds": seconds, "tokens": num_tokens, "tokens_per_s": num_tokens / seconds}
+    return trajectories, {**speed, "episodes": len(trajectories), "searches": num_searches}
+
+
+def offline_generate(config: Config, model: str, trajectories: list[Trajectory]) -> dict[str, float]:
+    """The same turns through `vllm.LLM.generate`, all at once."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    engine = config.hardware.engine
+    max_model_len = config.episode.max_prompt_tokens + config.episode.max_response_tokens
+    llm = LLM(
+        model,
+        dtype=engine.dtype,
+        enforce_eager=engine.enforce_eager,
+        tensor_parallel_size=engine.tensor_parallel_size,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=max(engine.max_num_batched_tokens, max_model_len),
+        max_model_len=max_model_len,
+        enable_chunked_prefill=engine.chunked_prefill,
+        enable_prefix_caching=True,
+        seed=config.seed,
+        disable_log_stats=True,
+    )
+    prompts, sampling = [], []
+    for trajectory in trajectories:
+        for turn in trajectory.turns:
+            if turn.end > turn.start:
+                ids = trajectory.prompt_ids + trajectory.response_ids[: turn.start]
+                prompts.append(TokensPrompt(prompt_token_ids=ids))
+                sampling.append(SamplingParams(temperature=0.0, max_tokens=turn.end - turn.start, ignore_eos=True))
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    llm.llm_engine.engine_core.shutdown()
+    return {"seconds": seconds, "tokens": num_tokens, "tokens_per_s": num_tokens / seconds, "turns": len(prompts)}
+
+
+def rounded(value: float | dict[str, float]) -> float | dict[str, float]:
+    return {name: round(each, 1) for name, each in value.items()} if isinstance(value, dict) else round(value, 3)
+
+
+if __name__ == "__main__":
+    main()
