@@ -207,8 +207,6 @@ def parse_plan(arguments: Sequence[str] | None) -> tuple[Plan, argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    for stop_signal in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop_signal, _interrupt)
     try:
         plan, given = parse_plan(arguments)
         _deploy(plan, given.address, given.urls_file)
@@ -220,9 +218,12 @@ def _deploy(plan: Plan, address: str | None, urls_file: Path | None) -> None:
     import ray
 
     ray.init(address=address, log_to_driver=False)
-    deployment = Deployment(plan)
+    for stop_signal in (signal.SIGTERM, signal.SIGINT):  # after Ray, which sets its own
+        signal.signal(stop_signal, _interrupt)
+    deployment = None
     announced: list[str] = []
     try:
+        deployment = Deployment(plan)
         while True:
             urls, ready = deployment.poll()
             if ready and urls != announced:
@@ -234,7 +235,8 @@ def _deploy(plan: Plan, address: str | None, urls_file: Path | None) -> None:
                 print(f"retriever.deploy: {len(urls)} replicas ready: {','.join(urls)}", file=sys.stderr, flush=True)
             time.sleep(POLL_S)
     except KeyboardInterrupt:
-        deployment.stop()
+        if deployment:
+            deployment.stop()
     finally:
         ray.shutdown()
 

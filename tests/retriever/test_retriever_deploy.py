@@ -18,6 +18,10 @@ from retriever.deploy import parse_plan
 from retriever.split import split_folder
 
 
+# A Ray of its own, which on a busy machine may take minutes to start.
+ENVIRONMENT = os.environ | {"RAY_ADDRESS": "", "RAY_raylet_start_wait_time_s": "300"}
+
+
 def test_ports_and_arguments_of_a_plan_differ_by_replica_and_shard() -> None:
     command = ["--replicas", "2", "--shards", "3", "--index", "a=x/{shard}", "--port", "9000", "--max-topk", "7"]
     plan, _ = parse_plan(command)
@@ -53,9 +57,9 @@ def deployed(folder: Path, *arguments: str) -> Iterator[list[str]]:
     urls_file = folder / "urls"
     options = ["--address", "local", "--port", str(port), "--urls-file", str(urls_file), "--log-folder", str(folder)]
     command = [sys.executable, "-m", "retriever.deploy", *options, *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"RAY_ADDRESS": ""})
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT)
     try:
-        wait_until(lambda: urls_file.exists() or process.poll() is not None, 240)
+        wait_until(lambda: urls_file.exists() or process.poll() is not None, 400)
         assert process.poll() is None
         yield urls_file.read_text().strip().split(",")
         process.send_signal(signal.SIGTERM)
@@ -100,7 +104,7 @@ def test_replicas_answer_and_a_killed_one_comes_back(indexes: dict[str, Path], t
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not is_ready(urls[0]), 20)
         assert is_ready(urls[1])
-        wait_until(lambda: is_ready(urls[0]), 120)
+        wait_until(lambda: is_ready(urls[0]), 200)
         assert server_pids(urls[0]) != [pid]
         assert post(urls[0] + "/retrieve", {"query": "planet rings", "topk": 1}).json == first
     assert not any(server_pids(url) for url in urls)
@@ -123,10 +127,10 @@ def test_a_server_that_cannot_start_ends_the_deployment_with_its_message(tmp_pat
     run = subprocess.run(
         [*command, "--index", "a=missing", "--port", "0"],
         cwd=ROOT,
-        env=os.environ | {"RAY_ADDRESS": ""},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
     )
     assert run.returncode == 1
     assert "missing is not an index folder" in run.stderr
