@@ -40,10 +40,13 @@ class Scan(Protocol):
 
 
 class FaissScan:
-    """Any FAISS index file, memory-mapped: pages come in as they are searched, and the kernel may drop them."""
+    """Any FAISS index file, memory-mapped: pages come in as they are searched, and the kernel may drop them.
+
+    With `gpu` (its number) the index is copied there, and only rows that are scored again come from the map.
+    """
 
     def __init__(
-        self, path: Path, index_type: str, *, num_threads: int = 1, gpu: bool = False, search_params: str = ""
+        self, path: Path, index_type: str, *, num_threads: int = 1, gpu: int | None = None, search_params: str = ""
     ) -> None:
         import faiss
 
@@ -58,7 +61,7 @@ class FaissScan:
                 f"{path} cannot be read as a FAISS index ({faiss_reason(error)}); build it again"
             ) from None
         self._mapped, self._dtype = index, ROW_DTYPES.get(index_type)
-        self._index = _on_gpu(index, path) if gpu else index
+        self._index = index if gpu is None else _on_gpu(index, path, gpu)
         set_search_params(self._index, search_params)
 
     def rows(self) -> np.ndarray | None:
@@ -174,9 +177,8 @@ def open_scan(
     if engine == "auto":
         engine = "torch" if device != "cpu" and index_type in ROW_DTYPES else "faiss"
     if engine != "torch":
-        scan = FaissScan(
-            path, index_type, num_threads=num_threads, gpu=engine == "faiss-gpu", search_params=search_params
-        )
+        gpu = int(device.partition(":")[2] or 0) if engine == "faiss-gpu" else None  # of "cuda:1"
+        scan = FaissScan(path, index_type, num_threads=num_threads, gpu=gpu, search_params=search_params)
         return scan, scan.rows()
     if index_type not in ROW_DTYPES:
         raise IndexFolderError(
@@ -207,8 +209,8 @@ def _as_tensor(rows: np.ndarray) -> Any:
         return torch.from_numpy(np.asarray(rows))
 
 
-def _on_gpu(index: Any, path: Path) -> Any:
-    """`index` copied to the first GPU, float16 where FAISS can; raises `IndexFolderError` where FAISS cannot."""
+def _on_gpu(index: Any, path: Path, gpu: int) -> Any:
+    """`index` copied to a GPU, float16 where FAISS can; raises `IndexFolderError` where FAISS cannot."""
     import faiss
 
     if not hasattr(faiss, "StandardGpuResources"):
@@ -220,7 +222,7 @@ def _on_gpu(index: Any, path: Path) -> Any:
     try:
         # The resources own the GPU's scratch memory and must outlive the index.
         resources = faiss.StandardGpuResources()
-        copied: Any = faiss.index_cpu_to_gpu(resources, 0, index, options)
+        copied: Any = faiss.index_cpu_to_gpu(resources, gpu, index, options)
     except RuntimeError as error:
         raise IndexFolderError(
             f"{path} cannot be copied to the GPU ({faiss_reason(error)}); use --engine faiss"

@@ -16,6 +16,8 @@ from retriever.errors import IndexFolderError
 
 STUB = EncoderConfig(spec="models/stub", query_prefix="", passage_prefix="", dtype="float32")
 TIMEOUT_S = 600
+# Ray gives itself 30 s to start, which a busy machine exceeds
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "RAY_raylet_start_wait_time_s": "300"}
 NUM_PASSAGES, PASSAGES_PER_PART = 600, 30
 
 
@@ -123,7 +125,7 @@ def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 def start_build(corpus: Path, out: Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "retriever.build", "--corpus", str(corpus), "--out", str(out)]
     command += ["--passages-per-part", str(PASSAGES_PER_PART), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | ENVIRONMENT)
 
 
 def finish(build: subprocess.Popen) -> tuple[int, str]:

@@ -189,7 +189,7 @@ def test_an_index_of_distances_is_refused(tmp_path: Path) -> None:
         ("HNSW32_SQ8,Refine(SQfp16)", "efSearch=64", 0.99),
         ("IVF16,Flat", "nprobe=16", 1.0),
         ("IVF16,SQ8", "nprobe=16", 0.95),
-        ("IVF16,PQ16x4,RFlat", "nprobe=16,k_factor_rf=8", 0.5),
+        pytest.param("IVF16,PQ16x4,RFlat", "nprobe=16,k_factor_rf=8", 0.5, marks=pytest.mark.slow),
         ("PCA48,IVF16,SQ8", "nprobe=16", 0.3),
     ],
 )
