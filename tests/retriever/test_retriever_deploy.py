@@ -17,7 +17,6 @@ from conftest import QUESTIONS, ROOT, get, post
 from retriever.deploy import parse_plan
 from retriever.split import split_folder
 
-
 # A Ray of its own, which on a busy machine may take minutes to start.
 ENVIRONMENT = os.environ | {"RAY_ADDRESS": "", "RAY_raylet_start_wait_time_s": "300"}
 
