@@ -14,15 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from retriever.build import (
-    add_encoder_arguments,
-    encoder_config,
-    import_once,
-    link_or_copy,
-    publish,
-    work_folder,
-    write_dense,
-)
+from retriever.build import add_encoder_arguments, encoder_config, write_dense
 from retriever.collection import open_corpus
 from retriever.corpus import Corpus, read_offsets
 from retriever.encoder_config import EncoderConfig, resolve_config
@@ -30,6 +22,7 @@ from retriever.encoding import Progress, ProgressPrinter
 from retriever.errors import IndexFolderError
 from retriever.faiss_file import ROW_DTYPES, make_index, map_rows, read_header, row_reader
 from retriever.manifest import CORPUS_FILE, OFFSETS_FILE, read_manifest
+from retriever.work_folder import import_once, link_or_copy, publish, work_folder
 
 
 def convert_folder(
