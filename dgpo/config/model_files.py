@@ -55,6 +55,27 @@ def check_model_folder(path: str | None, *, key: str) -> None:
         raise ConfigError(f"{key}={path}: no config.json there; expected a Hugging Face model folder")
     if Path(path).is_dir() and not _weight_files(Path(path)):
         raise ConfigError(f"{key}={path}: no *.safetensors or *.bin weights there; save the model with save_pretrained")
+    for file in Path(path).glob("*.safetensors"):
+        expected = _expected_size(file)
+        if file.stat().st_size < expected:
+            raise ConfigError(
+                f"{key}={path}: {file.name} is no whole file of weights ({file.stat().st_size} bytes, expected "
+                f"{expected} or more); copy or save the checkpoint again"
+            )
+
+
+def _expected_size(file: Path) -> int:
+    """Bytes of a safetensors file by its own header: 8 of the header's length, the header, and the tensors."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length + 8 > file.stat().st_size:
+            return length + 8
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return file.stat().st_size + 1  # whatever this is, it is no header
+    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+    return 8 + length + max(ends, default=0)
 
 
 def max_positions(path: str, *, key: str) -> int | None:

@@ -90,7 +90,8 @@ def test_full_sharding_halves_what_each_of_two_ranks_holds(tmp_path):
 @pytest.mark.slow
 def test_a_failing_rank_ends_the_run_with_its_own_error(tmp_path):
     write_stage(tmp_path)
-    (tmp_path / "student" / "model.safetensors").write_bytes(b"nothing")
+    header = b'{"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}'  # three numbers in eight bytes
+    (tmp_path / "student" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     result = run_command("-m", "dgpo", "distill", *overrides(tmp_path, "hardware.gpus_per_node=2"))
     assert result.returncode == 1
     assert "SafetensorError" in result.stderr

@@ -1,5 +1,8 @@
 """Every wrong input is refused before anything expensive starts, in one line that names the fix."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from dgpo.__main__ import main
@@ -87,6 +90,24 @@ def test_a_copy_of_the_student_is_no_teacher(config, tmp_path):
     config.teacher.path = make_model(tmp_path / "copy")
     refused(check_train, config, "the teacher is the student")
     refused(check_distill, config, "the teacher is the student")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"weights", (90).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"no"]
+)
+def test_weights_that_are_none_or_were_cut_off_are_refused(config, content):
+    (Path(config.student.path) / "model.safetensors").write_bytes(content)
+    refused(check_test, config, "test.models.kd", "model.safetensors is no whole file of weights", "again")
+
+
+def test_weights_that_lack_their_end_are_refused(config):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    whole = len(header).to_bytes(8, "little") + header + bytes(8)
+    file = Path(config.student.path) / "model.safetensors"
+    file.write_bytes(whole[:-1])
+    refused(check_test, config, f"{len(whole) - 1} bytes, expected {len(whole)}")
+    file.write_bytes(whole)
+    check_test(config)
 
 
 def test_different_tokenizers_are_refused(config, tmp_path):
