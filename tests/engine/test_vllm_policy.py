@@ -51,6 +51,7 @@ def generations(tmp_path_factory):
     make_model(other, seed=1)
     hardware = load_config(["hardware=cpu"]).hardware
     before = children()
+    told = {}
 
     async def main():
         async with VllmPolicy(
@@ -70,11 +71,14 @@ def generations(tmp_path_factory):
             stop = chr(32 + results[0].token_ids[10])
             results.append(await ask("stopped", 1, (stop,)))
             unfinished = policy._engine.output_processor.get_num_unfinished_requests()
+            policy.on_text = lambda request, text: told.setdefault(request, []).append(text)
+            results.append(await ask("told", 1))
+            results.append(await ask("told-stopped", 1, (stop,)))
             await policy.load_weights(other)
             return [*results, await ask("replaced", 1)], unfinished
 
     results, unfinished = asyncio.run(main())
-    return (folder, other), results, unfinished, children() - before
+    return (folder, other), results, unfinished, children() - before, told
 
 
 def children():
@@ -115,7 +119,7 @@ def test_a_request_is_repeatable_by_its_own_seed(generations):
 
 
 def test_a_stop_string_ends_the_turn_and_is_kept(generations):
-    _, (first, _, _, _, stopped, _), *_ = generations
+    _, (first, _, _, _, stopped, *_), *_ = generations
     last = first.token_ids.index(first.token_ids[10])
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == first.token_ids[: last + 1]
@@ -126,8 +130,18 @@ def test_the_token_limit_is_reported(generations):
     assert (first.finish_reason, len(first.token_ids)) == ("length", 12)
 
 
+def test_text_is_told_while_it_is_written_and_the_turn_stays_the_same(generations):
+    _, (first, _, _, _, stopped, told, told_stopped, _), *_, pieces = generations
+    assert (told.token_ids, told.finish_reason) == (first.token_ids, first.finish_reason)
+    assert told.log_probs == pytest.approx(first.log_probs, abs=1e-3)
+    assert (told_stopped.token_ids, told_stopped.finish_reason) == (stopped.token_ids, "stop")
+    assert len(pieces["told-1"]) > 1
+    for name, generation in (("told-1", told), ("told-stopped-1", told_stopped)):
+        assert "".join(pieces[name]) == "".join(chr(32 + token) for token in generation.token_ids)
+
+
 def test_cancelling_aborts_the_request(generations):
-    _, results, unfinished, _ = generations
+    _, results, unfinished, *_ = generations
     assert isinstance(results[3], asyncio.CancelledError)
     assert unfinished == 0
 

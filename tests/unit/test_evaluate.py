@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from dgpo.__main__ import main
 from dgpo.config.load import ConfigError
 from dgpo.engines import episode_runner
 from dgpo.evaluation.evaluate import evaluate
+from dgpo.evaluation.scores import compare
 from dgpo.trajectory import read_trajectories
 from tests.unit.fake_model import FakeModel, fake_config, make_question, use_model
 
@@ -96,6 +98,17 @@ def test_samples_differ_and_are_averaged_by_question(model, tmp_path):
     assert own["em_ci95"] == [pytest.approx(share), 1.0], "two questions, resampled whole"
 
 
+def test_a_comparison_of_samples_is_over_questions(model, tmp_path):
+    config = fake_config(tmp_path, {"own": [make_question(3, "right"), make_question(0, "Ada Lovelace")]}, SHELF)
+    config.test.models["twin"], config.test.baseline, config.test.samples = config.test.models["mine"], "twin", 8
+    evaluate(config)
+    assert results_of(config)["difference_to_baseline"]["mine"]["average"] == [0.0, 0.0, 0.0]
+    scores = scores_of(config)
+    always = [{**score, "em": 0.0} for score in scores]
+    share = sum(score["em"] for score in scores[:8]) / 8
+    assert compare(scores, always)["sets"]["own"] == [pytest.approx((share + 1) / 2), pytest.approx(share), 1.0]
+
+
 def test_both_parses_stand_side_by_side_from_one_run(model, tmp_path):
     rows = questions()
     for row in rows:
@@ -134,6 +147,39 @@ def test_a_finished_model_is_not_played_again(model, tmp_path):
     config.test.max_questions = 1
     evaluate(config)
     assert results_of(config)["models"]["mine"]["num_questions"] == 1
+
+
+def test_a_killed_run_resumes_to_the_same_numbers_and_plays_no_question_twice(monkeypatch, tmp_path):
+    rows = [make_question(index, "right") for index in range(30, 40)]  # Q30 to Q39 answer by their seed
+    config = fake_config(tmp_path, {"own": rows}, SHELF)
+    config.test.samples, config.hardware.engine.concurrency = 3, 4
+    played = tmp_path / "played"
+
+    def dying(text, seed):
+        with played.open("a") as file:
+            file.write(f"{seed}\n")
+        if played.read_text().count("\n") == 14:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return reply(text, seed)
+
+    use_model(monkeypatch, FakeModel(dying))
+    child = os.fork()
+    if child == 0:
+        try:
+            evaluate(config)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    kept = (Path(config.run_dir) / "test" / "mine" / "trajectories.jsonl.partial").read_text().count("\n")
+    assert 0 < kept < 14
+    config.resume = True
+    evaluate(config)
+    resumed = results_of(config)
+    assert len(played.read_text().split()) == 14 + 30 - kept, "what was kept is not played again"
+    config.run_dir, config.resume = str(tmp_path / "straight"), False
+    evaluate(config)
+    assert results_of(config) == resumed
+    assert len(scores_of(config)) == 30
 
 
 def test_a_full_disk_is_one_clear_line_and_resuming_plays_what_is_missing(model, tmp_path, monkeypatch, capsys):
