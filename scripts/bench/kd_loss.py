@@ -110,7 +110,7 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--tokens", type=int, help="default: 4096 on a GPU; 1024 on a CPU, where `plain` needs 4 GB")
+    parser.add_argument("--tokens", type=int, help="default: 4096 on a GPU; 1024 on a CPU, 5 GB in all")
     parser.add_argument("--vocab", type=int, default=VOCABULARY)
     parser.add_argument("--chunks", type=int, nargs="+", default=[DistillConfig().chunk_tokens], metavar="TOKENS")
     parser.add_argument("--threads", type=int, default=1)
