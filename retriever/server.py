@@ -33,7 +33,7 @@ def create_app(service: Service) -> FastAPI:
     async def refuse(_: Request, error: RequestError) -> Response:
         return error_response(error)
 
-    guarded = {"openapi_extra": openapi.security(service.needs_token)}
+    guarded: dict[str, Any] = {"openapi_extra": openapi.security(service.needs_token)}
     retrieving: dict[str, Any] = {
         "responses": openapi.retrieve_responses(),
         "response_class": Response,

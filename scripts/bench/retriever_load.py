@@ -141,7 +141,7 @@ async def run_load(
     address = urlsplit(url)
     run.num_open = num_clients
     for _ in range(num_clients):
-        await loop.create_connection(lambda: _Client(run), address.hostname, address.port)
+        await loop.create_connection(lambda: _Client(run), address.hostname or "127.0.0.1", address.port or 80)
     await asyncio.sleep(warm_up_s)
     on_start()
     run.measuring, started = True, time.perf_counter()
