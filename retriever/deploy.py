@@ -24,7 +24,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -106,6 +106,16 @@ class Plan:
         return self.port + self.num_replicas + replica * self.num_shards + shard
 
 
+def missing_resources(plan: Plan, available: Mapping[str, float]) -> str | None:
+    """What a cluster with these resources lacks for the plan, or None."""
+    num_servers = plan.num_replicas * max(1, plan.num_shards)
+    wanted = {"CPU": num_servers * plan.options.num_threads}
+    if plan.options.device != "cpu":
+        wanted["GPU"] = num_servers
+    short = [f"{available.get(name, 0):.0f} of {number} {name}s" for name, number in wanted.items()]
+    return " and ".join(short) if any(available.get(name, 0) < number for name, number in wanted.items()) else None
+
+
 class Deployment:
     """The actors of a plan. A front server is started again when Ray moved one of its shards to another node."""
 
@@ -125,7 +135,7 @@ class Deployment:
         return (
             self._ray.remote(ServerActor)
             .options(
-                num_cpus=1 if is_front else options.num_threads,
+                num_cpus=0 if is_front else options.num_threads,  # a front server only waits for its shards
                 num_gpus=0 if is_front or options.device == "cpu" else 1,
                 max_restarts=-1,
                 max_task_retries=0,
@@ -220,6 +230,12 @@ def _deploy(plan: Plan, address: str | None, urls_file: Path | None) -> None:
     ray.init(address=address, log_to_driver=False)
     for stop_signal in (signal.SIGTERM, signal.SIGINT):  # after Ray, which sets its own
         signal.signal(stop_signal, _interrupt)
+    if lacking := missing_resources(plan, ray.cluster_resources()):
+        print(
+            f"retriever.deploy: the cluster has {lacking}; servers wait until nodes join, or take fewer --replicas, "
+            "--shards or --num-threads",
+            file=sys.stderr,
+        )
     deployment = None
     announced: list[str] = []
     try:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from conftest import QUESTIONS, ROOT, get, post
 
-from retriever.deploy import parse_plan
+from retriever.deploy import missing_resources, parse_plan
 from retriever.split import split_folder
 
 # A Ray of its own, which on a busy machine may take minutes to start.
@@ -45,6 +45,15 @@ def test_ports_and_arguments_of_a_plan_differ_by_replica_and_shard() -> None:
 def test_a_plan_that_cannot_be_is_refused_before_ray_starts(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_plan(arguments)
+
+
+def test_a_cluster_that_is_too_small_is_told() -> None:
+    plan, _ = parse_plan(["--replicas", "2", "--shards", "3", "--index", "a=x/{shard}", "--num-threads", "4"])
+    assert missing_resources(plan, {"CPU": 24}) is None
+    assert missing_resources(plan, {"CPU": 16}) == "16 of 24 CPUs"
+    plan, _ = parse_plan(["--replicas", "2", "--index", "a=x", "--device", "cuda"])
+    assert missing_resources(plan, {"CPU": 8, "GPU": 1}) == "8 of 2 CPUs and 1 of 2 GPUs"
+    assert missing_resources(plan, {"CPU": 8, "GPU": 2}) is None
 
 
 @contextmanager
