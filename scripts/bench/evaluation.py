@@ -3,9 +3,9 @@
     python scripts/bench/evaluation.py MODEL QUESTIONS.parquet [..] [--num-questions 1000] [key=value ..]
 
 First the episodes are played exactly as `python -m dgpo test` plays them, searches included, with its engine settings.
-Then vLLM's offline engine, with the same settings, gets all turns of those episodes at once: the recorded ids up to the
-turn as the prompt, and as many tokens to write as the episode wrote there. Starting the engines is not timed. Overrides
-such as `world=tiny hardware=cpu retriever.url=..` are those of the command.
+Then vLLM's offline engine, with the same settings in a process of its own, gets all turns of those episodes at once:
+the recorded ids up to the turn as the prompt, and as many tokens to write as the episode wrote there. Starting the
+engines is not timed. Overrides such as `world=tiny hardware=cpu retriever.url=..` are those of the command.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,9 +22,10 @@ from pathlib import Path
 from dgpo.config.load import load_config
 from dgpo.config.schema import Config
 from dgpo.data.rows import read_rows
+from dgpo.engines.environment import export_environment
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes, play_episodes
 from dgpo.engines.play import load_tokenizer, make_policy
-from dgpo.trajectory import Trajectory
+from dgpo.trajectory import Trajectory, read_trajectories
 
 
 def main() -> None:
@@ -31,8 +34,12 @@ def main() -> None:
     parser.add_argument("words", nargs="+", metavar="QUESTIONS.parquet | key=value")
     parser.add_argument("--num-questions", type=int, default=1000)
     parser.add_argument("--repeat", type=int, default=1, help="of both, in turn")
+    parser.add_argument("--offline", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
     config = load_config([word for word in options.words if "=" in word])
+    if options.offline:
+        print(json.dumps(offline_generate(config, options.model, list(read_trajectories(options.offline)))))
+        return
     tokenizer = load_tokenizer(options.model, trust_remote_code=False)
     planned = [
         episode
@@ -40,38 +47,41 @@ def main() -> None:
         for episode in plan_episodes(read_rows(file), tokenizer, config=config, prefix=f"{number}/")
     ][: options.num_questions]
     for _ in range(options.repeat):
-        trajectories, ours = asyncio.run(episodes(config, options.model, planned, tokenizer))
-        offline = offline_generate(config, options.model, trajectories)
+        with tempfile.TemporaryDirectory() as folder:
+            recorded = Path(folder) / "trajectories.jsonl"
+            ours = asyncio.run(episodes(config, options.model, planned, tokenizer, recorded))
+            command = [sys.executable, __file__, options.model, *options.words, f"--offline={recorded}"]
+            offline = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
         result = {"ours": ours, "offline": offline, "ratio": ours["tokens_per_s"] / offline["tokens_per_s"]}
         print(json.dumps({name: rounded(value) for name, value in result.items()}), flush=True)
 
 
 async def episodes(
-    config: Config, model: str, planned: list[PlannedEpisode], tokenizer: object
-) -> tuple[list[Trajectory], dict[str, float]]:
-    """Every planned episode, and its speed."""
+    config: Config, model: str, planned: list[PlannedEpisode], tokenizer: object, recorded: Path
+) -> dict[str, float]:
+    """Plays every planned episode, writes them to `recorded`, and returns the speed."""
     policy = make_policy(config, model, temperature=0.0, trust_remote_code=False)
     async with policy:
-        with tempfile.TemporaryDirectory() as folder:
-            started = time.perf_counter()
-            trajectories = await play_episodes(
-                planned,
-                policy=policy,
-                tokenizer=tokenizer,
-                config=config,
-                path=Path(folder) / "trajectories.jsonl",
-                settings={},
-                name="episodes",
-            )
-            seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        trajectories = await play_episodes(
+            planned,
+            policy=policy,
+            tokenizer=tokenizer,
+            config=config,
+            path=recorded,
+            settings={},
+            name="episodes",
+        )
+        seconds = time.perf_counter() - started
     num_tokens = sum(sum(trajectory.response_mask) for trajectory in trajectories)
     num_searches = sum(trajectory.num_searches for trajectory in trajectories)
     speed = {"seconds": seconds, "tokens": num_tokens, "tokens_per_s": num_tokens / seconds}
-    return trajectories, {**speed, "episodes": len(trajectories), "searches": num_searches}
+    return {**speed, "episodes": len(trajectories), "searches": num_searches}
 
 
 def offline_generate(config: Config, model: str, trajectories: list[Trajectory]) -> dict[str, float]:
     """The same turns through `vllm.LLM.generate`, all at once."""
+    export_environment(config.hardware)
     from vllm import LLM, SamplingParams, TokensPrompt
 
     engine = config.hardware.engine
@@ -101,7 +111,6 @@ def offline_generate(config: Config, model: str, trajectories: list[Trajectory])
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
     seconds = time.perf_counter() - started
     num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-    llm.llm_engine.engine_core.shutdown()
     return {"seconds": seconds, "tokens": num_tokens, "tokens_per_s": num_tokens / seconds, "turns": len(prompts)}
 
 

@@ -103,10 +103,12 @@ def test_a_comparison_of_samples_is_over_questions(model, tmp_path):
     config.test.models["twin"], config.test.baseline, config.test.samples = config.test.models["mine"], "twin", 8
     evaluate(config)
     assert results_of(config)["difference_to_baseline"]["mine"]["average"] == [0.0, 0.0, 0.0]
-    scores = scores_of(config)
-    always = [{**score, "em": 0.0} for score in scores]
-    share = sum(score["em"] for score in scores[:8]) / 8
-    assert compare(scores, always)["sets"]["own"] == [pytest.approx((share + 1) / 2), pytest.approx(share), 1.0]
+    right, wrong = (
+        [{**score, "question_id": name, "em": em} for _ in range(25) for score in scores_of(config)[:8]]
+        for name, em in (("a", 1.0), ("b", 0.0))
+    )
+    nothing = [{**score, "em": 0.0} for score in right + wrong]
+    assert compare(right + wrong, nothing)["sets"]["own"] == [0.5, 0.0, 1.0], "two questions, not 400 episodes"
 
 
 def test_both_parses_stand_side_by_side_from_one_run(model, tmp_path):
