@@ -26,7 +26,9 @@ def run_stress(data: Path, *arguments: str) -> dict[str, float]:
 
 
 def test_512_clients_get_their_own_answers_and_overload_is_refused(tmp_path: Path) -> None:
-    report = run_stress(tmp_path, "--seconds", "5", "--overload-s", "2", "--num-passages", "2000")
+    # In a few seconds memory does not settle; the slow test says whether it does.
+    short = ["--seconds", "5", "--overload-s", "2", "--num-passages", "2000", "--max-growth", "0.5"]
+    report = run_stress(tmp_path, *short)
     assert report["clients"] == 512
     assert report["requests"] > 512
 
