@@ -33,6 +33,7 @@ class GenerationAbortedError(RuntimeError):
 class Generation:
     """One turn as sampled: `log_probs[i]` (nats) belongs to `token_ids[i]`, a sampled end-of-sequence token included.
 
+    A policy that was not asked for log-probs leaves them empty.
     `finish_reason` is `stop` for a stop string or that token, `length` for a used-up budget, `abort` for neither.
     """
 
@@ -41,7 +42,7 @@ class Generation:
     finish_reason: str
 
     def __post_init__(self) -> None:
-        if len(self.token_ids) != len(self.log_probs):
+        if self.log_probs and len(self.token_ids) != len(self.log_probs):
             raise ValueError(f"{len(self.token_ids)} sampled tokens but {len(self.log_probs)} log-probs: need one each")
 
 
@@ -92,11 +93,13 @@ class _Response:
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    has_log_probs: bool = True
 
     def append_turn(self, generation: Generation) -> None:
         self.ids += generation.token_ids
         self.mask += [1] * len(generation.token_ids)
         self.log_probs += generation.log_probs
+        self.has_log_probs &= len(generation.log_probs) == len(generation.token_ids)
 
     def append_observation(self, ids: Sequence[int]) -> None:
         self.ids += ids
@@ -229,7 +232,7 @@ async def run_episode(
         prompt_ids=list(prompt_ids),
         response_ids=response.ids,
         response_mask=response.mask,
-        log_probs=response.log_probs,
+        log_probs=response.log_probs if response.has_log_probs else [],
         turns=turns,
         searches=searches,
         answer=answer,

@@ -44,7 +44,7 @@ class Trajectory:
         prompt_ids: [P].
         response_ids: [T] as sampled, or as the environment's texts were tokenised.
         response_mask: [T] 1 on generated tokens, 0 on what the environment wrote.
-        log_probs: [T] nats under the policy that sampled, 0.0 on environment tokens.
+        log_probs: [T] nats under the policy that sampled, 0.0 on environment tokens; empty where it gave none.
         turns: in order; observations stand between them.
         searches: in order. The passages of a search that ended the episode as `overflow` were never shown.
         answer: None without a complete `<answer>`; may be "".

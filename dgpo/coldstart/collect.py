@@ -56,6 +56,7 @@ def collect(config: Config) -> Path | None:
         path=folder / "trajectories.jsonl",
         name="collect",
         stop=COLLECT_STOP_STRINGS,
+        log_probs=True,
     )
     golds = {episode.episode_id: row_golds(episode.row) for episode in planned}
     kept, counts = keep_correct(trajectories, golds)

@@ -97,6 +97,7 @@ async def play_episodes(
     settings: Mapping[str, Any],
     stop: Sequence[str] = STOP_STRINGS,
     name: str = "episodes",
+    concurrency: int | None = None,
 ) -> list[Trajectory]:
     """Plays every planned episode that `path`'s partial file does not hold yet, and writes `path` when all are done.
 
@@ -107,6 +108,7 @@ async def play_episodes(
         settings: what the trajectories depend on (model, temperature, ..); resuming under others is refused.
         stop: strings that end a turn.
         name: of the progress line.
+        concurrency: episodes in flight; None: `hardware.engine.concurrency`, which is of one engine.
 
     Raises:
         SearchOutageError: the share of episodes with a failed search exceeds `retriever.max_failed_share`.
@@ -152,7 +154,7 @@ async def play_episodes(
 
     try:
         async with open_search(retriever) as search, asyncio.TaskGroup() as workers:
-            for _ in range(config.hardware.engine.concurrency):
+            for _ in range(concurrency or config.hardware.engine.concurrency):
                 workers.create_task(play_pending(search))
     except ExceptionGroup as group:
         raise group.exceptions[0] from None  # the others are its echoes

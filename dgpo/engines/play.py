@@ -9,6 +9,7 @@ from typing import Any
 
 from dgpo.config.schema import Config
 from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
+from dgpo.engines.policy_pool import PolicyPool, num_engines
 from dgpo.engines.vllm_policy import VllmPolicy
 from dgpo.protocol import STOP_STRINGS
 from dgpo.trajectory import Trajectory
@@ -47,18 +48,28 @@ def play_model(
     path: Path,
     name: str,
     stop: Sequence[str] = STOP_STRINGS,
+    log_probs: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> list[Trajectory]:
     """Starts an engine with `model`, plays every episode that `path`'s partial file lacks, and ends the engine.
 
+    With more GPUs than one engine takes, as many engines as they hold play side by side, over Ray.
+
     Args:
+        log_probs: whether the trajectories hold them.
         settings: what the episodes depend on beside the model, its temperature and the rules of the episode.
         path, name, stop: of `dgpo.engines.episode_runner.play_episodes`; what it raises is raised here.
     """
 
+    def one() -> VllmPolicy:
+        return make_policy(
+            config, model, temperature=temperature, trust_remote_code=trust_remote_code, log_probs=log_probs
+        )
+
     async def play() -> list[Trajectory]:
-        policy = make_policy(config, model, temperature=temperature, trust_remote_code=trust_remote_code)
-        async with policy:
+        size, gpus_each = num_engines(config.hardware), config.hardware.engine.tensor_parallel_size
+        several = PolicyPool(one, size=size, gpus_each=gpus_each, folder=path.parent) if size > 1 else None
+        async with several or one() as policy:
             return await play_episodes(
                 planned,
                 policy=policy,
@@ -68,6 +79,7 @@ def play_model(
                 settings={"model": model, "temperature": temperature, **(settings or {})},
                 stop=stop,
                 name=name,
+                concurrency=size * config.hardware.engine.concurrency,
             )
 
     return asyncio.run(play())

@@ -299,6 +299,24 @@ async def test_a_given_text_that_leaves_no_room_for_a_turn_is_refused():
         await play([ANSWER], given=OBSERVATION, limits=make_limits(max_response_tokens=60))
 
 
+async def test_a_policy_without_log_probs_leaves_a_record_without_them():
+    class Silent(ScriptedPolicy):
+        async def generate(self, token_ids, **options):
+            generation = await super().generate(token_ids, **options)
+            return Generation(generation.token_ids, [], generation.finish_reason)
+
+    trajectory = await run_episode(
+        episode_id="e1",
+        prompt_ids=PROMPT_IDS,
+        policy=Silent([SEARCH, ANSWER]),
+        search=RecordingSearch(),
+        tokenizer=ByteTokenizer(),
+        limits=make_limits(),
+    )
+    assert trajectory.log_probs == []
+    assert len(trajectory.response_ids) == len(trajectory.response_mask) == len(SEARCH + OBSERVATION + ANSWER)
+
+
 def test_log_probs_must_belong_to_tokens():
     with pytest.raises(ValueError, match="2 sampled tokens but 1 log-probs"):
         Generation([1, 2], [-1.0], "stop")

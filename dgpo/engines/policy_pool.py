@@ -1,0 +1,97 @@
+"""Several engines of one checkpoint behind one episode `Policy`: data-parallel evaluation and collection over Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dgpo.config.schema import HardwareConfig
+from dgpo.engines.private_ray import forget_private_ray, use_private_ray
+from dgpo.engines.vllm_policy import EngineStartError, VllmPolicy
+from dgpo.episode import Generation
+
+
+def num_engines(hardware: HardwareConfig) -> int:
+    """How many engines the GPUs hold that are configured and, on one node, there; 1 on a CPU."""
+    if hardware.platform == "cpu":
+        return 1
+    num_gpus = hardware.num_nodes * hardware.gpus_per_node
+    if hardware.num_nodes == 1:
+        import torch
+
+        num_gpus = min(num_gpus, torch.cuda.device_count())
+    return max(1, num_gpus // hardware.engine.tensor_parallel_size)
+
+
+class PolicyPool:
+    """Use as `async with PolicyPool(...) as policy`. An episode stays on one engine, whose cache holds its prefix.
+
+    Args:
+        make_policy: makes the policy of one engine; called in that engine's process.
+        size: engines.
+        gpus_each: of every engine; 0 on a CPU.
+        folder: keeps the token of the Ray cluster while it runs. With `RAY_ADDRESS` set, that cluster is used.
+    """
+
+    def __init__(self, make_policy: Callable[[], VllmPolicy], *, size: int, gpus_each: int, folder: Path) -> None:
+        self.make_policy, self.size, self.gpus_each, self.folder = make_policy, size, gpus_each, folder
+        self._engines: list[Any] = []
+
+    async def __aenter__(self) -> PolicyPool:
+        """Starts the engines side by side. Raises `EngineStartError` when one does not start."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        use_private_ray(self.folder)
+        import ray
+
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, include_dashboard=False, num_cpus=None if self.gpus_each else self.size)
+        engine = ray.remote(num_cpus=1, num_gpus=self.gpus_each)(_Engine)
+        self._engines = [engine.remote(self.make_policy) for _ in range(self.size)]
+        try:
+            await asyncio.gather(*(each.start.remote() for each in self._engines))
+        except Exception as error:  # Ray wraps what the engine raised
+            await self._stop()
+            raise EngineStartError(" ".join(str(error).split())[-500:]) from error
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stop()
+
+    async def generate(
+        self, token_ids: list[int], *, max_tokens: int, stop: Sequence[str], seed: int | None, request_id: str
+    ) -> Generation:
+        """As `VllmPolicy.generate`."""
+        engine = self._engines[zlib.crc32(request_id.encode()) % self.size]
+        return await engine.generate.remote(
+            token_ids, max_tokens=max_tokens, stop=list(stop), seed=seed, request_id=request_id
+        )
+
+    async def _stop(self) -> None:
+        import ray
+
+        engines, self._engines = self._engines, []
+        await asyncio.gather(*(each.stop.remote() for each in engines), return_exceptions=True)
+        ray.shutdown()
+        forget_private_ray(self.folder)
+
+
+class _Engine:
+    """One engine, in a process of its own."""
+
+    def __init__(self, make_policy: Callable[[], VllmPolicy]) -> None:
+        self.policy = make_policy()
+
+    async def start(self) -> None:
+        await self.policy.start()
+
+    async def stop(self) -> None:
+        await self.policy.stop()
+
+    async def generate(self, token_ids: list[int], **options: Any) -> Generation:
+        return await self.policy.generate(token_ids, **options)

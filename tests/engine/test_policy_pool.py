@@ -1,0 +1,59 @@
+"""Two engines behind one policy, on a CPU: the same turns as one engine writes, and an episode stays where it began."""
+
+import asyncio
+import os
+
+import pytest
+
+from dgpo.config.load import load_config
+from dgpo.engines.policy_pool import PolicyPool, num_engines
+from dgpo.engines.vllm_policy import EngineStartError, VllmPolicy
+from tests.engine.test_vllm_policy import PROMPT, make_model
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+def policy_maker(folder):
+    def make():
+        hardware = load_config(["hardware=cpu"]).hardware
+        return VllmPolicy(str(folder), hardware=hardware, max_model_len=128, temperature=1.0, seed=1)
+
+    return make
+
+
+async def write(policy, count):
+    requests = [
+        policy.generate(PROMPT, max_tokens=8, stop=(), seed=number, request_id=f"e{number}") for number in range(count)
+    ]
+    return await asyncio.gather(*requests)
+
+
+def test_two_engines_write_what_one_writes(tmp_path):
+    make_model(tmp_path / "model", seed=0)
+    make = policy_maker(tmp_path / "model")
+
+    async def pooled():
+        async with PolicyPool(make, size=2, gpus_each=0, folder=tmp_path / "ray") as policy:
+            return await write(policy, 12)
+
+    async def alone():
+        async with make() as policy:
+            return await write(policy, 12)
+
+    several, one = asyncio.run(pooled()), asyncio.run(alone())
+    assert [each.token_ids for each in several] == [each.token_ids for each in one]
+    assert not list((tmp_path / "ray").iterdir()), "the cluster's token is gone"
+    assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+
+
+def test_an_engine_that_does_not_start_is_named(tmp_path):
+    async def start():
+        async with PolicyPool(policy_maker(tmp_path / "none"), size=2, gpus_each=0, folder=tmp_path):
+            pass
+
+    with pytest.raises(EngineStartError, match="none"):
+        asyncio.run(start())
+
+
+def test_a_cpu_has_one_engine():
+    assert num_engines(load_config(["hardware=cpu"]).hardware) == 1
