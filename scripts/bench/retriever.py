@@ -31,7 +31,7 @@ import uvloop
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from retriever_data import StubEncoder, load_bench_encoder, make, query_text, vector_file
 from retriever_load import LoadResult, http_request, run_load
-from retriever_servers import Target, started
+from retriever_servers import Target, end_servers_on_sigterm, started
 
 HERE = Path(__file__).resolve().parent
 TOPK = 3
@@ -239,6 +239,7 @@ def main() -> None:
     parser.add_argument("--url", action="append", default=[], metavar="NAME=URL[@PID]", help="a further server")
     parser.add_argument("--json", type=Path, help="write every turn here")
     options = parser.parse_args()
+    end_servers_on_sigterm()
     known = {load.name: load for load in LOADS}
     loads = [known[name] for name in options.loads.split(",")]
     questions, turns = Questions(), []

@@ -22,6 +22,11 @@ class Target:
     pid: int | None
 
 
+def end_servers_on_sigterm() -> None:
+    """Let SIGTERM end the benchmark as Ctrl-C does, with its servers."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+
+
 @contextmanager
 def started(name: str, command: Sequence[str], probe: str, log: Path) -> Iterator[Target]:
     """A server process on a free port, once `probe` answers; its log is kept."""

@@ -28,7 +28,7 @@ import uvloop
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from retriever_data import NUM_PASSAGES, load_bench_encoder, make, query_text, vector_file
 from retriever_load import LoadResult, http_request, run_load
-from retriever_servers import started
+from retriever_servers import end_servers_on_sigterm, started
 
 HERE = Path(__file__).resolve().parent
 MAX_TOPK = 5
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "retriever-bench")
     parser.add_argument("--server-args", default="", help="further arguments of retriever.serve")
     options = parser.parse_args()
+    end_servers_on_sigterm()
     make("stub", options.data, num_passages=options.num_passages)
     exact = exact_answers(options.data)
     serve = [str(HERE / "retriever_data.py"), "serve", "stub", str(options.data), *shlex.split(options.server_args)]
