@@ -23,7 +23,13 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
 
 
 def make_policy(
-    config: Config, model: str, *, temperature: float, trust_remote_code: bool, replaceable_weights: bool = False
+    config: Config,
+    model: str,
+    *,
+    temperature: float,
+    trust_remote_code: bool,
+    log_probs: bool = True,
+    replaceable_weights: bool = False,
 ) -> VllmPolicy:
     """The engine of one checkpoint, not yet started, with room for the longest episode that `config` allows."""
     return VllmPolicy(
@@ -33,6 +39,7 @@ def make_policy(
         temperature=temperature,
         seed=config.seed,
         trust_remote_code=trust_remote_code,
+        log_probs=log_probs,
         replaceable_weights=replaceable_weights,
     )
 
