@@ -75,7 +75,7 @@ def play_model(
 
     async def play() -> list[Trajectory]:
         size, gpus_each = num_engines(config.hardware), config.hardware.engine.tensor_parallel_size
-        several = PolicyPool(one, size=size, gpus_each=gpus_each, folder=path.parent) if size > 1 else None
+        several = PolicyPool(one, size=size, gpus_each=gpus_each) if size > 1 else None
         async with several or one() as policy:
             return await play_episodes(
                 planned,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import zlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
 from dgpo.config.schema import HardwareConfig
-from dgpo.engines.private_ray import forget_private_ray, use_private_ray
+from dgpo.engines.private_ray import use_private_ray
 from dgpo.engines.vllm_policy import EngineStartError, VllmPolicy
 from dgpo.episode import Generation
 
@@ -34,21 +37,23 @@ class PolicyPool:
         make_policy: makes the policy of one engine; called in that engine's process.
         size: engines.
         gpus_each: of every engine; 0 on a CPU.
-        folder: keeps the token of the Ray cluster while it runs. With `RAY_ADDRESS` set, that cluster is used.
+
+    With `RAY_ADDRESS` set, that cluster is used.
     """
 
-    def __init__(self, make_policy: Callable[[], VllmPolicy], *, size: int, gpus_each: int, folder: Path) -> None:
-        self.make_policy, self.size, self.gpus_each, self.folder = make_policy, size, gpus_each, folder
+    def __init__(self, make_policy: Callable[[], VllmPolicy], *, size: int, gpus_each: int) -> None:
+        self.make_policy, self.size, self.gpus_each = make_policy, size, gpus_each
         self._engines: list[Any] = []
 
     async def __aenter__(self) -> PolicyPool:
         """Starts the engines side by side. Raises `EngineStartError` when one does not start."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        use_private_ray(self.folder)
+        use_private_ray(Path(_token_folder().name))
         import ray
 
         if not ray.is_initialized():
-            ray.init(log_to_driver=False, include_dashboard=False, num_cpus=None if self.gpus_each else self.size)
+            address = os.environ.get("RAY_ADDRESS", "local")  # without one, Ray would join whatever cluster runs here
+            cpus = self.size if address == "local" and not self.gpus_each else None
+            ray.init(address, log_to_driver=False, include_dashboard=None if cpus is None else False, num_cpus=cpus)
         engine = ray.remote(num_cpus=1, num_gpus=self.gpus_each)(_Engine)
         self._engines = [engine.remote(self.make_policy) for _ in range(self.size)]
         try:
@@ -78,7 +83,12 @@ class PolicyPool:
         engines, self._engines = self._engines, []
         await asyncio.gather(*(each.stop.remote() for each in engines), return_exceptions=True)
         ray.shutdown()
-        forget_private_ray(self.folder)
+
+
+@cache
+def _token_folder() -> TemporaryDirectory[str]:
+    """Keeps the token of this process's clusters to its end: Ray reads it once, and a pool may follow another."""
+    return TemporaryDirectory(prefix="dgpo-ray-")
 
 
 class _Engine:
