@@ -235,7 +235,7 @@ class TeacherTermConfig:
     form: str = "reward"
     gate: str = "failed"  # failed | all | none: the episodes to which the term applies
     coef: float | None = None  # None: the default of the form
-    num_monitored: int = 8  # correct episodes per step that the teacher scores for monitoring only
+    num_monitored: int = 8  # correct, and failed, episodes per step that the teacher scores for monitoring only
     chunk_tokens: int = 512  # gated tokens whose teacher logits exist at once (`exact` form)
 
 

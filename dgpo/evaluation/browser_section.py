@@ -15,7 +15,7 @@ TRAINING_EPISODES = "train/episodes"  # step_N.jsonl and the tokenizer, written 
 IN_TRAINING = "in training"
 NOT_SCORED = (
     "Not recorded: the teacher did not score this episode token by token. It scores those that its gate lets in, and a "
-    "few correct ones; in its `exact` form, which scores whole vocabularies inside the update, only the few."
+    "few others; in its `exact` form, which scores whole vocabularies inside the update, a few of either outcome."
 )
 _FILTERS = ("model", "set", "property", "outcome", "against", "searches")
 

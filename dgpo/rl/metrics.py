@@ -44,20 +44,20 @@ def sampled_kl(log_ratio: torch.Tensor, response_mask: torch.Tensor) -> float:
 def choose_monitored(
     correct: torch.Tensor, *, already: torch.Tensor, num_monitored: int, multiple: int
 ) -> torch.Tensor:
-    """Episodes that the teacher scores for monitoring only: the first correct ones of the batch.
+    """Episodes that the teacher scores for monitoring only: the first correct and the first failed ones of the batch.
 
     Args:
         correct: [B] 1 where the answer was right.
         already: [B] bool, episodes that the teacher scores anyway.
-        num_monitored: how many correct ones to add.
+        num_monitored: how many of each kind to add.
         multiple: the total is filled up to a multiple of this many ranks, with any episode, where it would not divide.
 
     Returns:
         [B] bool, disjoint from `already`.
     """
     chosen = torch.zeros(len(correct), dtype=torch.bool)
-    candidates = torch.nonzero((correct > 0.5) & ~already)[:, 0]
-    chosen[candidates[:num_monitored]] = True
+    for kind in (correct > 0.5, correct <= 0.5):
+        chosen[torch.nonzero(kind & ~already)[:num_monitored, 0]] = True
     missing = -int((already | chosen).sum()) % multiple
     chosen[torch.nonzero(~already & ~chosen)[:missing, 0]] = True
     return chosen

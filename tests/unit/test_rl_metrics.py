@@ -27,10 +27,13 @@ def test_a_group_without_scored_tokens_is_left_out():
     assert set(metrics) == {"teacher/kl_failed", "teacher/kl_all"}
 
 
-def test_only_correct_episodes_are_monitored():
-    correct = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+def test_the_first_of_each_kind_are_monitored_that_the_teacher_does_not_score_anyway():
+    correct = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+    nothing = torch.zeros(6, dtype=torch.bool)
     chosen = choose_monitored(correct, already=correct < 0.5, num_monitored=2, multiple=1)
-    assert chosen.tolist() == [False, True, True, False, False]
+    assert chosen.tolist() == [False, True, True, False, False, False]
+    chosen = choose_monitored(correct, already=nothing, num_monitored=2, multiple=1)
+    assert chosen.tolist() == [True, True, True, True, False, False]
 
 
 def test_the_total_is_filled_to_a_multiple_of_the_ranks():
