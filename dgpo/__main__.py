@@ -22,7 +22,12 @@ class CommandFailedError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0 done, 1 the run stopped, 2 the command or configuration is wrong."""
+    """Runs one command.
+
+    Returns:
+        The exit code: 0 done, 1 the run stopped, 2 the command or configuration is wrong, 75 stopped on request
+        (`dgpo.stopping`), 130 interrupted.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -37,9 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     from dgpo.artifacts import ManifestError, RunFolderExistsError
     from dgpo.data.rows import DataError
+    from dgpo.stopping import EXIT_STATUS, StoppedOnRequestError, StopRequested
 
     try:
         run(overrides)
+    except (StopRequested, StoppedOnRequestError) as stop:
+        print(f"dgpo {name}: {stop}", file=sys.stderr)
+        return EXIT_STATUS
     except (ConfigError, DataError, RunFolderExistsError, ManifestError) as error:
         print(f"dgpo {name}: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -110,9 +119,11 @@ def _distill(overrides: Sequence[str]) -> None:
 
 def _train(overrides: Sequence[str]) -> None:
     from dgpo.rl.train import TrainingFailedError, train
+    from dgpo.stopping import raised_on_request
 
     try:
-        train(load_config(overrides))
+        with raised_on_request():
+            train(load_config(overrides))
     except TrainingFailedError as error:
         raise CommandFailedError(str(error)) from error
 
@@ -183,9 +194,11 @@ def _play(stage: Callable[[Config], object], config: Config) -> None:
     """A stage that plays episodes: an outage of the retriever, or a full disk, is for its user to mend."""
     from dgpo.engines.episode_runner import ResumeMismatchError, SearchOutageError
     from dgpo.engines.vllm_policy import EngineStartError
+    from dgpo.stopping import raised_on_request
 
     try:
-        stage(config)
+        with raised_on_request():
+            stage(config)
     except ResumeMismatchError as error:
         raise ConfigError(str(error)) from error
     except (SearchOutageError, EngineStartError) as error:

@@ -12,6 +12,7 @@ from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
 from dgpo.engines.policy_pool import PolicyPool, num_engines
 from dgpo.engines.vllm_policy import VllmPolicy
 from dgpo.protocol import STOP_STRINGS
+from dgpo.stopping import cancelled_on_request
 from dgpo.trajectory import Trajectory
 
 
@@ -77,16 +78,17 @@ def play_model(
         size, gpus_each = num_engines(config.hardware), config.hardware.engine.tensor_parallel_size
         several = PolicyPool(one, size=size, gpus_each=gpus_each) if size > 1 else None
         async with several or one() as policy:
-            return await play_episodes(
-                planned,
-                policy=policy,
-                tokenizer=tokenizer,
-                config=config,
-                path=path,
-                settings={"model": model, "temperature": temperature, **(settings or {})},
-                stop=stop,
-                name=name,
-                concurrency=size * config.hardware.engine.concurrency,
-            )
+            with cancelled_on_request():  # after Ray's start, which sets a handler of its own
+                return await play_episodes(
+                    planned,
+                    policy=policy,
+                    tokenizer=tokenizer,
+                    config=config,
+                    path=path,
+                    settings={"model": model, "temperature": temperature, **(settings or {})},
+                    stop=stop,
+                    name=name,
+                    concurrency=size * config.hardware.engine.concurrency,
+                )
 
     return asyncio.run(play())
