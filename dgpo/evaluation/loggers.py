@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -35,16 +36,23 @@ def _tensorboard(config: Config, name: str, metrics: Metrics, folder: Path) -> N
 def _wandb(config: Config, name: str, metrics: Metrics, folder: Path) -> None:
     import wandb
 
-    run = wandb.init(
-        project="dgpo",
-        group=Path(config.run_dir).name,
-        name=f"{Path(config.run_dir).name}-test-{name}",
-        job_type="test",
-        dir=folder,
-        config={**asdict(config), "model": config.test.models[name]},
-    )
-    run.log(dict(metrics))
-    run.finish()
+    try:
+        run = wandb.init(
+            project="dgpo",
+            group=Path(config.run_dir).name,
+            name=f"{Path(config.run_dir).name}-test-{name}",
+            job_type="test",
+            dir=folder,
+            config={**asdict(config), "model": config.test.models[name]},
+        )
+        run.log(dict(metrics))
+        run.finish()
+    except wandb.Error as error:  # the results are on the disk: a service that refuses them is no failed evaluation
+        print(
+            f"wandb did not take the metrics of {name} ({error}): run `wandb login`, or set WANDB_MODE=offline, and "
+            "repeat the command with resume=true",
+            file=sys.stderr,
+        )
 
 
 LOGGERS: dict[str, Callable[[Config, str, Metrics, Path], None]] = {"tensorboard": _tensorboard, "wandb": _wandb}

@@ -270,3 +270,29 @@ def test_tensorboard_gets_the_metrics_of_each_model(model, tmp_path):
     events.Reload()
     (event,) = events.Scalars("val/test_score/own")
     assert event.value == pytest.approx(1 / 3)
+
+
+def test_wandb_keeps_the_metrics_of_each_model_offline(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    config.test.loggers = ["wandb"]
+    evaluate(config)
+    (log,) = (Path(config.run_dir) / "test" / "wandb").glob("offline-run-*/*.wandb")
+    recorded = log.read_bytes()
+    for text in ("val/test_score/own", str(1 / 3)[:15], f"{Path(config.run_dir).name}-test-mine"):
+        assert text.encode() in recorded
+
+
+def test_a_wandb_that_refuses_costs_no_result(model, tmp_path, monkeypatch, capsys):
+    import wandb
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    config.test.loggers = ["wandb"]
+    evaluate(config)
+    assert results_of(config)["models"]["mine"]["num_questions"] == 3
+    assert "wandb did not take the metrics of mine (No API key configured.)" in capsys.readouterr().err
