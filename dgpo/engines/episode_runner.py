@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class PlannedEpisode:
         question_id: the same for all samples of a question.
         sample: its number among them.
         given, forced: how the response begins before the policy writes (`dgpo.episode.run_episode`).
+        labels: what its score carries, such as the set.
     """
 
     episode_id: str
@@ -55,6 +56,7 @@ class PlannedEpisode:
     sample: int = 0
     given: str = ""
     forced: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def corpus(self) -> str | None:
@@ -62,15 +64,21 @@ class PlannedEpisode:
 
 
 def plan_episodes(
-    rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, config: Config, samples: int = 1, prefix: str = ""
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    config: Config,
+    samples: int = 1,
+    labels: Mapping[str, str] | None = None,
 ) -> list[PlannedEpisode]:
-    """Episodes for `rows`, `samples` of each, in row order.
+    """Episodes for `rows`, `samples` of each, in row order; their ids begin with the labels.
 
     Raises:
         DataError: two rows share an id, or a prompt is longer than `episode.max_prompt_tokens`.
     """
     planned, seen = [], set()
-    limit = config.episode.max_prompt_tokens
+    limit, labels = config.episode.max_prompt_tokens, labels or {}
+    prefix = "".join(f"{label}/" for label in labels.values())
     for row in rows:
         name = prefix + row_id(row)
         if name in seen:
@@ -83,7 +91,9 @@ def plan_episodes(
                 f"episode.max_prompt_tokens={limit}: raise the limit or drop the question"
             )
         ids = [name] if samples == 1 else [f"{name}#{sample}" for sample in range(samples)]
-        planned += [PlannedEpisode(each, row, prompt_ids, name, sample) for sample, each in enumerate(ids)]
+        planned += [
+            PlannedEpisode(each, row, prompt_ids, name, sample, labels=labels) for sample, each in enumerate(ids)
+        ]
     return planned
 
 

@@ -20,20 +20,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dgpo.artifacts import atomic_write_text, prepare_run_folder, write_manifest
+from dgpo.artifacts import atomic_write_text, prepare_run_folder
 from dgpo.config.checks import check_test
-from dgpo.config.load import ConfigError, to_yaml
+from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.data.rows import DataError, row_gold_passages, row_golds, row_question
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
-from dgpo.engines.play import load_tokenizer, play_model
 from dgpo.episode import Tokenizer, cut_passage
 from dgpo.evaluation import upstream
 from dgpo.evaluation.arcap_chart import DIMENSIONS
-from dgpo.evaluation.evaluate import read_test_sets, result_inputs, sampling_temperature
-from dgpo.evaluation.records import finished_records, write_records
 from dgpo.evaluation.report import find_pair
 from dgpo.evaluation.scores import Score, average_samples, group_by
+from dgpo.evaluation.stage import measure_model, read_test_sets, sampling_temperature
 from dgpo.metrics.exact_match import exact_match
 from dgpo.metrics.hits import answer_in_passages
 from dgpo.metrics.intervals import bootstrap_ci
@@ -97,39 +95,20 @@ def arcap(config: Config) -> Path | None:
 
 
 def _measure(config: Config, name: str, sets: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> list[Score]:
-    """Scores of one model; from its folder where a resumed run has finished it."""
-    inputs = result_inputs(config, name)
-    finished = finished_records(folder, stage="arcap", inputs=inputs)
-    if finished is not None:
-        return finished
-    checkpoint, trusted = config.test.models[name], config.student.trust_remote_code
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trusted)
-    planned = {
-        set_name: plan_arcap(rows, tokenizer, config=config, set_name=set_name) for set_name, rows in sets.items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    trajectories = play_model(
-        config,
-        [episode for tasks in planned.values() for group in tasks.values() for episode in group],
-        model=checkpoint,
-        tokenizer=tokenizer,
-        temperature=sampling_temperature(config),
-        trust_remote_code=trusted,
-        path=folder / "trajectories.jsonl",
-        name=f"arcap {name}",
-    )
-    played = {trajectory.episode_id: trajectory for trajectory in trajectories}
     raw = config.test.compat == "upstream"
-    scores = [
-        {"set": set_name, "task": task, **score_arcap(played[episode.episode_id], episode, raw_hits=raw)}
-        for set_name, tasks in planned.items()
-        for task, group in tasks.items()
-        for episode in group
-    ]
-    write_records(folder / "scores.jsonl", scores)
-    counts = {"episodes": len(scores)}
-    write_manifest(folder, stage="arcap", inputs=inputs, config=to_yaml(config), counts=counts, seed=config.seed)
-    return scores
+
+    def plan(tokenizer: Any) -> list[PlannedEpisode]:
+        return [
+            episode
+            for set_name, rows in sets.items()
+            for group in plan_arcap(rows, tokenizer, config=config, set_name=set_name).values()
+            for episode in group
+        ]
+
+    def score(episode: PlannedEpisode, trajectory: Trajectory, _: Any) -> Score:
+        return {**episode.labels, **score_arcap(trajectory, episode, raw_hits=raw)}
+
+    return measure_model(config, name, folder, stage="arcap", plan=plan, score=score)
 
 
 def plan_arcap(
@@ -138,8 +117,8 @@ def plan_arcap(
     """The episodes of one set by how they are played; questions without gold passages only as ordinary episodes."""
 
     def plan(task: str, some: Sequence[Mapping[str, Any]]) -> list[PlannedEpisode]:
-        prefix = f"{set_name}/{task}/"
-        return plan_episodes(some, tokenizer, config=config, samples=config.test.samples, prefix=prefix)
+        labels = {"set": set_name, "task": task}
+        return plan_episodes(some, tokenizer, config=config, samples=config.test.samples, labels=labels)
 
     with_gold = [row for row in rows if row_gold_passages(row)]
     room = config.episode.max_response_tokens - config.episode.max_turn_tokens

@@ -8,20 +8,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dgpo.artifacts import atomic_write_text, prepare_run_folder, write_manifest
+from dgpo.artifacts import atomic_write_text, prepare_run_folder
 from dgpo.config.checks import check_test
-from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
-from dgpo.data.rows import read_rows, row_golds, row_question
+from dgpo.data.rows import row_golds, row_question
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
-from dgpo.engines.play import load_tokenizer, play_model
 from dgpo.evaluation import upstream
 from dgpo.evaluation.loggers import log_metrics
-from dgpo.evaluation.records import finished_records, write_records
+from dgpo.evaluation.records import write_records
 from dgpo.evaluation.scores import Score, compare, release_metrics, score_episode, summarize_model
+from dgpo.evaluation.stage import Played, measure_model, read_test_sets, sampling_temperature
 from dgpo.evaluation.summary import print_results, update_summary
 from dgpo.trajectory import Trajectory
 
@@ -74,82 +74,31 @@ def evaluate(config: Config) -> Path | None:
     return folder
 
 
-def read_test_sets(config: Config) -> dict[str, list[dict[str, Any]]]:
-    """The questions of the chosen sets, at most `test.max_questions` of each."""
-    names = config.test.sets or list(config.data.test_files)
-    return {name: read_rows(config.data.test_files[name])[: config.test.max_questions] for name in names}
-
-
-def sampling_temperature(config: Config) -> float:
-    """`test.temperature`, or what it stands for where it is not set: greedy, unless samples are to differ."""
-    test = config.test
-    if test.temperature is not None:
-        return test.temperature
-    return upstream.TEMPERATURE if test.compat == "upstream" or test.samples > 1 else 0.0
-
-
 def _evaluate_model(config: Config, name: str, rows: Mapping[str, Sequence[Any]], folder: Path) -> list[Score]:
-    """Scores of one model, in the order of the rows; from its folder where a resumed run has finished it."""
-    inputs = result_inputs(config, name)
-    finished = finished_records(folder, stage="test", inputs=inputs)
-    if finished is not None:
-        return finished
-    checkpoint, trusted = config.test.models[name], config.student.trust_remote_code
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trusted)
-    planned = {
-        set_name: plan_episodes(group, tokenizer, config=config, samples=config.test.samples, prefix=f"{set_name}/")
-        for set_name, group in rows.items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    trajectories = play_model(
+    def plan(tokenizer: Any) -> list[PlannedEpisode]:
+        return [
+            episode
+            for set_name, group in rows.items()
+            for episode in plan_episodes(
+                group, tokenizer, config=config, samples=config.test.samples, labels={"set": set_name}
+            )
+        ]
+
+    return measure_model(
         config,
-        [episode for group in planned.values() for episode in group],
-        model=checkpoint,
-        tokenizer=tokenizer,
-        temperature=sampling_temperature(config),
-        trust_remote_code=trusted,
-        path=folder / "trajectories.jsonl",
-        name=f"test {name}",
-    )
-    played = {trajectory.episode_id: trajectory for trajectory in trajectories}
-    scores = [
-        _score(played[episode.episode_id], episode, tokenizer, config=config, set_name=set_name)
-        for set_name, group in planned.items()
-        for episode in group
-    ]
-    write_records(folder / "scores.jsonl", scores)
-    shown = [episode for group in planned.values() for episode in group[: NUM_TRANSCRIPTS * config.test.samples]]
-    write_records(folder / "transcripts.jsonl", [_transcript(played[e.episode_id], e, tokenizer) for e in shown])
-    write_manifest(
+        name,
         folder,
         stage="test",
-        inputs=inputs,
-        config=to_yaml(config),
-        counts={"episodes": len(scores), "correct": int(sum(score["em"] for score in scores))},
-        seed=config.seed,
+        plan=plan,
+        score=partial(_score, config=config),
+        write_more=_write_transcripts,
     )
-    return scores
 
 
-def result_inputs(config: Config, name: str) -> dict[str, Any]:
-    """What a model's scores depend on."""
-    return {
-        "checkpoint": config.test.models[name],
-        "test_files": dict(config.data.test_files),
-        "sets": config.test.sets,
-        "max_questions": config.test.max_questions,
-        "temperature": sampling_temperature(config),
-        "samples": config.test.samples,
-        "compat": config.test.compat,
-        "upstream_batch_size": config.test.upstream_batch_size,
-        "seed": config.seed,
-    }
-
-
-def _score(trajectory: Trajectory, episode: PlannedEpisode, tokenizer: Any, *, config: Config, set_name: str) -> Score:
+def _score(episode: PlannedEpisode, trajectory: Trajectory, tokenizer: Any, *, config: Config) -> Score:
     text = tokenizer.decode(trajectory.prompt_ids + trajectory.response_ids, skip_special_tokens=False)
     compat = config.test.compat == "upstream"
-    score = score_episode(trajectory, episode.row, set_name=set_name, text=text, upstream=compat)
+    score = score_episode(trajectory, episode.row, set_name=episode.labels["set"], text=text, upstream=compat)
     if config.test.samples == 1:
         return score
     return {**score, "question_id": episode.question_id, "sample": episode.sample}
@@ -161,7 +110,19 @@ def _compare_all(scores: Mapping[str, list[Score]], baseline: str | None) -> dic
     return {name: compare(group, scores[baseline]) for name, group in scores.items() if name != baseline}
 
 
-def _transcript(trajectory: Trajectory, episode: PlannedEpisode, tokenizer: Any) -> dict[str, Any]:
+def _write_transcripts(folder: Path, played: Played, tokenizer: Any) -> None:
+    """The episodes of each set's first questions."""
+    shown: dict[str, set[str]] = {}
+    transcripts = []
+    for episode, trajectory in played:
+        questions = shown.setdefault(episode.labels["set"], set())
+        if len(questions) < NUM_TRANSCRIPTS or episode.question_id in questions:
+            questions.add(episode.question_id)
+            transcripts.append(_transcript(episode, trajectory, tokenizer))
+    write_records(folder / "transcripts.jsonl", transcripts)
+
+
+def _transcript(episode: PlannedEpisode, trajectory: Trajectory, tokenizer: Any) -> dict[str, Any]:
     """An episode as text: segments ["policy" | "environment", text] in order."""
     segments: list[tuple[str, list[int]]] = []
     for token, generated in zip(trajectory.response_ids, trajectory.response_mask, strict=True):

@@ -44,7 +44,7 @@ def main() -> None:
     planned = [
         episode
         for number, file in enumerate(word for word in options.words if "=" not in word)
-        for episode in plan_episodes(read_rows(file), tokenizer, config=config, prefix=f"{number}/")
+        for episode in plan_episodes(read_rows(file), tokenizer, config=config, labels={"file": str(number)})
     ][: options.num_questions]
     for _ in range(options.repeat):
         with tempfile.TemporaryDirectory() as folder:

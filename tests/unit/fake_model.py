@@ -80,5 +80,4 @@ def fake_config(tmp_path: Path, sets: Mapping[str, list[dict[str, Any]]], shelf:
 def use_model(monkeypatch, model: FakeModel) -> None:
     """Every checkpoint is this one, and its tokenizer splits into bytes."""
     monkeypatch.setattr("dgpo.engines.play.make_policy", lambda *_, **__: model)
-    for stage in ("evaluate", "arcap"):
-        monkeypatch.setattr(f"dgpo.evaluation.{stage}.load_tokenizer", lambda *_, **__: ChatTokenizer())
+    monkeypatch.setattr("dgpo.evaluation.stage.load_tokenizer", lambda *_, **__: ChatTokenizer())
