@@ -6,6 +6,7 @@ Ask: POST /retrieve {"queries": ["capital of France"], "topk": 3, "return_scores
 See: GET /health (alive), /ready (loaded), /info (what is served), /metrics (Prometheus), /docs (the whole API)
 """
 
+import gc
 import os
 import signal
 import socket
@@ -79,6 +80,9 @@ def _serve(options: ServeOptions) -> None:
         async def on_tick(self, counter: int) -> bool:
             if service.ready and not self.announced:
                 self.announced = True
+                # What the libraries made stays: a full collection, one a second under load, walked it for 90 ms.
+                gc.collect()
+                gc.freeze()
                 if options.port_file:
                     _write_port(options.port_file, port)
                 names = ", ".join(service.names)
