@@ -86,34 +86,6 @@ class EpisodeLimits:
                 raise ValueError(f"episode.{limit.name} is {getattr(self, limit.name)}, expected at least 1: raise it")
 
 
-@dataclass
-class _Response:
-    """The growing response: token ids, and who wrote them."""
-
-    ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    has_log_probs: bool = True
-
-    def append_turn(self, generation: Generation) -> None:
-        self.ids += generation.token_ids
-        self.mask += [1] * len(generation.token_ids)
-        self.log_probs += generation.log_probs
-        self.has_log_probs &= len(generation.log_probs) == len(generation.token_ids)
-
-    def append_observation(self, ids: Sequence[int]) -> None:
-        self.ids += ids
-        self.mask += [0] * len(ids)
-        self.log_probs += [0.0] * len(ids)
-
-    def drop_trailing_observations(self) -> None:
-        """The reward sits on the response's last token, which must be the policy's own."""
-        length = len(self.mask)
-        while length and not self.mask[length - 1]:
-            length -= 1
-        del self.ids[length:], self.mask[length:], self.log_probs[length:]
-
-
 async def run_episode(
     *,
     episode_id: str,
@@ -158,93 +130,148 @@ async def run_episode(
         GenerationAbortedError: the engine aborted a turn.
         SearchRefusedError: the server will never answer such a search; from the search function.
     """
-    response = _Response()
-    turns: list[Turn] = []
-    searches: list[SearchRecord] = []
-    num_truncated_turns = 0
-    answer: str | None = None
-    status: Status = "no_answer"
-    for opening in filter(None, (given, forced)):
-        response.append_observation(tokenizer.encode(opening, add_special_tokens=False))
-        if on_event:
-            on_event("environment", opening)
-    if response.ids and len(response.ids) + limits.min_turn_tokens > limits.max_response_tokens:
-        raise ValueError(
-            f"episode {episode_id!r} is given {len(response.ids)} tokens, which leaves less than episode."
-            f"min_turn_tokens={limits.min_turn_tokens} of max_response_tokens={limits.max_response_tokens}: raise that"
-        )
+    episode = _Episode(episode_id, prompt_ids, tokenizer, limits, corpus, on_event)
+    episode.open(given, forced)
     last_turn = 0 if forced else limits.max_turns
-
     for turn_index in range(last_turn + 1):
         generation = await policy.generate(
-            prompt_ids + response.ids,
-            max_tokens=min(limits.max_turn_tokens, limits.max_response_tokens - len(response.ids)),
+            prompt_ids + episode.ids,
+            max_tokens=min(limits.max_turn_tokens, limits.max_response_tokens - len(episode.ids)),
             stop=stop,
             seed=None if seed is None else derive_seed(seed, turn_index),
             request_id=episode_id,
         )
-        if generation.finish_reason == "abort":
-            raise GenerationAbortedError(f"episode {episode_id!r}: the engine aborted turn {turn_index}; play it again")
-        start = len(response.ids)
-        response.append_turn(generation)
-        text = tokenizer.decode(generation.token_ids, skip_special_tokens=False)
-        action = _valid_action(forced + text)
-        turns.append(Turn(start, len(response.ids), action.kind, action.content))
-        num_truncated_turns += generation.finish_reason == "length"
-        if on_event:
-            on_event("policy", text)
-
+        action = episode.add_turn(generation, begun_with=forced)
         if action.kind == "answer":
-            answer, status = action.content, "answered"
-            break
+            return episode.end("answered", answer=action.content)
         if turn_index == last_turn:
             break
-        if action.kind == "search":
-            try:
-                record = await _execute_search(
-                    action.content, turn=turn_index, search=search, tokenizer=tokenizer, limits=limits, corpus=corpus
-                )
-            except SearchFailedError:
-                status = "search_failed"
-                break
-            searches.append(record)
-            observation = render_observation(render_passages(record.documents))
-        else:
-            observation = INVALID_ACTION_TEXT
-        observation_ids = tokenizer.encode(observation, add_special_tokens=False)
-        if len(response.ids) + len(observation_ids) + limits.min_turn_tokens > limits.max_response_tokens:
-            status = "overflow"
-            break
-        response.append_observation(observation_ids)
-        if on_event:
-            on_event("environment", observation)
+        try:
+            observation = await episode.observe(action, search)
+        except SearchFailedError:
+            return episode.end("search_failed")
+        if not episode.add_observation(observation):
+            return episode.end("overflow")
+    return episode.end("no_answer")
 
-    response.drop_trailing_observations()
-    if not response.ids:
-        raise EmptyEpisodeError(
-            f"episode {episode_id!r}: the policy generated no token in {len(turns)} turns: check that the engine "
-            "returns the end-of-sequence token that it samples, and that the prompt leaves room for a turn"
+
+@dataclass
+class _Episode:
+    """The growing episode: the response's token ids, who wrote them, and what happened."""
+
+    episode_id: str
+    prompt_ids: list[int]
+    tokenizer: Tokenizer
+    limits: EpisodeLimits
+    corpus: str | None
+    on_event: Callable[[str, str], None] | None
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    has_log_probs: bool = True
+    turns: list[Turn] = field(default_factory=list)
+    searches: list[SearchRecord] = field(default_factory=list)
+    num_truncated_turns: int = 0
+
+    def open(self, *texts: str) -> None:
+        """Begins the response with texts of the environment; empty ones are none."""
+        for text in filter(None, texts):
+            self._append_environment(text, self._encode(text))
+        if self.ids and len(self.ids) + self.limits.min_turn_tokens > self.limits.max_response_tokens:
+            raise ValueError(
+                f"episode {self.episode_id!r} is given {len(self.ids)} tokens, which leaves less than episode."
+                f"min_turn_tokens={self.limits.min_turn_tokens} of max_response_tokens="
+                f"{self.limits.max_response_tokens}: raise that"
+            )
+
+    def add_turn(self, generation: Generation, *, begun_with: str) -> Action:
+        """Appends a turn as sampled. Returns its action; what the environment began it with is parsed with it."""
+        if generation.finish_reason == "abort":
+            raise GenerationAbortedError(
+                f"episode {self.episode_id!r}: the engine aborted turn {len(self.turns)}; play it again"
+            )
+        start = len(self.ids)
+        self.ids += generation.token_ids
+        self.mask += [1] * len(generation.token_ids)
+        self.log_probs += generation.log_probs
+        self.has_log_probs &= len(generation.log_probs) == len(generation.token_ids)
+        self.num_truncated_turns += generation.finish_reason == "length"
+        text = self.tokenizer.decode(generation.token_ids, skip_special_tokens=False)
+        action = _valid_action(begun_with + text)
+        self.turns.append(Turn(start, len(self.ids), action.kind, action.content))
+        if self.on_event:
+            self.on_event("policy", text)
+        return action
+
+    async def observe(self, action: Action, search: Search) -> str:
+        """What the environment replies to the last turn: what a search found, or how to write an action."""
+        if action.kind != "search":
+            return INVALID_ACTION_TEXT
+        record = await _execute_search(
+            action.content,
+            turn=len(self.turns) - 1,
+            search=search,
+            tokenizer=self.tokenizer,
+            limits=self.limits,
+            corpus=self.corpus,
         )
-    for turn in turns:  # a turn without tokens may have stood behind an observation that was dropped
-        turn.start, turn.end = min(turn.start, len(response.ids)), min(turn.end, len(response.ids))
-    return Trajectory(
-        episode_id=episode_id,
-        prompt_ids=list(prompt_ids),
-        response_ids=response.ids,
-        response_mask=response.mask,
-        log_probs=response.log_probs if response.has_log_probs else [],
-        turns=turns,
-        searches=searches,
-        answer=answer,
-        status=status,
-        counters={
-            "num_cut_passages": sum(record.num_cut_passages for record in searches),
-            "num_cut_queries": sum(record.query_cut for record in searches),
-            "num_invalid_actions": sum(turn.kind == "invalid" for turn in turns),
-            "num_truncated_turns": num_truncated_turns,
-        },
-        corpus=corpus,
-    )
+        self.searches.append(record)
+        return render_observation(render_passages(record.documents))
+
+    def add_observation(self, text: str) -> bool:
+        """Appends the environment's reply; false, and nothing appended, where it leaves too little for a turn."""
+        ids = self._encode(text)
+        if len(self.ids) + len(ids) + self.limits.min_turn_tokens > self.limits.max_response_tokens:
+            return False
+        self._append_environment(text, ids)
+        return True
+
+    def end(self, status: Status, *, answer: str | None = None) -> Trajectory:
+        """The record of the episode, which ends on a token of the policy."""
+        self._drop_trailing_observations()
+        if not self.ids:
+            raise EmptyEpisodeError(
+                f"episode {self.episode_id!r}: the policy generated no token in {len(self.turns)} turns: check that "
+                "the engine returns the end-of-sequence token that it samples, and that the prompt leaves room for a "
+                "turn"
+            )
+        for turn in self.turns:  # a turn without tokens may have stood behind an observation that was dropped
+            turn.start, turn.end = min(turn.start, len(self.ids)), min(turn.end, len(self.ids))
+        return Trajectory(
+            episode_id=self.episode_id,
+            prompt_ids=list(self.prompt_ids),
+            response_ids=self.ids,
+            response_mask=self.mask,
+            log_probs=self.log_probs if self.has_log_probs else [],
+            turns=self.turns,
+            searches=self.searches,
+            answer=answer,
+            status=status,
+            counters={
+                "num_cut_passages": sum(record.num_cut_passages for record in self.searches),
+                "num_cut_queries": sum(record.query_cut for record in self.searches),
+                "num_invalid_actions": sum(turn.kind == "invalid" for turn in self.turns),
+                "num_truncated_turns": self.num_truncated_turns,
+            },
+            corpus=self.corpus,
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _append_environment(self, text: str, ids: Sequence[int]) -> None:
+        self.ids += ids
+        self.mask += [0] * len(ids)
+        self.log_probs += [0.0] * len(ids)
+        if self.on_event:
+            self.on_event("environment", text)
+
+    def _drop_trailing_observations(self) -> None:
+        """The reward sits on the response's last token, which must be the policy's own."""
+        length = len(self.mask)
+        while length and not self.mask[length - 1]:
+            length -= 1
+        del self.ids[length:], self.mask[length:], self.log_probs[length:]
 
 
 def _valid_action(text: str) -> Action:
