@@ -17,6 +17,7 @@ from dgpo.config.schema import Config
 GROUPS = ("world", "hardware", "pair", "experiment")
 # The user names the keys of these.
 FREE_MAPPINGS = ("data.test_files.", "test.models.", "hardware.env.", "hardware.verl.", "retriever.backend_options.")
+NUM_NODES = "SLURM_NNODES"  # read by configs/hardware/h200x8xN.yaml
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -31,6 +32,7 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
         ConfigError: unknown key (with the nearest valid one), wrong type, or unknown group choice.
     """
     ConfigStore.instance().store(name="schema", node=Config)
+    overrides = _plan_for(overrides)
     try:
         with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
             composed = compose(config_name="config", overrides=[_may_add(override) for override in overrides])
@@ -70,6 +72,19 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def _plan_for(overrides: Sequence[str]) -> list[str]:
+    """`dry_run=true` as the key that it stands for, and the hardware group that `dry_run.assume` names."""
+    spelt = [f"dry_run.enabled{o[len('dry_run') :]}" if o.startswith("dry_run=") else o for o in overrides]
+    assumed, hardware = chosen("dry_run.assume", spelt), chosen("hardware", spelt)
+    if assumed is None or assumed == "null":
+        return spelt
+    if assumed not in group_choices("hardware"):
+        raise ConfigError(f"dry_run.assume={assumed}: expected one of {', '.join(group_choices('hardware'))}")
+    if hardware not in (None, assumed):
+        raise ConfigError(f"dry_run.assume={assumed} with hardware={hardware}: the plan is for one of them")
+    return [*spelt, f"hardware={assumed}"]
+
+
 def _may_add(override: str) -> str:
     """Hydra wants `++` before a key that no file names; in a free mapping every key is such a one."""
     return f"++{override}" if override.startswith(FREE_MAPPINGS) else override
@@ -81,6 +96,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     cause = error.__cause__
     if isinstance(error, ConfigCompositionException) and cause is not None:
         text = f"{text} {' '.join(str(cause).split())}"
+    if NUM_NODES in text:
+        return "hardware.num_nodes is not set: add hardware.num_nodes=N (inside a SLURM job it is the job's)"
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         choices = group_choices(key)

@@ -140,13 +140,16 @@ class EngineConfig:
 
     dtype: str = "bfloat16"
     enforce_eager: bool = False
-    tensor_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.5
-    max_num_seqs: int = 256
+    tensor_parallel_size: int = 1  # GPUs of one node that hold one replica
+    gpu_memory_utilization: float = 0.5  # of the whole GPU, for weights and KV cache
+    max_num_seqs: int = 256  # episodes that decode at once
     max_num_batched_tokens: int = 8192
     chunked_prefill: bool = True
     concurrency: int = 512  # episodes in flight per engine
     worker_extension: str | None = None
+    sleep: bool = True  # gives its GPU memory back while models are trained
+    in_process: bool = False  # evaluation's engine, in the caller's process; halves its start on a CPU
+    shutdown_timeout_s: float = 20.0  # after SIGTERM, before SIGKILL: GPU workers free memory and communicators
 
 
 @dataclass
@@ -154,16 +157,29 @@ class HardwareConfig:
     """Everything that differs between a laptop and a cluster."""
 
     platform: str = "cuda"  # cuda | cpu
+    gpu: str | None = "h200"  # a name in dgpo/hardware/known_gpus.py; None: no GPU to estimate for
     num_nodes: int = 1
     gpus_per_node: int = 8
+    host_memory_gb: float | None = 2000.0  # of a node; None: unknown
     dtype: str = "bfloat16"  # of parameters in the forward pass; the optimiser always keeps float32
     attention: str = "flash_attention_2"
     remove_padding: bool = True  # sequence packing
     gradient_checkpointing: bool = True
-    micro_batch_size: int = 8  # sequences per GPU and forward
-    num_agent_workers: int = 8  # Ray processes that run episode loops
-    num_reward_workers: int = 8
+    compile: bool = True  # torch.compile of entropy and losses
+    micro_batch_size: int = 8  # sequences per GPU and forward: of distillation; of RL without max_tokens_per_gpu
+    max_tokens_per_gpu: int | None = 16384  # RL: tokens per GPU and forward, packed from whole episodes
+    fsdp_size: int | None = None  # GPUs over which RL's weights and optimiser are sharded; None: all
+    # Where RL's weights and optimiser live: none (on the GPU) | idle (in host memory while their model waits) | full
+    # (always in host memory, a layer at a time on the GPU; the CPU makes the optimiser step)
+    offload: str = "none"
+    ulysses_size: int = 1  # GPUs that share one sequence in RL
+    weight_bucket_mb: int = 2048  # buffer through which new weights reach the engine
+    num_agent_workers: int = 8  # Ray processes per node that run episode loops
+    num_reward_workers: int = 8  # per node
+    num_storage_units: int = 8  # Ray processes that hold the episodes of a step, over all nodes
     logical_cpus: int | None = None  # CPUs announced to Ray; None: Ray counts them
+    logical_gpus: int | None = None  # GPUs announced to Ray; None: Ray counts them
+    object_store_gb: float | None = None  # Ray's shared memory on a node; None: 30% of its memory
     replay_poll_s: float = 0.05  # how often the trainer looks for finished episodes
     env: dict[str, str] = field(default_factory=dict)  # exported before any engine is imported
     verl: dict[str, Any] = field(default_factory=dict)  # raw veRL keys ("a.b.c": value), laid over everything else
@@ -335,6 +351,17 @@ class ReportConfig:
 
 
 @dataclass
+class DryRunConfig:
+    """`dry_run=true`: check everything, print placement, memory and time, start nothing. True and false in `if`."""
+
+    enabled: bool = False
+    assume: str | None = None  # a `hardware` group to plan for, on a machine that does not have it
+
+    def __bool__(self) -> bool:
+        return self.enabled or self.assume is not None
+
+
+@dataclass
 class Config:
     run_dir: str = "runs/default"  # every stage writes to a folder of its own below
     # What the experiment consists of, in order. A stage whose `init` is not set starts from what the stage before it
@@ -343,7 +370,7 @@ class Config:
     table: str = "main"  # of `reproduce`: main | ablation | pairs
     seed: int = 1
     resume: bool = False
-    dry_run: bool = False
+    dry_run: DryRunConfig = field(default_factory=DryRunConfig)
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -13,9 +13,6 @@ from dgpo.config.schema import HardwareConfig
 from dgpo.engines.environment import export_environment
 from dgpo.episode import Generation
 
-# After SIGTERM, before SIGKILL. GPU workers free memory and communicators; the CPU engine has nothing to save, and
-# always sits out the whole wait.
-SHUTDOWN_TIMEOUT_S = {"cuda": 20.0, "cpu": 0.5}
 REAP_TIMEOUT_S = 5.0
 FIXED = "dgpo.engines.die_with_parent.DieWithParent"
 REPLACEABLE = "dgpo.engines.replaceable_weights.ReplaceableWeights"
@@ -84,9 +81,7 @@ class VllmPolicy:
         if self._engine is not None:
             return
         export_environment(self.hardware)
-        if self.hardware.platform == "cpu":
-            # The model runs in the engine's own process: vLLM starts another one only to set its OpenMP variables,
-            # which hardware.env has done. Halves the start.
+        if self.hardware.engine.in_process:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -122,7 +117,7 @@ class VllmPolicy:
         """Ends the engine and waits for its processes; the policy may be started again."""
         engine, self._engine = self._engine, None
         if engine is not None:
-            engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S[self.hardware.platform])
+            engine.shutdown(timeout=self.hardware.engine.shutdown_timeout_s)
             for child in multiprocessing.active_children():
                 if child.name.startswith("EngineCore"):
                     child.join(timeout=REAP_TIMEOUT_S)  # killed, and reaped only by this

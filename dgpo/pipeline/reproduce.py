@@ -43,7 +43,7 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
     config = load_config(overrides)
     pairs = _pairs(config, overrides)
     folder = Path(config.run_dir)
-    own = [o for o in overrides if not o.startswith(("pair=", "run_dir=", "dry_run=", "table="))]
+    own = [o for o in overrides if not o.startswith(("pair=", "run_dir=", "dry_run", "table="))]
     if config.dry_run:
         for pair in pairs:
             inputs = ["student.path=student", "teacher.path=teacher"] if pair == "tiny" else [f"pair={pair}"]

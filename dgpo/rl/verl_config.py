@@ -91,7 +91,6 @@ def _model(config: Config) -> dict[str, Any]:
 
 def _rollout(config: Config, agent_loop_path: str) -> dict[str, Any]:
     hardware, engine = config.hardware, config.hardware.engine
-    cpu = hardware.platform == "cpu"
     rollout = {
         "name": "vllm",
         "dtype": engine.dtype,
@@ -106,16 +105,16 @@ def _rollout(config: Config, agent_loop_path: str) -> dict[str, Any]:
         "enable_chunked_prefill": engine.chunked_prefill,
         "max_model_len": _context_length(config),
         "log_prob_micro_batch_size_per_gpu": hardware.micro_batch_size,
+        "log_prob_use_dynamic_bsz": hardware.max_tokens_per_gpu is not None,
+        "log_prob_max_token_len_per_gpu": _max_tokens(config),
         "skip_tokenizer_init": False,  # stop strings are found in detokenised text
-        "agent.num_workers": hardware.num_agent_workers,
+        "agent.num_workers": hardware.num_agent_workers * hardware.num_nodes,
         "agent.default_agent_loop": AGENT_NAME,
         "agent.agent_loop_config_path": agent_loop_path,
-        # vLLM's CPU build has no sleep mode: weights are loaded over the old ones.
-        "free_cache_engine": not cpu,
-        "checkpoint_engine.update_weights_bucket_megabytes": 64 if cpu else 2048,
+        "free_cache_engine": engine.sleep,
+        "enable_sleep_mode": engine.sleep,
+        "checkpoint_engine.update_weights_bucket_megabytes": hardware.weight_bucket_mb,
     }
-    if cpu:
-        rollout["enable_sleep_mode"] = False
     if engine.worker_extension:
         rollout["engine_kwargs.vllm.worker_extension_cls"] = engine.worker_extension
     return {f"actor_rollout_ref.rollout.{key}": value for key, value in rollout.items()}
@@ -132,6 +131,8 @@ def _actor(config: Config) -> dict[str, Any]:
         "strategy": "fsdp2",
         "ppo_mini_batch_size": train.mini_batch_size,
         "ppo_micro_batch_size_per_gpu": hardware.micro_batch_size,
+        "use_dynamic_bsz": hardware.max_tokens_per_gpu is not None,
+        "ppo_max_token_len_per_gpu": _max_tokens(config),
         "clip_ratio": train.clip_ratio,
         "clip_ratio_low": train.clip_ratio,
         "clip_ratio_high": train.clip_ratio,
@@ -146,19 +147,16 @@ def _actor(config: Config) -> dict[str, Any]:
         "data_loader_seed": config.seed,
         "checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
         "checkpoint.load_contents": ["model", "optimizer", "extra"],
-        "fsdp_config.seed": config.seed,
-        "fsdp_config.use_torch_compile": hardware.platform != "cpu",
-        "use_torch_compile": hardware.platform != "cpu",
-        "fsdp_config.mixed_precision": _mixed_precision(hardware.dtype),
+        "use_torch_compile": hardware.compile,
+        **_engine(config, "fsdp_config"),
     }
     ref = {
         "log_prob_micro_batch_size_per_gpu": hardware.micro_batch_size,
         # By tokens: the number of episodes that the teacher scores divides by nothing in particular.
         "log_prob_use_dynamic_bsz": True,
-        "log_prob_max_token_len_per_gpu": hardware.micro_batch_size * _context_length(config),
-        "fsdp_config.use_torch_compile": hardware.platform != "cpu",
-        "use_torch_compile": hardware.platform != "cpu",
-        "fsdp_config.mixed_precision": _mixed_precision(hardware.dtype),
+        "log_prob_max_token_len_per_gpu": _max_tokens(config),
+        "use_torch_compile": hardware.compile,
+        **_engine(config, "fsdp_config", frozen=True),
     }
     return {f"actor_rollout_ref.actor.{k}": v for k, v in actor.items()} | {
         f"actor_rollout_ref.ref.{k}": v for k, v in ref.items()
@@ -171,15 +169,16 @@ def _critic(config: Config) -> dict[str, Any]:
         "enable": train.algorithm == "ppo",
         "strategy": "fsdp2",
         "ppo_micro_batch_size_per_gpu": hardware.micro_batch_size,
+        "use_dynamic_bsz": hardware.max_tokens_per_gpu is not None,
+        "ppo_max_token_len_per_gpu": _max_tokens(config),
+        "ppo_infer_max_token_len_per_gpu": _max_tokens(config),  # veRL trains the critic by this one too
         "cliprange_value": train.value_clip,
         "grad_clip": train.max_grad_norm,
         "optim.lr": train.critic_learning_rate,
         "optim.lr_warmup_steps_ratio": train.critic_warmup_ratio,
         "optim.weight_decay": 0.0,
         "data_loader_seed": config.seed,
-        "fsdp.seed": config.seed,
-        "fsdp.use_torch_compile": hardware.platform != "cpu",
-        "fsdp.mixed_precision": _mixed_precision(hardware.dtype),
+        **_engine(config, "fsdp"),
     }
     return {f"critic.{key}": value for key, value in critic.items()}
 
@@ -193,7 +192,7 @@ def _algorithm(config: Config) -> dict[str, Any]:
         "algorithm.lam": train.gae_lambda,
         "algorithm.use_kl_in_reward": train.init_kl_coef > 0,
         "algorithm.kl_ctrl.kl_coef": train.init_kl_coef,
-        "reward.num_workers": config.hardware.num_reward_workers,
+        "reward.num_workers": config.hardware.num_reward_workers * config.hardware.num_nodes,
     }
 
 

@@ -255,7 +255,7 @@ def test_every_stage_with_episodes_asks_a_backend_of_the_users_and_no_server(con
     [
         (["train", "trian.num_steps=3"], "did you mean train.num_steps?"),
         (["trian"], "expected one of quickstart"),
-        (["train", "hardware=gpu"], "cpu, h200x8"),
+        (["train", "hardware=gpu"], "cpu, gpu24gb, h200x8, h200x8xN"),
         (["collect"], "data.collect_file"),
     ],
 )
@@ -269,5 +269,5 @@ def test_the_command_line_prints_one_line_and_exits_with_2(arguments, part, caps
 def test_help_lists_groups_and_keys_with_defaults(capsys):
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "hardware=cpu|h200x8" in text
+    assert "hardware=cpu|gpu24gb|h200x8|h200x8xN" in text
     assert "train.num_steps=1000" in text

@@ -6,11 +6,12 @@ from dgpo.config.load import CONFIG_DIR, GROUPS, ConfigError, config_keys, group
 from dgpo.config.schema import DEFAULT_TEACHER_COEF
 
 PRESETS = [(group, choice) for group in GROUPS for choice in group_choices(group)]
+LEFT_TO_THE_USER = {"h200x8xN": ["hardware.num_nodes=2"]}
 
 
 def test_every_preset_is_known_to_this_test():
     fits = list(CONFIG_DIR.glob("fit/*.yaml"))
-    assert len(PRESETS) == len(list(CONFIG_DIR.glob("*/*.yaml"))) - len(fits) == 21
+    assert len(PRESETS) == len(list(CONFIG_DIR.glob("*/*.yaml"))) - len(fits) == 23
 
 
 def test_every_fit_belongs_to_a_world_and_an_experiment():
@@ -20,7 +21,7 @@ def test_every_fit_belongs_to_a_world_and_an_experiment():
 
 @pytest.mark.parametrize(("group", "choice"), PRESETS)
 def test_every_preset_composes(group, choice):
-    config = load_config([f"{group}={choice}"])
+    config = load_config([f"{group}={choice}", *LEFT_TO_THE_USER.get(choice, [])])
     assert config.train.teacher_term.form in DEFAULT_TEACHER_COEF
 
 
@@ -53,6 +54,44 @@ def test_a_wrong_override_is_one_line_that_names_the_fix(override, message):
         load_config([override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_many_nodes_need_a_number(monkeypatch):
+    monkeypatch.delenv("SLURM_NNODES", raising=False)
+    with pytest.raises(ConfigError, match=r"hardware\.num_nodes is not set: add hardware\.num_nodes=N"):
+        load_config(["hardware=h200x8xN"])
+    monkeypatch.setenv("SLURM_NNODES", "4")
+    assert load_config(["hardware=h200x8xN"]).hardware.num_nodes == 4
+    assert load_config(["hardware=h200x8xN", "hardware.num_nodes=2"]).hardware.num_nodes == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_dry", "gpu"),
+    [
+        ([], False, "h200"),
+        (["dry_run=true"], True, "h200"),
+        (["dry_run=false"], False, "h200"),
+        (["dry_run.assume=gpu24gb"], True, "rtx4090"),
+        (["dry_run.assume=gpu24gb", "hardware=gpu24gb"], True, "rtx4090"),
+    ],
+)
+def test_a_dry_run_can_assume_other_hardware(overrides, is_dry, gpu):
+    config = load_config(overrides)
+    assert bool(config.dry_run) is is_dry
+    assert config.hardware.gpu == gpu
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dry_run.assume=h200"], "dry_run.assume=h200: expected one of cpu, gpu24gb, h200x8, h200x8xN"),
+        (["dry_run.assume=h200x8", "hardware=cpu"], "the plan is for one of them"),
+    ],
+)
+def test_an_assumption_that_makes_no_sense_is_refused(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides)
+    assert message in str(caught.value)
 
 
 def test_free_mappings_take_any_key():

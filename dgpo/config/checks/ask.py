@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dgpo.config.checks.hardware import check_engine
 from dgpo.config.checks.models import check_lengths, check_model
 from dgpo.config.checks.search import check_retriever
 from dgpo.config.checks.values import check_values
@@ -12,6 +13,7 @@ from dgpo.config.schema import Config
 def check_ask(config: Config) -> None:
     """What `ask` needs: a checkpoint, room for an episode, a prompt with a place for the question, a retriever."""
     check_values(config, "hardware", "episode")
+    check_engine(config)
     ask = config.ask
     if not ask.model:
         raise ConfigError(

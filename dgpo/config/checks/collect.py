@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dgpo.config.checks.files import check_rows, check_stage_folder
+from dgpo.config.checks.hardware import check_engine
 from dgpo.config.checks.models import check_lengths, check_model
 from dgpo.config.checks.search import check_retriever
 from dgpo.config.checks.values import check_values
@@ -14,6 +15,7 @@ def check_collect(config: Config) -> list[str]:
     """What collection needs: the teacher, questions, a retriever that knows their corpora, lengths, a free folder."""
     notes: list[str] = []
     check_values(config, "hardware", "episode", "collect")
+    check_engine(config)
     check_stage_folder(config, "collect")
     rows = check_rows(config.data.collect_file, key="data.collect_file")
     if check_model(config, config.teacher.path, key="teacher.path", notes=notes):

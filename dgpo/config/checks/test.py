@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from dgpo.config.checks.files import check_rows, check_stage_folder
+from dgpo.config.checks.hardware import check_engine
 from dgpo.config.checks.models import check_lengths, check_model
 from dgpo.config.checks.search import check_retriever
 from dgpo.config.checks.values import check_values, nearest
@@ -21,6 +22,7 @@ def check_test(config: Config, stage: str = "test") -> list[str]:
     """What evaluation (`test`, or `arcap`) needs: checkpoints, test sets, lengths, a retriever, a free folder."""
     notes: list[str] = []
     check_values(config, "hardware", "episode", "test")
+    check_engine(config)
     check_stage_folder(config, stage)
     if not config.test.models:
         raise ConfigError("test.models is empty: name checkpoints, e.g. test.models.dgpo=runs/dgpo/train/model")

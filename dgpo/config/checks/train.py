@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dgpo.config.checks.files import check_rows, check_stage_folder
+from dgpo.config.checks.hardware import check_engine, check_training
 from dgpo.config.checks.models import check_lengths, check_model, check_teacher
 from dgpo.config.checks.search import check_extension, check_retriever
-from dgpo.config.checks.values import check_divides, check_values
+from dgpo.config.checks.values import check_values
 from dgpo.config.load import ConfigError
 from dgpo.config.methods import rl_conflict
 from dgpo.config.schema import Config
@@ -24,7 +25,7 @@ def check_train(config: Config) -> list[str]:
     conflict = rl_conflict(config)
     if conflict:
         raise ConfigError(conflict)
-    train, hardware = config.train, config.hardware
+    train = config.train
     rows = check_rows(config.data.train_file, key="data.train_file")
     if len(rows) < train.batch_size:
         raise ConfigError(
@@ -39,19 +40,8 @@ def check_train(config: Config) -> list[str]:
         check_lengths(config, key, student)
     if train.teacher_term.gate != "none":
         check_teacher(config, key, student if there else None, notes)
-    num_gpus = hardware.num_nodes * hardware.gpus_per_node
-    check_divides("train.batch_size", train.batch_size, "train.mini_batch_size", train.mini_batch_size)
-    check_divides(
-        "train.batch_size x samples_per_question", train.batch_size * train.samples_per_question, "GPUs", num_gpus
-    )
-    episodes = train.mini_batch_size * train.samples_per_question
-    check_divides("train.mini_batch_size x samples_per_question", episodes, "GPUs", num_gpus)
-    check_divides(
-        "episodes of a mini-batch per GPU", episodes // num_gpus, "hardware.micro_batch_size", hardware.micro_batch_size
-    )
-    check_divides("GPUs", num_gpus, "hardware.engine.tensor_parallel_size", hardware.engine.tensor_parallel_size)
-    if hardware.platform == "cpu" and hardware.num_nodes > 1:
-        raise ConfigError(f"hardware.num_nodes={hardware.num_nodes} on the cpu platform: expected 1")
+    check_engine(config)
+    check_training(config)
     check_retriever(config, rows)
     return notes
 

@@ -14,6 +14,7 @@ from dgpo.config.stages import STAGES
 CHOICES = {
     "hardware.platform": ("cuda", "cpu"),
     "hardware.dtype": ("bfloat16", "float32", "float16"),
+    "hardware.offload": ("none", "idle", "full"),
     "train.algorithm": ALGORITHMS,
     "train.teacher_term.form": TEACHER_FORMS,
     "train.teacher_term.gate": GATES,
@@ -33,7 +34,8 @@ CHOICES = {
     "test.compat": ("none", "upstream"),
 }
 POSITIVE = {  # section -> the keys whose values must be above 0
-    "hardware": "num_nodes gpus_per_node micro_batch_size",
+    "hardware": "num_nodes gpus_per_node micro_batch_size ulysses_size weight_bucket_mb num_agent_workers "
+    "num_reward_workers num_storage_units",
     "episode": "max_turns max_turn_tokens max_prompt_tokens max_response_tokens min_turn_tokens topk "
     "max_passage_tokens max_query_chars",
     "collect": "samples_per_question",
