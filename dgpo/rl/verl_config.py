@@ -122,7 +122,33 @@ def _rollout(config: Config, agent_loop_path: str) -> dict[str, Any]:
 
 def _mixed_precision(dtype: str) -> dict[str, str]:
     """Forward and backward in `dtype`, gradients reduced in float32; parameters and optimiser stay float32."""
-    return {"param_dtype": "fp32" if dtype == "float32" else "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    return {"param_dtype": _short(dtype), "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+
+
+def _engine(config: Config, prefix: str, *, frozen: bool = False) -> dict[str, Any]:
+    """What veRL's FSDP engines of actor, critic and frozen models have in common, below `prefix`."""
+    hardware = config.hardware
+    values = {
+        "seed": config.seed,
+        "use_torch_compile": hardware.compile,
+        "mixed_precision": _mixed_precision(hardware.dtype),
+        "fsdp_size": hardware.fsdp_size or -1,
+        "ulysses_sequence_parallel_size": hardware.ulysses_size,
+    }
+    if frozen:
+        # veRL keeps frozen models in host memory, and never updates them: no need for more digits than are read.
+        values["model_dtype"] = _short(hardware.dtype)
+    else:
+        values |= {
+            "param_offload": hardware.offload == "idle",
+            "optimizer_offload": hardware.offload == "idle",
+            "offload_policy": hardware.offload == "full",
+        }
+    return {f"{prefix}.{key}": value for key, value in values.items()}
+
+
+def _short(dtype: str) -> str:
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
 
 
 def _actor(config: Config) -> dict[str, Any]:
@@ -227,6 +253,11 @@ def _trainer(config: Config, folder: Path) -> dict[str, Any]:
         "trainer.resume_mode": "auto" if config.resume else "disable",
         **ray_init,
     }
+
+
+def _max_tokens(config: Config) -> int:
+    """Tokens per GPU and forward where batches are packed by tokens; room for any micro-batch where they are not."""
+    return config.hardware.max_tokens_per_gpu or config.hardware.micro_batch_size * _context_length(config)
 
 
 def _context_length(config: Config) -> int:
