@@ -14,21 +14,23 @@ from typing import Any
 
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
-from dgpo.engines.private_ray import forget_private_ray, use_private_ray
+from dgpo.config.stages import with_absolute_paths
+from dgpo.engines import ray_cluster
+from dgpo.stopping import filed_on_request
 
 RESOURCES_TIMEOUT_S = 60.0
-OBJECT_STORE_BYTES = 200_000_000  # of a Ray of our own: only settings and counts travel
+OBJECT_STORE_GB = 0.2  # of a Ray of our own: only settings and counts travel
 
 
 def run_on_ranks(work: Callable[..., Any], config: Config, *, folder: Path) -> Any:
     """`work(config, rank=, num_ranks=)` on every rank; in this process, without Ray, where there is but one.
 
-    With `RAY_ADDRESS` set, the ranks run in that cluster, else in a Ray of their own on this machine. `run_dir` and the
-    models must be there under the same paths on every node.
+    `run_dir` and the models must be there under the same paths on every node. A request to stop is a file in `folder`
+    (`dgpo.stopping`), which `work` looks for.
 
     Args:
         work: a module's own function.
-        folder: where the token of a Ray of our own is kept meanwhile.
+        folder: of the stage, on every node.
 
     Returns:
         What rank 0 returned.
@@ -40,28 +42,18 @@ def run_on_ranks(work: Callable[..., Any], config: Config, *, folder: Path) -> A
     num_ranks = config.hardware.num_nodes * config.hardware.gpus_per_node
     if num_ranks == 1:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Hugging Face's Trainer would take all that it sees
-        return work(config, rank=0, num_ranks=1)
-    if "RAY_ADDRESS" not in os.environ:
-        use_private_ray(folder)
+        with filed_on_request(folder):
+            return work(config, rank=0, num_ranks=1)
     import ray
 
+    config = with_absolute_paths(config)
     try:
-        _connect(ray, config)
-        return _run(ray, work, config, num_ranks)
+        ray_cluster.connect(config.hardware, token_folder=folder, object_store_gb=OBJECT_STORE_GB)
+        with filed_on_request(folder):  # after Ray's start, which sets a handler of its own
+            return _run(ray, work, config, num_ranks)
     finally:
         ray.shutdown()
-        forget_private_ray(folder)
-
-
-def _connect(ray: Any, config: Config) -> None:
-    settings: dict[str, Any] = {"runtime_env": {"env_vars": dict(config.hardware.env)}}
-    if "RAY_ADDRESS" not in os.environ:
-        settings |= {
-            "num_cpus": config.hardware.logical_cpus,
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
-    ray.init(**settings)
+        ray_cluster.forget_token(folder)
 
 
 def _run(ray: Any, work: Callable[..., Any], config: Config, num_ranks: int) -> Any:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 from dgpo.config.schema import Config
 
 STAGES = ("collect", "distill", "train", "test")
+# What processes on other nodes read, each from a working directory of its own.
+SHARED_FILES = (
+    "run_dir student.path teacher.path teacher.init data.collect_file data.train_file data.validation_file "
+    "distill.init distill.episodes train.init retriever.token_file"
+).split()
 
 
 def collection(config: Config) -> Path:
@@ -39,3 +45,20 @@ def initial_model(config: Config, stage: str) -> tuple[str, str]:
 def is_planned(config: Config, path: str | Path) -> bool:
     """Whether an earlier stage of this experiment will write `path`, so that a dry run does not miss it yet."""
     return any(Path(path) == stage_model(config, stage) for stage in config.stages if stage in ("distill", "train"))
+
+
+def absolute(path: str) -> str:
+    """The same place from any working directory. What is not there, such as a hub name, stays as it is."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """A copy for processes that start elsewhere: relative paths are resolved once, where the user gave them."""
+    config = copy.deepcopy(config)
+    for key in SHARED_FILES:
+        section, _, name = key.rpartition(".")
+        owner = getattr(config, section) if section else config
+        if getattr(owner, name):
+            setattr(owner, name, absolute(getattr(owner, name)))
+    config.run_dir = str(Path(config.run_dir).absolute())
+    return config

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.config.schema import Config
+from dgpo.config.stages import absolute
 from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
 from dgpo.engines.policy_pool import PolicyPool, num_engines
 from dgpo.engines.vllm_policy import VllmPolicy
@@ -61,7 +62,7 @@ def play_model(
 ) -> list[Trajectory]:
     """Starts an engine with `model`, plays every episode that `path`'s partial file lacks, and ends the engine.
 
-    With more GPUs than one engine takes, as many engines as they hold play side by side, over Ray.
+    With more GPUs than one engine takes, as many engines as they hold play side by side, over Ray, on every node.
 
     Args:
         log_probs: whether the trajectories hold them.
@@ -69,14 +70,16 @@ def play_model(
         path, name, stop: of `dgpo.engines.episode_runner.play_episodes`; what it raises is raised here.
     """
 
+    place = absolute(model)
+
     def one() -> VllmPolicy:
         return make_policy(
-            config, model, temperature=temperature, trust_remote_code=trust_remote_code, log_probs=log_probs
+            config, place, temperature=temperature, trust_remote_code=trust_remote_code, log_probs=log_probs
         )
 
     async def play() -> list[Trajectory]:
-        size, gpus_each = num_engines(config.hardware), config.hardware.engine.tensor_parallel_size
-        several = PolicyPool(one, size=size, gpus_each=gpus_each) if size > 1 else None
+        size = num_engines(config.hardware)
+        several = PolicyPool(one, hardware=config.hardware, size=size) if size > 1 else None
         async with several or one() as policy:
             with cancelled_on_request():  # after Ray's start, which sets a handler of its own
                 return await play_episodes(

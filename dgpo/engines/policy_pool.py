@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import zlib
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -13,15 +12,15 @@ from types import TracebackType
 from typing import Any
 
 from dgpo.config.schema import HardwareConfig
-from dgpo.engines.private_ray import use_private_ray
+from dgpo.engines import ray_cluster
 from dgpo.engines.vllm_policy import EngineStartError, VllmPolicy
 from dgpo.episode import Generation
 
 
 def num_engines(hardware: HardwareConfig) -> int:
-    """How many engines the GPUs hold that are configured and, on one node, there; 1 on a CPU."""
+    """How many engines the GPUs hold that are configured and, on one node, there; on CPUs, one per node."""
     if hardware.platform == "cpu":
-        return 1
+        return hardware.num_nodes
     num_gpus = hardware.num_nodes * hardware.gpus_per_node
     if hardware.num_nodes == 1:
         import torch
@@ -34,27 +33,23 @@ class PolicyPool:
     """Use as `async with PolicyPool(...) as policy`. An episode stays on one engine, whose cache holds its prefix.
 
     Args:
-        make_policy: makes the policy of one engine; called in that engine's process.
+        make_policy: makes the policy of one engine; called in that engine's process, maybe on another node.
+        hardware: of every engine, and of the Ray that holds them (`dgpo.engines.ray_cluster`).
         size: engines.
-        gpus_each: of every engine; 0 on a CPU.
-
-    With `RAY_ADDRESS` set, that cluster is used.
     """
 
-    def __init__(self, make_policy: Callable[[], VllmPolicy], *, size: int, gpus_each: int) -> None:
-        self.make_policy, self.size, self.gpus_each = make_policy, size, gpus_each
+    def __init__(self, make_policy: Callable[[], VllmPolicy], *, hardware: HardwareConfig, size: int) -> None:
+        self.make_policy, self.hardware, self.size = make_policy, hardware, size
         self._engines: list[Any] = []
 
     async def __aenter__(self) -> PolicyPool:
         """Starts the engines side by side. Raises `EngineStartError` when one does not start."""
-        use_private_ray(Path(_token_folder().name))
         import ray
 
         if not ray.is_initialized():
-            address = os.environ.get("RAY_ADDRESS", "local")  # without one, Ray would join whatever cluster runs here
-            cpus = self.size if address == "local" and not self.gpus_each else None
-            ray.init(address, log_to_driver=False, include_dashboard=None if cpus is None else False, num_cpus=cpus)
-        engine = ray.remote(num_cpus=1, num_gpus=self.gpus_each)(_Engine)
+            ray_cluster.connect(self.hardware, token_folder=Path(_token_folder().name), log_to_driver=False)
+        gpus = 0 if self.hardware.platform == "cpu" else self.hardware.engine.tensor_parallel_size
+        engine = ray.remote(num_cpus=1, num_gpus=gpus, scheduling_strategy="SPREAD")(_Engine)
         self._engines = [engine.remote(self.make_policy) for _ in range(self.size)]
         try:
             await asyncio.gather(*(each.start.remote() for each in self._engines))

@@ -16,13 +16,14 @@ from dgpo.artifacts import prepare_run_folder, write_manifest
 from dgpo.config.checks import check_train
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
-from dgpo.config.stages import initial_model
+from dgpo.config.stages import initial_model, with_absolute_paths
+from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
-from dgpo.engines.private_ray import use_private_ray
 from dgpo.platforms.shared_memory import remove_abandoned_segments
 from dgpo.protocol import STOP_STRINGS
 from dgpo.rl.rollback import EVENTS, after_rollbacks, num_rollbacks, roll_back
 from dgpo.rl.stops import CollapseError, RunStoppedError
+from dgpo.stopping import StoppedOnRequestError, filed_on_request
 
 
 class TrainingFailedError(RuntimeError):
@@ -38,6 +39,7 @@ def train(config: Config) -> Path | None:
     Raises:
         ConfigError: from the checks, before Ray starts.
         TrainingFailedError: the run stopped; it can be resumed from its last checkpoint.
+        StoppedOnRequestError: a signal asked for that (`dgpo.stopping`); the step in progress was finished and saved.
     """
     notes = check_train(config)
     if config.dry_run:
@@ -47,7 +49,6 @@ def train(config: Config) -> Path | None:
     prepare_run_folder(folder, resume=config.resume)
     (folder / "config.yaml").write_text(to_yaml(config))
     export_environment(config.hardware)
-    use_private_ray(folder)
     remove_abandoned_segments()
     _run_with_rollbacks(config, folder)
     return _export(config, folder)
@@ -57,7 +58,7 @@ def _run_with_rollbacks(config: Config, folder: Path) -> None:
     """Runs veRL to the end, starting it again from an earlier checkpoint where the collapse detector asks for it."""
     while True:
         try:
-            return _run_verl(after_rollbacks(config, folder), folder)
+            return _run_verl(with_absolute_paths(after_rollbacks(config, folder)), folder)
         except CollapseError as error:
             event = roll_back(folder, error)
             print(
@@ -75,6 +76,7 @@ def _run_verl(config: Config, folder: Path) -> None:
 
     Raises:
         RunStoppedError: the trainer stopped for a reason that its user can act on.
+        StoppedOnRequestError: it was asked to.
     """
     import ray
     from verl.trainer import main_ppo
@@ -86,14 +88,27 @@ def _run_verl(config: Config, folder: Path) -> None:
     verl = to_verl(config, folder)
     validate_config(config=verl, use_reference_policy=need_reference_policy(verl), use_critic=need_critic(verl))
     try:
-        main_ppo.run_ppo(verl, task_runner_class=ray.remote(task_runner_class()))
+        _start_ray(config, verl, folder)
+        with filed_on_request(folder):  # after Ray's start, which sets a handler of its own
+            main_ppo.run_ppo(verl, task_runner_class=ray.remote(task_runner_class()))
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RunStoppedError):
+        if isinstance(error.cause, RunStoppedError | StoppedOnRequestError):
             raise error.cause from None
         raise
     finally:
         ray.shutdown()
         remove_abandoned_segments()
+
+
+def _start_ray(config: Config, verl: Any, folder: Path) -> None:
+    """In place of veRL's own start of Ray, which leaves one that runs as it is; with the variables that it would set."""
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+    ray_cluster.connect(
+        config.hardware,
+        token_folder=folder,
+        environment={**get_ppo_ray_runtime_env(verl)["env_vars"], "TRANSFER_QUEUE_ENABLE": "1"},
+    )
 
 
 def task_runner_class() -> type:

@@ -10,12 +10,12 @@ from dgpo.engines.vllm_policy import EngineStartError, VllmPolicy
 from tests.engine.test_vllm_policy import PROMPT, make_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
+HARDWARE = load_config(["hardware=cpu"]).hardware
 
 
 def policy_maker(folder):
     def make():
-        hardware = load_config(["hardware=cpu"]).hardware
-        return VllmPolicy(str(folder), hardware=hardware, max_model_len=128, temperature=1.0, seed=1)
+        return VllmPolicy(str(folder), hardware=HARDWARE, max_model_len=128, temperature=1.0, seed=1)
 
     return make
 
@@ -32,7 +32,7 @@ def test_two_engines_write_what_one_writes(tmp_path):
     make = policy_maker(tmp_path / "model")
 
     async def pooled():
-        async with PolicyPool(make, size=2, gpus_each=0) as policy:
+        async with PolicyPool(make, hardware=HARDWARE, size=2) as policy:
             return await write(policy, 12)
 
     async def alone():
@@ -45,12 +45,13 @@ def test_two_engines_write_what_one_writes(tmp_path):
 
 def test_a_second_pool_follows_in_the_same_process_and_names_an_engine_that_does_not_start(tmp_path):
     async def start():
-        async with PolicyPool(policy_maker(tmp_path / "none"), size=2, gpus_each=0):
+        async with PolicyPool(policy_maker(tmp_path / "none"), hardware=HARDWARE, size=2):
             pass
 
     with pytest.raises(EngineStartError, match="none"):
         asyncio.run(start())
 
 
-def test_a_cpu_has_one_engine():
+def test_a_node_without_gpus_has_one_engine():
     assert num_engines(load_config(["hardware=cpu"]).hardware) == 1
+    assert num_engines(load_config(["hardware=cpu", "hardware.num_nodes=2"]).hardware) == 2

@@ -1,0 +1,86 @@
+"""The Ray that a run uses: the cluster that `RAY_ADDRESS` names, or a private one on this machine."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from dgpo.config.load import ConfigError
+from dgpo.config.schema import HardwareConfig
+from dgpo.engines.environment import DEFAULTS
+
+TOKEN = "ray_token"
+# Of every process of ours in Ray. With the override on, Ray would hide the GPUs from actors that reserve none.
+WORKER_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def in_cluster() -> bool:
+    """Whether a cluster is named; its nodes, tokens and resources are then those of whoever started it."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def connect(
+    hardware: HardwareConfig,
+    *,
+    token_folder: Path,
+    object_store_gb: float | None = None,
+    environment: Mapping[str, str] | None = None,
+    log_to_driver: bool = True,
+) -> None:
+    """Starts or joins Ray. Workers on every node get `hardware.env`, whatever environment Ray was started in there.
+
+    Args:
+        token_folder: holds the token of a private Ray, which listens on ports that every user of the machine can reach.
+        object_store_gb: of a private Ray; None: `hardware.object_store_gb`.
+        environment: more variables for the workers; `hardware.env` wins.
+
+    Raises:
+        ConfigError: several nodes, but no cluster is named.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    variables = {**DEFAULTS, **WORKER_ENVIRONMENT, **(environment or {}), **hardware.env}
+    runtime_env = {"env_vars": {name: str(value) for name, value in variables.items()}}
+    if in_cluster():
+        import ray
+
+        ray.init(os.environ["RAY_ADDRESS"], runtime_env=runtime_env, log_to_driver=log_to_driver)
+        return
+    if hardware.num_nodes > 1:
+        raise ConfigError(
+            f"hardware.num_nodes={hardware.num_nodes}, but RAY_ADDRESS is not set: start Ray on the nodes and set it to "
+            "the head's address, or let `python -m dgpo.slurm` do both (docs/slurm.md)"
+        )
+    _use_token(token_folder)
+    store_gb = object_store_gb or hardware.object_store_gb
+    import ray
+
+    ray.init(
+        "local",  # without an address, Ray would join whatever cluster runs here
+        num_cpus=hardware.logical_cpus,
+        num_gpus=hardware.logical_gpus,
+        object_store_memory=int(store_gb * 1e9) if store_gb else None,
+        include_dashboard=False,
+        runtime_env=runtime_env,
+        log_to_driver=log_to_driver,
+    )
+
+
+def forget_token(folder: Path) -> None:
+    """Removes the token of a private Ray, if there is one, from the disk and from the environment."""
+    token = folder / TOKEN
+    if os.environ.get("RAY_AUTH_TOKEN_PATH") == str(token.resolve()):
+        del os.environ["RAY_AUTH_TOKEN_PATH"]
+    token.unlink(missing_ok=True)
+
+
+def _use_token(folder: Path) -> None:
+    token = folder / TOKEN
+    if not token.exists():
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token.resolve()))
