@@ -96,7 +96,10 @@ def _prepare(overrides: Sequence[str]) -> None:
 def _contamination(overrides: Sequence[str]) -> None:
     from dgpo.data.contamination import contamination
 
-    contamination(load_config(overrides))
+    try:
+        contamination(load_config(overrides))
+    except OSError as error:
+        raise CommandFailedError(str(error)) from error
 
 
 def _collect(overrides: Sequence[str]) -> None:
@@ -161,7 +164,7 @@ def _report(overrides: Sequence[str]) -> None:
     config = load_config(overrides)
     try:
         print(write_report(Path(config.run_dir), [Path(run) for run in config.report.runs]))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise CommandFailedError(str(error)) from error
 
 
@@ -174,9 +177,25 @@ def _compare(arguments: Sequence[str]) -> None:
         raise ConfigError(f"compare takes two run folders and out=FILE.md, not {' '.join(arguments) or 'nothing'}")
     try:
         path = write_comparison(*folders, out=Path(options["out"]) if "out" in options else None)
-    except FileNotFoundError as error:
+    except OSError as error:
         raise CommandFailedError(str(error)) from error
     print(f"written to {path}")
+
+
+def _import(arguments: Sequence[str]) -> None:
+    from dgpo.checkpoints.importing import import_checkpoint
+
+    import_checkpoint(dict(argument.split("=", 1) if "=" in argument else (argument, "") for argument in arguments))
+
+
+def _export(overrides: Sequence[str]) -> None:
+    from dgpo.export.export import export
+    from dgpo.export.push import PushError
+
+    try:
+        export(load_config(overrides))
+    except (PushError, OSError) as error:
+        raise CommandFailedError(str(error)) from error
 
 
 def _reproduce(overrides: Sequence[str]) -> None:
@@ -226,6 +245,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     ),
     "ask": (_ask, '"question" ask.model=PATH: a checkpoint answers and shows how; ask.web=true opens a page'),
     "report": (_report, "report.html from what is in run_dir; report.runs=[a,b] draws their curves over its own"),
+    "export": (_export, "the run's model as a folder with a model card; export.push=user/name sends it to the hub"),
+    "import": (_import, "a veRL or Search-R1 checkpoint as a Hugging Face folder: checkpoint=FOLDER out=FOLDER"),
     "compare": (_compare, "two run folders: configuration, metrics, paired tests; out=FILE.md"),
 }
 

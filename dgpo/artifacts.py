@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -30,7 +31,7 @@ class ManifestError(ValueError):
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A path beside the target to write to. Leaving the block renames it: readers see the old file or the new one.
 
-    If the block raises, the target stays as it was and nothing is left behind.
+    If the block raises, the target stays as it was and nothing is left behind; a full disk is told by its name.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +41,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # a rename can outlive a crash that the data did not
         temporary.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pytest
 
@@ -33,6 +35,21 @@ def test_a_manifest_says_what_made_the_folder(collected):
     assert manifest["versions"]["dgpo"] == __version__
     assert list(manifest["sha256"]) == ["part/episodes.jsonl"]
     assert manifest["created_at"].endswith("+00:00")
+
+
+def test_a_full_disk_is_told_with_the_name_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "report.html"
+    atomic_write_text(path, "old")
+
+    def fill_up():
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"No space left on device.*report.html"):
+        fill_up()
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+    assert path.read_text() == "old"
 
 
 def test_a_folder_without_a_manifest_is_of_an_unfinished_stage(tmp_path):

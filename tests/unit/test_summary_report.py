@@ -1,10 +1,13 @@
 """From scores to summary.json, the console table and report.html."""
 
+import errno
 import html
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -226,6 +229,16 @@ def test_the_report_command_needs_a_tested_run(run, tmp_path, capsys):
     assert main(["report", f"run_dir={run}"]) == 0
     assert main(["report", f"run_dir={tmp_path / 'empty'}"]) == 1
     assert "python -m dgpo test" in capsys.readouterr().err
+
+
+def test_the_report_command_names_what_a_full_disk_has_no_room_for(run, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["report", f"run_dir={run}"]) == 1
+    assert f"No space left on device: '{run / 'report.html'}'" in capsys.readouterr().err
+    assert not (run / "report.html").exists()
 
 
 def test_the_report_command_overlays_other_runs(run, tmp_path, capsys):
