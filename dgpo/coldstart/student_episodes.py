@@ -45,7 +45,8 @@ class StudentEpisodes:
 
     def __init__(self, config: Config, *, model: str, tokenizer: Any, folder: Path, rank: int = 0, num_ranks: int = 1):
         settings = config.distill.student_episodes
-        self.config, self.model, self.tokenizer, self.folder, self.rank = config, model, tokenizer, folder, rank
+        self.config, self.model, self.tokenizer, self.folder = config, model, tokenizer, folder
+        self.rank, self.num_ranks = rank, num_ranks
         self.schedule = AdaptiveSchedule(settings.initial_threshold, settings.increment, settings.min_rise)
         self.buffer = ReplayBuffer(ceil(settings.buffer_size / num_ranks))
         self.counts: Counter[str] = Counter()  # steps by source, episodes, failed searches
@@ -113,11 +114,12 @@ class StudentEpisodes:
         atomic_write_text(self._state_file(folder), json.dumps({**state, "buffer": self.buffer.state()}))
 
     def load_state(self, folder: Path) -> None:
-        """Raises CheckpointMismatchError when the run had fewer ranks: each rank keeps a buffer of its own."""
-        if not self._state_file(folder).exists():
+        """Raises CheckpointMismatchError when the run had another number of ranks: each keeps a buffer of its own."""
+        wrote = len(list(folder.glob("student_episodes_*.json")))
+        if wrote != self.num_ranks:
             raise CheckpointMismatchError(
-                f"{folder} was written by fewer ranks, and each keeps a replay buffer of its own: go back to as many "
-                "(hardware.num_nodes x hardware.gpus_per_node)"
+                f"{folder} was written by {wrote} ranks, each with a replay buffer of its own, and cannot go on with "
+                f"{self.num_ranks}: go back to as many (hardware.num_nodes x hardware.gpus_per_node)"
             )
         state = json.loads(self._state_file(folder).read_text())
         self.schedule, self.counts = AdaptiveSchedule(**state["schedule"]), Counter(state["counts"])

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES
-from dgpo.coldstart.checkpoints import check_settings, latest_checkpoint, remove_half_written
+from dgpo.checkpoints.folders import newest_whole, set_aside_later
+from dgpo.coldstart.checkpoints import check_settings
 from dgpo.coldstart.examples import TrainingExample, num_micro_batches, split_held_out
 from dgpo.coldstart.metrics import MetricsFile
 from dgpo.coldstart.student_episodes import StudentEpisodes
@@ -29,7 +30,8 @@ from dgpo.config.schema import DistillConfig, HardwareConfig
 from dgpo.protocol import STOP_STRINGS
 
 MIN_LEARNING_RATE_SHARE = 0.05
-KEPT_CHECKPOINTS = 3  # the newest, the one before it in case that one is half-written, and the best
+CHECKPOINT = "checkpoint-"  # Hugging Face's name of one, before the step
+KEPT_CHECKPOINTS = 3  # the newest, the one before it in case that one is damaged, and the best
 # May differ between a run and its continuation.
 FREE_SETTINGS = ("micro_batch_size", "chunk_tokens", "patience", "episodes", "init")
 
@@ -82,7 +84,7 @@ def train_on_examples(
     watched = bool(held_out) and checkpoints is not None and settings.loss != "distillm"
     steps_per_epoch = math.ceil(len(training) / settings.batch_size)
     num_steps = settings.max_steps or settings.epochs * steps_per_epoch
-    state = latest_checkpoint(checkpoints) if checkpoints and resume else None
+    state = newest_whole(checkpoints, CHECKPOINT) if checkpoints and resume else None
     trainer = DistillationTrainer(
         model=model,
         teacher=teacher,
@@ -112,7 +114,7 @@ def train_on_examples(
         checkpoints.mkdir(parents=True, exist_ok=True)
         recorded = {key: value for key, value in asdict(settings).items() if key not in FREE_SETTINGS}
         check_settings(checkpoints, {**recorded, "seed": seed, "episodes": len(examples)})
-        remove_half_written(checkpoints)
+        set_aside_later(checkpoints, CHECKPOINT, state)
     trainer.accelerator.wait_for_everyone()
     if state is not None:
         trainer.load_state(state)

@@ -24,7 +24,7 @@ from dgpo.algorithms.distillation import DISTILLATION_LOSSES, LossSettings, Toke
 from dgpo.algorithms.fused_linear import fused_linear_loss
 from dgpo.algorithms.taid import TaidSchedule, TaidState, initial_state, update_state
 from dgpo.artifacts import atomic_write_text
-from dgpo.coldstart.checkpoints import mark_complete
+from dgpo.checkpoints.folders import seal
 from dgpo.coldstart.errors import DivergedError
 from dgpo.coldstart.examples import IGNORE, StepBatches, TrainingExample, collate
 from dgpo.coldstart.metrics import StepClock
@@ -270,7 +270,7 @@ class DistillationTrainer(Trainer):
             atomic_write_text(folder / STATE, json.dumps({"taid": asdict(self.taid_state)}))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            mark_complete(folder)
+            seal(folder, step=self.state.global_step, world_size=self.args.world_size)
 
     def load_state(self, folder: Path) -> None:
         """What Hugging Face's own state does not hold; `train(resume_from_checkpoint=folder)` loads the rest."""

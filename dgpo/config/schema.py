@@ -305,8 +305,9 @@ class TrainConfig:
     reward: str | None = None  # "package.module:function" instead of exact match (docs/extending.md)
     teacher_term: TeacherTermConfig = field(default_factory=TeacherTermConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
-    save_every: int = 50
-    keep_checkpoints: int = 2
+    save_every: int = 50  # the last step is saved in any case; 0: it alone
+    keep_last: int = 2  # checkpoints
+    keep_best: int = 1  # checkpoints besides, by exact match on data.validation_file; validated steps are saved then
     validate_every: int = 200
     log_episodes_every: int | None = 20  # steps between samples for train/episodes (docs/report.md); None: never
     num_logged_episodes: int = 8  # in a sample

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.artifacts import atomic_write_text
+from dgpo.checkpoints.folders import checkpoint_steps
 from dgpo.config.schema import Config
 from dgpo.rl.stops import CollapseError
 from dgpo.seeds import derive_seed
 
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
-TRACKER = "latest_checkpointed_iteration.txt"  # veRL's: the step that a resumed run starts from
+CHECKPOINT = "global_step_"  # veRL's name of a checkpoint, before the step
+TRACKER = "latest_checkpointed_iteration.txt"  # veRL's: the step of the newest one, for its tools
 SET_ASIDE = "rolled_back"  # folder of numbered folders
 LAST_GOOD = "last_good"
 
@@ -73,8 +75,8 @@ def roll_back(folder: Path, error: CollapseError) -> dict[str, Any]:
     else:
         (checkpoints / TRACKER).unlink(missing_ok=True)
     later = [step for step in _checkpoints(folder) if step > good]
-    for step in later:
-        name = f"global_step_{step}"
+    for step in reversed(later):  # the newest is what a run resumes from
+        name = f"{CHECKPOINT}{step}"
         shutil.rmtree(aside / name, ignore_errors=True)
         (checkpoints / name).rename(aside / name)
     if (folder / METRICS).exists():
@@ -94,21 +96,21 @@ def roll_back(folder: Path, error: CollapseError) -> dict[str, Any]:
 
 
 def keep_last_good(folder: Path, first_step: int) -> int:
-    """Puts the last good checkpoint beyond the reach of veRL's rotation, as hard links. Returns its step, 0: none."""
+    """Puts the last good checkpoint beyond the reach of rotation, as hard links. Returns its step, 0: none."""
     good = last_good_step(folder, first_step)
-    target = folder / LAST_GOOD / f"global_step_{good}"
+    target = folder / LAST_GOOD / f"{CHECKPOINT}{good}"
     if good and not target.exists():
         shutil.copytree(folder / "checkpoints" / target.name, target, copy_function=_link_or_copy)
     return good
 
 
-def checkpoints_to_keep(config: Config) -> int:
-    """How many checkpoints veRL must keep, so that one from before an alarm's first sign is still there."""
+def num_to_keep(config: Config) -> int:
+    """How many of the last checkpoints must be kept, so that one from before an alarm's first sign is still there."""
     stability = config.train.stability
     if stability.action != "rollback":
-        return config.train.keep_checkpoints
+        return config.train.keep_last
     steps_back = stability.patience + stability.window + 2
-    return max(config.train.keep_checkpoints, -(-steps_back // max(1, config.train.save_every)) + 1)
+    return max(config.train.keep_last, -(-steps_back // max(1, config.train.save_every)) + 1)
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -119,6 +121,4 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def _checkpoints(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints: veRL writes `data.pt` last, and its rotation takes `actor` away."""
-    found = [path.parent for path in (folder / "checkpoints").glob("global_step_*/data.pt")]
-    return sorted(int(path.name.rsplit("_", 1)[1]) for path in found if (path / "actor").is_dir())
+    return checkpoint_steps(folder / "checkpoints", CHECKPOINT)

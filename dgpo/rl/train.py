@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dgpo.artifacts import prepare_run_folder, write_manifest
+from dgpo.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
+from dgpo.checkpoints.folders import newest_whole, read_seal, set_aside_later
 from dgpo.config.checks import check_train
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
@@ -21,7 +22,7 @@ from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
 from dgpo.platforms.shared_memory import remove_abandoned_segments
 from dgpo.protocol import STOP_STRINGS
-from dgpo.rl.rollback import EVENTS, after_rollbacks, num_rollbacks, roll_back
+from dgpo.rl.rollback import CHECKPOINT, EVENTS, TRACKER, after_rollbacks, num_rollbacks, roll_back
 from dgpo.rl.stops import CollapseError, RunStoppedError
 from dgpo.stopping import StoppedOnRequestError, filed_on_request
 
@@ -46,12 +47,22 @@ def train(config: Config) -> Path | None:
         print("\n".join(["dry run: the configuration is valid.", *notes, "", to_yaml(config)]))
         return None
     folder = Path(config.run_dir) / "train"
+    if config.resume and _is_finished(folder / "model", config):
+        print(f"train: {folder} is finished already; to repeat it, delete the folder", file=sys.stderr)
+        return folder / "model"
     prepare_run_folder(folder, resume=config.resume)
     (folder / "config.yaml").write_text(to_yaml(config))
     export_environment(config.hardware)
     remove_abandoned_segments()
     _run_with_rollbacks(config, folder)
     return _export(config, folder)
+
+
+def _is_finished(model: Path, config: Config) -> bool:
+    """Whether the model of the last step is there; with more steps than before, the run goes on."""
+    return (model / MANIFEST).exists() and (
+        read_manifest(model, stage="train")["counts"]["steps"] >= config.train.num_steps
+    )
 
 
 def _run_with_rollbacks(config: Config, folder: Path) -> None:
@@ -85,7 +96,7 @@ def _run_verl(config: Config, folder: Path) -> None:
 
     from dgpo.rl.verl_config import to_verl
 
-    verl = to_verl(config, folder)
+    verl = to_verl(config, folder, _start(folder / "checkpoints", config))
     validate_config(config=verl, use_reference_policy=need_reference_policy(verl), use_critic=need_critic(verl))
     try:
         _start_ray(config, verl, folder)
@@ -111,6 +122,21 @@ def _start_ray(config: Config, verl: Any, folder: Path) -> None:
     )
 
 
+def _start(checkpoints: Path, config: Config) -> Path | None:
+    """The checkpoint to go on from, whatever number of GPUs wrote it; None for the beginning."""
+    if not config.resume:
+        return None
+    checkpoint = newest_whole(checkpoints, CHECKPOINT)
+    set_aside_later(checkpoints, CHECKPOINT, checkpoint)
+    if checkpoint is None:
+        print(f"train: no whole checkpoint in {checkpoints}, begins with step 1", file=sys.stderr, flush=True)
+        return None
+    wrote, now = read_seal(checkpoint)["world_size"], config.hardware.num_nodes * config.hardware.gpus_per_node
+    others = "" if wrote == now else f", which {wrote} GPUs wrote, on {now}"
+    print(f"train: continues from {checkpoint}{others}", file=sys.stderr, flush=True)
+    return checkpoint
+
+
 def task_runner_class() -> type:
     """veRL's task runner, with our trainer registered in its process."""
     from verl.trainer import main_ppo
@@ -127,11 +153,11 @@ def task_runner_class() -> type:
 def _export(config: Config, folder: Path) -> Path:
     """The last checkpoint as `train/model`: a Hugging Face folder whose generation config carries the stop strings."""
     checkpoints = folder / "checkpoints"
-    step = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
+    step = int((checkpoints / TRACKER).read_text())
     target = folder / "model"
     temporary = folder / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoints / f"global_step_{step}" / "actor" / "huggingface", temporary)
+    shutil.copytree(checkpoints / f"{CHECKPOINT}{step}" / "actor" / "huggingface", temporary)
     path = temporary / "generation_config.json"
     generation = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**generation, "stop_strings": list(STOP_STRINGS)}, indent=2))

@@ -5,7 +5,7 @@ The trainer decides who is scored by what; the mathematics is in `dgpo.algorithm
 
 from __future__ import annotations
 
-import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,23 @@ from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from dgpo.algorithms.advantages import group_relative_advantages
 from dgpo.algorithms.selective_kl import compute_gate, selective_kl_advantages, selective_kl_rewards
-from dgpo.artifacts import atomic_write_text
+from dgpo.artifacts import MANIFEST
+from dgpo.checkpoints.folders import FileEntries
 from dgpo.config.schema import StabilityConfig
 from dgpo.rl.alarms import report_alarms
 from dgpo.rl.episode_log import FIELDS as LOGGED_FIELDS
 from dgpo.rl.episode_log import EpisodeLog
 from dgpo.rl.guards import FROM_TRAINED_WEIGHTS, SOURCES, check_finite
 from dgpo.rl.metrics import choose_monitored, episode_metrics, log_prob_disagreement, sampled_kl, teacher_kl_metrics
-from dgpo.rl.rollback import keep_last_good
+from dgpo.rl.rollback import CHECKPOINT, keep_last_good
+from dgpo.rl.run_state import append_record, begin_from, prune, save_whole
 from dgpo.rl.stability import Alarm, CollapseDetector, choose_response
 from dgpo.rl.stops import CollapseError, NonFiniteError, RunStoppedError
 from dgpo.rl.verl_config import TRAINER_NAME
 from dgpo.rl.worker import SeededTrainingWorker, TeacherGuidedWorker
+from dgpo.stopping import StoppedOnRequestError, stop_requested
+
+VALIDATION_SCORE = "validation/em"
 
 
 class TooManyFailedEpisodesError(RunStoppedError):
@@ -61,6 +66,10 @@ class DGPOTrainer(PPOTrainerSync):
         self.scores: list[dict[str, float]] = []  # one per episode, in batch order
         self.teacher_log_probs: dict[str, torch.Tensor] = {}  # key -> [T] of the episodes that the teacher scored
         self.dataloader_state: dict[str, Any] | None = None  # before this step's questions were drawn
+        self.step_started = 0.0
+        self.finished: tuple[KVBatchMeta, dict[str, Any]] | None = None  # the updated batch, and its metrics
+        self.unlogged: dict[str, float] | None = None  # the record of a step whose process ended before it was written
+        self.validation_scores: dict[int, float] = {}  # step -> exact match
 
     def _build_replay_buffer(self) -> Any:
         buffer = super()._build_replay_buffer()
@@ -80,7 +89,86 @@ class DGPOTrainer(PPOTrainerSync):
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
-        self.detector.restore(_drop_metrics_after(self.metrics_path, self.global_steps))
+        start = begin_from(self.metrics_path, self._checkpoint_folder() if self.global_steps else None)
+        self.detector.restore(start.records)
+        self.validation_scores = {
+            int(record["step"]): record[VALIDATION_SCORE] for record in start.records if VALIDATION_SCORE in record
+        }
+        self.unlogged = start.unlogged
+        if start.kl_coef is not None and self.config.algorithm.use_kl_in_reward:
+            self.kl_ctrl_in_reward.value = start.kl_coef
+
+    def on_train_begin(self) -> None:
+        """Finishes the step after which an earlier process saved and ended, before the next one begins."""
+        super().on_train_begin()
+        if self.unlogged is None:
+            return
+        self.global_steps -= 1
+        metrics, frequency = self.unlogged, self.config.trainer.test_freq
+        is_last = self.global_steps >= self.total_training_steps
+        if frequency > 0 and (is_last or self.global_steps % frequency == 0):
+            metrics = {**metrics, **self._validate()}
+        self._finish_step(metrics)
+        self.logger.log(data=metrics, step=self.global_steps)
+        self.global_steps += 1
+
+    def _checkpoint_folder(self) -> Path:
+        return Path(self.config.trainer.default_local_dir) / f"{CHECKPOINT}{self.global_steps}"
+
+    def _save_checkpoint(self, dataloader_state: dict[str, Any] | None = None) -> None:
+        """Whole or not at all, with the metrics of the step that it follows. Replaces veRL's, which writes in place."""
+        folder = self._checkpoint_folder()
+
+        def write_ranks(target: Path) -> list[FileEntries]:
+            actor = self.actor_rollout_wg.save_checkpoint(str(target / "actor"))
+            critic = self.critic_wg.save_checkpoint(str(target / "critic")) if self.use_critic else []
+            return [
+                {f"{role}/{name}": entry for name, entry in files.items()}
+                for role, ranks in (("actor", actor), ("critic", critic))
+                for files in ranks
+            ]
+
+        save_whole(
+            folder,
+            write_ranks,
+            step=self.global_steps,
+            world_size=self._num_ranks(),
+            dataloader=dataloader_state or self.train_dataloader.state_dict(),
+            kl_coef=self.kl_ctrl_in_reward.value if self.config.algorithm.use_kl_in_reward else None,
+            record=self._record_of_step(),
+        )
+
+    def _record_of_step(self) -> dict[str, float] | None:
+        """The step's metrics but for validation, which comes after saving; None while the step is in progress."""
+        if self.finished is None:
+            return None
+        batch, metrics = self.finished
+        metrics = dict(metrics)
+        timing = {"step": time.perf_counter() - self.step_started, **self.timing_raw}
+        epoch = (self.global_steps - 1) // self.steps_per_epoch
+        self._complete_metrics(batch, metrics, timing, global_steps=self.global_steps, epoch=epoch)
+        return {"step": self.global_steps, **_plain(metrics)}
+
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        self.finished, self.step_started = None, time.perf_counter()
+        batch = super().step(metrics, timing_raw)
+        self.finished = batch, metrics
+        return batch
+
+    def on_validate_begin(self) -> None:
+        """A validated step is a saved one too, so that the best can be kept."""
+        super().on_validate_begin()
+        if self.term.keep_best:
+            self._save_now()
+
+    def _validate(self) -> dict[str, float]:
+        metrics = super()._validate()
+        metrics[VALIDATION_SCORE] = self.validation_score
+        return metrics
+
+    def _val_metrics_update(self, data_sources: Any, uids: Any, infos: dict[str, list], *args: Any, **kwargs: Any):
+        self.validation_score = float(np.mean(infos["em"]))  # over all questions, whatever set they are of
+        return super()._val_metrics_update(data_sources, uids, infos, *args, **kwargs)
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         """Questions with ids made of step and row, so that a batch has one order whatever finishes first."""
@@ -104,10 +192,8 @@ class DGPOTrainer(PPOTrainerSync):
         if share <= self.term.max_failed_share:
             return
         self.global_steps -= 1  # the last step whose update was made; 0 leaves nothing to save
-        if self.global_steps > 0:
-            self._save_checkpoint()
-            folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
-            torch.save(self.dataloader_state, folder / "data.pt")
+        if self.global_steps > 0 and not self._is_saved():
+            self._save_checkpoint(self.dataloader_state)
         saved = f"Saved after step {self.global_steps}" if self.global_steps > 0 else "No step was made yet"
         raise TooManyFailedEpisodesError(
             f"{share:.0%} of this step's episodes failed (retriever.max_failed_share={self.term.max_failed_share}): "
@@ -125,7 +211,7 @@ class DGPOTrainer(PPOTrainerSync):
         gate = compute_gate(correct, self.term.gate)
         scored = torch.zeros(len(gate), dtype=torch.bool) if self.term.form == "exact" else gate.bool()
         monitored = choose_monitored(
-            correct, already=scored, num_monitored=self.term.num_monitored, multiple=self._teacher_ranks()
+            correct, already=scored, num_monitored=self.term.num_monitored, multiple=self._num_ranks()
         )
         keys = [batch.keys[index] for index in torch.nonzero(scored | monitored)[:, 0].tolist()]
         metrics["teacher/num_scored"] = len(keys)
@@ -153,7 +239,7 @@ class DGPOTrainer(PPOTrainerSync):
         rows = response_from_nested(data["log_probs"], data["response_mask"]).unbind()
         self.teacher_log_probs = dict(zip(chosen.keys, rows, strict=True))
 
-    def _teacher_ranks(self) -> int:
+    def _num_ranks(self) -> int:
         return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -287,27 +373,58 @@ class DGPOTrainer(PPOTrainerSync):
             raise CollapseError(str(alarms[0]), first_step)
         if response in ("stop", "save"):
             keep_last_good(folder, first_step)
-            self._save_at_alarm()
+            self._save_now()
         if response == "stop":
             raise RunStoppedError(
                 f"{alarms[0]}. Saved after step {self.global_steps}; resume=true goes on all the same"
             )
 
-    def _save_at_alarm(self) -> None:
-        if (Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}" / "data.pt").exists():
+    def _is_saved(self) -> bool:
+        return (self._checkpoint_folder() / MANIFEST).exists()
+
+    def _save_now(self) -> None:
+        """Between two steps, where this one is not saved yet."""
+        if self._is_saved():
             return
         self.checkpoint_manager.sleep_replicas()  # as at veRL's own time of saving: the engine gives its memory back
         self._save_checkpoint()
         self.checkpoint_manager.update_weights(self.global_steps)
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, **kwargs: Any) -> None:
+        self._complete_metrics(batch, metrics, timing_raw, **kwargs)
+        self._finish_step(metrics)
+        self._stop_on_request(metrics)
+
+    def _stop_on_request(self, metrics: dict) -> None:
+        """Between two steps; after the last one there is nothing to stop."""
+        if self.global_steps >= self.total_training_steps or not stop_requested(self.metrics_path.parent):
+            return
+        self.logger.log(data=metrics, step=self.global_steps)  # veRL would have done so after this
+        self._save_now()
+        raise StoppedOnRequestError(
+            f"stopped on request, saved after step {self.global_steps} of {self.total_training_steps}; "
+            "resume=true continues"
+        )
+
+    def _complete_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, **kwargs: Any) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, **kwargs)
         metrics.update(episode_metrics(self.scores, max_response_tokens=self.config.data.max_response_length))
         lengths = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask"])
         mask = lengths["response_mask"].values().float()
         metrics["episode/trained_token_share"] = mask.mean().item()
-        record = {"step": self.global_steps, **_plain(metrics)}
-        _append_metrics(self.metrics_path, record)
+
+    def _finish_step(self, metrics: dict[str, Any]) -> None:
+        """The record of the step, alarms, and rotation of checkpoints; the last thing that is done for a step."""
+        record = {**_plain(metrics), "step": self.global_steps}
+        append_record(self.metrics_path, record)
+        if VALIDATION_SCORE in record:
+            self.validation_scores[self.global_steps] = record[VALIDATION_SCORE]
+        prune(
+            Path(self.config.trainer.default_local_dir),
+            self.validation_scores,
+            keep_last=self.term.keep_last,
+            keep_best=self.term.keep_best,
+        )
         alarms = self.detector.observe(record)
         if alarms:
             self._respond(alarms, metrics)
@@ -320,17 +437,3 @@ def _plain(metrics: dict[str, Any]) -> dict[str, float]:
         for name, value in metrics.items()
         if isinstance(value, int | float | np.number) or (isinstance(value, torch.Tensor) and value.numel() == 1)
     }
-
-
-def _append_metrics(path: Path, record: dict[str, float]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def _drop_metrics_after(path: Path, last_step: int) -> list[dict[str, float]]:
-    """A resumed run repeats the steps after its checkpoint: their old records go. Returns the others."""
-    if not path.exists():
-        return []
-    kept = [record for line in path.read_text().splitlines() if (record := json.loads(line))["step"] <= last_step]
-    atomic_write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-    return kept

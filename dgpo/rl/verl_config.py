@@ -13,17 +13,18 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dgpo.config.schema import DEFAULT_TEACHER_COEF, Config
 from dgpo.config.stages import initial_model
 from dgpo.rl.agent_loop import AGENT_NAME
-from dgpo.rl.rollback import checkpoints_to_keep, num_rollbacks
+from dgpo.rl.rollback import num_rollbacks, num_to_keep
 
 TRAINER_NAME = "dgpo"
 
 
-def to_verl(config: Config, folder: Path) -> DictConfig:
+def to_verl(config: Config, folder: Path, checkpoint: Path | None = None) -> DictConfig:
     """Composes veRL's `ppo_trainer` with our settings laid over it.
 
     Args:
         config: a checked configuration.
         folder: the stage's folder; the agent loop's settings are written there for veRL's workers.
+        checkpoint: to go on from; None begins with the initial model.
     """
     with initialize_config_module("verl.trainer.config", version_base=None):
         verl = compose("ppo_trainer")
@@ -34,7 +35,7 @@ def to_verl(config: Config, folder: Path) -> DictConfig:
         **_actor(config),
         **_critic(config),
         **_algorithm(config),
-        **_trainer(config, folder),
+        **_trainer(config, folder, checkpoint),
         **config.hardware.verl,
     }
     with open_dict(verl):
@@ -69,6 +70,7 @@ def _data(config: Config) -> dict[str, Any]:
         "data.max_response_length": config.episode.max_response_tokens,
         "data.dataloader_num_workers": 0,
         "data.seed": config.seed,
+        "data.validation_shuffle": False,  # would draw from a generator that training draws from
         "data.trust_remote_code": config.student.trust_remote_code,
     }
 
@@ -222,7 +224,7 @@ def _algorithm(config: Config) -> dict[str, Any]:
     }
 
 
-def _trainer(config: Config, folder: Path) -> dict[str, Any]:
+def _trainer(config: Config, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
     train, hardware = config.train, config.hardware
     ray_init: dict[str, Any] = {
         "ray_kwargs.ray_init.num_cpus": hardware.logical_cpus,
@@ -244,13 +246,15 @@ def _trainer(config: Config, folder: Path) -> dict[str, Any]:
         "trainer.experiment_name": Path(config.run_dir).name,
         "trainer.total_training_steps": train.num_steps,
         "trainer.total_epochs": 1_000_000,  # num_steps ends the run; the data is repeated as often as that takes
-        "trainer.save_freq": train.save_every,
+        "trainer.save_freq": train.save_every if train.save_every > 0 else train.num_steps,  # the last one always
         "trainer.test_freq": train.validate_every if config.data.validation_file else -1,
         "trainer.val_before_train": False,
         "trainer.default_local_dir": str((folder / "checkpoints").resolve()),
-        "trainer.max_actor_ckpt_to_keep": checkpoints_to_keep(config),
-        "trainer.max_critic_ckpt_to_keep": checkpoints_to_keep(config),
-        "trainer.resume_mode": "auto" if config.resume else "disable",
+        # dgpo.rl.run_state deletes what need not be kept.
+        "trainer.max_actor_ckpt_to_keep": None,
+        "trainer.max_critic_ckpt_to_keep": None,
+        "trainer.resume_mode": "resume_path" if checkpoint else "disable",
+        "trainer.resume_from_path": str(checkpoint.resolve()) if checkpoint else None,
         **ray_init,
     }
 
@@ -283,6 +287,8 @@ def _teacher(config: Config) -> dict[str, Any]:
         "needs_initial_policy": config.train.init_kl_coef > 0 or config.train.stability.measure_init_kl,
         "stability": asdict(config.train.stability),
         "rollbacks_left": config.train.stability.max_rollbacks - num_rollbacks(Path(config.run_dir) / "train"),
+        "keep_last": num_to_keep(config),
+        "keep_best": config.train.keep_best if config.data.validation_file else 0,
         "replay_poll_s": config.hardware.replay_poll_s,
         "max_failed_share": config.retriever.max_failed_share,
         "log_episodes_every": config.train.log_episodes_every,

@@ -16,7 +16,9 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
+from dgpo.checkpoints.folders import FileEntries
 from dgpo.rl.exact_loss import ExactTeacherLoss
+from dgpo.rl.rank_checkpoints import load_rank, own_entries
 from dgpo.rl.updates import num_skipped, set_learning_rate
 
 
@@ -67,9 +69,15 @@ class TeacherGuidedWorker(ActorRolloutRefWorker):
         return count_skipped_updates(self.actor.train_mini_batch(data=data))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super().load_checkpoint(*args, **kwargs)
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> FileEntries:
+        """Returns the entries of the files that this rank wrote."""
+        super().save_checkpoint(local_path, *args, **kwargs)
+        return own_entries(local_path, rank=self.rank)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         engine = self.actor.engine
+        load_rank(engine, local_path)
         set_learning_rate(engine.optimizer, engine.lr_scheduler, engine.optimizer_config.lr)
 
 
@@ -80,6 +88,16 @@ class SeededTrainingWorker(TrainingWorker):
     def reset(self) -> None:
         torch.manual_seed(self.engine_config.seed)
         super().reset()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> FileEntries:
+        """Returns the entries of the files that this rank wrote."""
+        super().save_checkpoint(local_path, *args, **kwargs)
+        return own_entries(local_path, rank=self.rank)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        load_rank(self.engine, local_path)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def train_mini_batch(self, data: Any) -> Any:

@@ -103,7 +103,7 @@ def test_a_killed_run_resumes_to_the_same_result(one_rank, tmp_path):
     slow += "T.training_step = lambda *a: (time.sleep(0.3), step(*a))[1]\n"
     slow += "import sys; from dgpo.__main__ import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", slow, "distill", *overrides(tmp_path, *STEPS)]
-    saved = tmp_path / "run" / "distill" / "checkpoints" / "checkpoint-6" / "complete.json"
+    saved = tmp_path / "run" / "distill" / "checkpoints" / "checkpoint-6" / "manifest.json"
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
         deadline = time.monotonic() + 120
         while not saved.exists():

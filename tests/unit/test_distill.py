@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES
 from dgpo.artifacts import RunFolderExistsError
-from dgpo.coldstart.checkpoints import check_settings, latest_checkpoint, mark_complete, remove_half_written
+from dgpo.coldstart.checkpoints import check_settings
 from dgpo.coldstart.distill import LOSSES_WITHOUT_TEACHER, distill
 from dgpo.coldstart.errors import CheckpointMismatchError, DivergedError
 from dgpo.coldstart.examples import StepBatches, TrainingExample, collate, split_held_out
@@ -285,7 +285,7 @@ def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(tokenizer, tmp_p
     monkeypatch.setattr(DistillationTrainer, "training_step", until_killed)
     with pytest.raises(KilledError):
         run(tokenizer, tmp_path / "b", checkpoints=tmp_path / "b" / "states", **settings)
-    (tmp_path / "b" / "states" / "checkpoint-6" / "complete.json").unlink()
+    (tmp_path / "b" / "states" / "checkpoint-6" / "manifest.json").unlink()
     calls.clear()
     monkeypatch.setattr(DistillationTrainer, "training_step", training_step)
     resumed, resumed_counts, resumed_lines = run(
@@ -303,23 +303,6 @@ def test_resuming_under_other_settings_is_refused(tmp_path):
     check_settings(tmp_path, {"batch_size": 8, "seed": 1})
     with pytest.raises(CheckpointMismatchError, match="batch_size"):
         check_settings(tmp_path, {"batch_size": 16, "seed": 1})
-
-
-def test_half_written_checkpoints_are_skipped_with_a_message(tmp_path, capsys):
-    for step in (5, 10, 20, 100):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "weights").write_text("all of them")
-        if step != 100:
-            mark_complete(folder)
-    (tmp_path / "checkpoint-20" / "weights").write_text("some")
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    message = capsys.readouterr().err
-    assert "checkpoint-100 is half-written" in message
-    assert "checkpoint-20 is half-written" in message
-    remove_half_written(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5"]
-    assert latest_checkpoint(tmp_path / "nothing") is None
 
 
 def test_stage_learns_and_leaves_a_checkpoint_a_curve_and_a_manifest(tokenizer, tmp_path):

@@ -2,13 +2,14 @@
 
 import pytest
 
+from dgpo.checkpoints.folders import checkpoint_steps, seal
 from dgpo.config.load import load_config
 from dgpo.rl.rollback import (
     after_rollbacks,
-    checkpoints_to_keep,
     keep_last_good,
     last_good_step,
     num_rollbacks,
+    num_to_keep,
     read_events,
     roll_back,
 )
@@ -17,23 +18,20 @@ from dgpo.rl.stops import CollapseError
 
 @pytest.fixture
 def folder(tmp_path):
-    """A stage folder with complete checkpoints of steps 2, 4 and 6, and what rotation left of step 1."""
-    for step in (1, 2, 4, 6):
+    """A stage folder with whole checkpoints of steps 2, 4 and 6, and a half-written one of step 5."""
+    for step in (2, 4, 5, 6):
         checkpoint = tmp_path / "checkpoints" / f"global_step_{step}"
         (checkpoint / "actor").mkdir(parents=True)
         (checkpoint / "actor" / "weights.pt").write_text(f"weights {step}")
-        (checkpoint / "data.pt").write_text("")
-    (tmp_path / "checkpoints" / "global_step_1" / "actor" / "weights.pt").unlink()
-    (tmp_path / "checkpoints" / "global_step_1" / "actor").rmdir()
+        if step != 5:
+            seal(checkpoint, step=step)
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("6")
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 8)))
     return tmp_path
 
 
 def steps_in(folder):
-    return sorted(
-        int(path.name.rsplit("_", 1)[1]) for path in folder.glob("global_step_*") if (path / "actor").exists()
-    )
+    return checkpoint_steps(folder, "global_step_")
 
 
 @pytest.mark.parametrize(("first_step", "good"), [(8, 6), (7, 4), (6, 4), (5, 2), (4, 2), (3, 0), (1, 0)])
@@ -100,9 +98,9 @@ def test_the_last_good_checkpoint_is_kept_out_of_reach_of_rotation(folder):
 
 
 def test_enough_checkpoints_are_kept_to_go_back_to():
-    config = load_config(["train.stability.action=rollback", "train.save_every=1", "train.keep_checkpoints=2"])
-    assert checkpoints_to_keep(config) == 3 + 5 + 2 + 1
+    config = load_config(["train.stability.action=rollback", "train.save_every=1", "train.keep_last=2"])
+    assert num_to_keep(config) == 3 + 5 + 2 + 1
     config.train.save_every = 50
-    assert checkpoints_to_keep(config) == 2
+    assert num_to_keep(config) == 2
     config.train.stability.action, config.train.save_every = "warn", 1
-    assert checkpoints_to_keep(config) == 2
+    assert num_to_keep(config) == 2
