@@ -54,7 +54,7 @@ def connect(
             f"hardware.num_nodes={hardware.num_nodes}, but RAY_ADDRESS is not set: start Ray on the nodes and set it to "
             "the head's address, or let `python -m dgpo.slurm` do both (docs/slurm.md)"
         )
-    _use_token(token_folder)
+    use_token(token_folder)
     store_gb = object_store_gb or hardware.object_store_gb
     import ray
 
@@ -77,7 +77,10 @@ def forget_token(folder: Path) -> None:
     token.unlink(missing_ok=True)
 
 
-def _use_token(folder: Path) -> None:
+def use_token(folder: Path) -> None:
+    """Makes the token of a private Ray, which reads where it is when it is imported: call this before."""
+    if in_cluster():
+        return
     token = folder / TOKEN
     if not token.exists():
         token.touch(mode=0o600)

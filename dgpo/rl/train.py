@@ -53,6 +53,7 @@ def train(config: Config) -> Path | None:
     prepare_run_folder(folder, resume=config.resume)
     (folder / "config.yaml").write_text(to_yaml(config))
     export_environment(config.hardware)
+    ray_cluster.use_token(folder)
     remove_abandoned_segments()
     _run_with_rollbacks(config, folder)
     return _export(config, folder)
