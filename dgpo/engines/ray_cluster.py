@@ -51,8 +51,8 @@ def connect(
         return
     if hardware.num_nodes > 1:
         raise ConfigError(
-            f"hardware.num_nodes={hardware.num_nodes}, but RAY_ADDRESS is not set: start Ray on the nodes and set it to "
-            "the head's address, or let `python -m dgpo.slurm` do both (docs/slurm.md)"
+            f"hardware.num_nodes={hardware.num_nodes}, but RAY_ADDRESS is not set: start Ray on the nodes and set it "
+            "to the head's address, or let `python -m dgpo.slurm` do both (docs/slurm.md)"
         )
     use_token(token_folder)
     store_gb = object_store_gb or hardware.object_store_gb
