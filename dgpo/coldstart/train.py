@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -28,6 +29,7 @@ from dgpo.coldstart.student_episodes import StudentEpisodes
 from dgpo.coldstart.trainer import DistillationTrainer
 from dgpo.config.schema import DistillConfig, HardwareConfig
 from dgpo.protocol import STOP_STRINGS
+from dgpo.stopping import StoppedOnRequestError
 
 MIN_LEARNING_RATE_SHARE = 0.05
 CHECKPOINT = "checkpoint-"  # Hugging Face's name of one, before the step
@@ -72,6 +74,7 @@ def train_on_examples(
         ValueError: unknown loss, missing teacher, or no examples.
         CheckpointMismatchError: resuming under other settings.
         DivergedError: the loss or its gradient is not finite.
+        StoppedOnRequestError: a signal asked for that (`dgpo.stopping`); the step in progress was finished and saved.
     """
     _check(settings, teacher, examples)
     training, held_out = split_held_out(examples, share=settings.held_out_share, seed=seed)
@@ -110,6 +113,7 @@ def train_on_examples(
         student_episodes=student_episodes,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(StopOnRequest(trainer))
     if checkpoints is not None and trainer.is_world_process_zero():
         checkpoints.mkdir(parents=True, exist_ok=True)
         recorded = {key: value for key, value in asdict(settings).items() if key not in FREE_SETTINGS}
@@ -121,6 +125,9 @@ def train_on_examples(
         if trainer.is_world_process_zero():
             print(f"{name}: continues from {state}", file=sys.stderr, flush=True)
     trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    if trainer.stopping and trainer.state.global_step < num_steps:
+        step = trainer.state.global_step
+        raise StoppedOnRequestError(f"stopped on request, saved after step {step} of {num_steps}; resume=true continues")
     trainer.loss_in_head.remove()
     _save_result(trainer, tokenizer, checkpoint)
     if checkpoints is not None and trainer.is_world_process_zero():
@@ -132,6 +139,17 @@ def train_on_examples(
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step if watched else None,
     }
+
+
+class StopOnRequest(TrainerCallback):
+    """Saves after the step during which the run was asked to stop, where there are checkpoints, and ends it."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.stopping and self.trainer.args.save_strategy != "no":
+            control.should_save = control.should_training_stop = True
 
 
 def _check(settings: DistillConfig, teacher: PreTrainedModel | None, examples: Sequence[TrainingExample]) -> None:

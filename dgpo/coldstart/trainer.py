@@ -30,6 +30,7 @@ from dgpo.coldstart.examples import IGNORE, StepBatches, TrainingExample, collat
 from dgpo.coldstart.metrics import StepClock
 from dgpo.coldstart.student_episodes import StudentEpisodes
 from dgpo.config.schema import DistillConfig
+from dgpo.stopping import stop_requested
 
 STATE = "distill.json"
 NO_SETTINGS = LossSettings(kl_ratio=0.0, skew=0.0, jsd_beta=0.0, taid_t=0.0)  # the cross-entropy reads none
@@ -95,6 +96,7 @@ class DistillationTrainer(Trainer):
         self.taid_state = initial_state(self.taid)
         self.clock = StepClock()
         self.loss_in_head = LossInHead(model, self._losses)
+        self.stopping = False  # asked to, on any rank; the step in progress is finished and saved
         self._batch: dict[str, Any] = {}
         self._step_loss = torch.zeros((), device=args.device)
 
@@ -215,9 +217,11 @@ class DistillationTrainer(Trainer):
         """Between the backward passes of a step and its update."""
         grad_norm = super()._clip_grad_norm(model)
         grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
-        sums = torch.stack([self._step_loss, self._step_loss.new_tensor(float(self._num_tokens))])
-        loss, num_tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        asked = stop_requested(Path(self.args.output_dir).parent)  # ranks may see the file at different steps
+        sums = torch.stack([self._step_loss, *self._step_loss.new_tensor([float(self._num_tokens), float(asked)])])
+        loss, num_tokens, num_asked = self.accelerator.reduce(sums, reduction="sum").tolist()
         loss /= self.args.world_size
+        self.stopping = num_asked > 0
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise DivergedError(
                 f"step {self.state.global_step + 1}: loss {loss:.4g}, gradient norm {float(grad_norm):.4g}, so the run "

@@ -226,19 +226,10 @@ def _algorithm(config: Config) -> dict[str, Any]:
 
 def _trainer(config: Config, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
     train, hardware = config.train, config.hardware
-    ray_init: dict[str, Any] = {
-        "ray_kwargs.ray_init.num_cpus": hardware.logical_cpus,
-        "ray_kwargs.ray_init.include_dashboard": False,
-        "ray_kwargs.ray_init.runtime_env.env_vars": dict(hardware.env),
-    }
-    if hardware.platform == "cpu":
-        ray_init["ray_kwargs.ray_init.num_gpus"] = hardware.gpus_per_node
-        ray_init["ray_kwargs.ray_init.object_store_memory"] = 1_000_000_000
-        ray_init["transfer_queue.backend.SimpleStorage.num_data_storage_units"] = 1
     return {
         "trainer.use_v1": True,
         "trainer.v1.trainer_mode": TRAINER_NAME,
-        "trainer.device": "cpu" if hardware.platform == "cpu" else "cuda",
+        "trainer.device": hardware.platform,
         "trainer.n_gpus_per_node": hardware.gpus_per_node,
         "trainer.nnodes": hardware.num_nodes,
         "trainer.logger": list(train.loggers),
@@ -255,7 +246,7 @@ def _trainer(config: Config, folder: Path, checkpoint: Path | None) -> dict[str,
         "trainer.max_critic_ckpt_to_keep": None,
         "trainer.resume_mode": "resume_path" if checkpoint else "disable",
         "trainer.resume_from_path": str(checkpoint.resolve()) if checkpoint else None,
-        **ray_init,
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": hardware.num_storage_units,
     }
 
 
