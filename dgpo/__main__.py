@@ -162,6 +162,9 @@ def _report(overrides: Sequence[str]) -> None:
     from dgpo.evaluation.report import write_report
 
     config = load_config(overrides)
+    if config.dry_run:
+        print(f"dry run: {Path(config.run_dir) / 'report.html'} would be written from {config.run_dir}")
+        return
     try:
         print(write_report(Path(config.run_dir), [Path(run) for run in config.report.runs]))
     except OSError as error:

@@ -37,6 +37,9 @@ def quickstart(overrides: Sequence[str] = ()) -> Path:
     folder = Path(config.run_dir)
     if folder.exists():
         raise FileExistsError(f"{folder} exists: choose another run_dir")
+    if config.dry_run:
+        print(f"dry run: {folder} would hold world, indexes, teacher, {', '.join(config.stages)}, test and report")
+        return folder
     stages = Stages(folder)
     print(f"run folder: {folder}   (logs: {stages.logs})", flush=True)
     with PeakMemory() as memory:

@@ -24,6 +24,7 @@ from dgpo.config.load import ConfigError, chosen, load_config
 from dgpo.config.schema import Config
 from dgpo.engines.play import load_tokenizer, make_policy
 from dgpo.extensions import open_search
+from dgpo.hardware.dry_run import print_dry_run
 from dgpo.pipeline import tiny
 from dgpo.pipeline.processes import Stages, retrieval_server
 from dgpo.search import RetrieverUnavailableError, check_health, read_token
@@ -54,6 +55,9 @@ def ask(arguments: Sequence[str]) -> None:
         config.ask.model = str(run / "train" / "model")
     with _retriever(config, run):
         check_ask(config)
+        if config.dry_run:
+            print_dry_run(config, "ask", f"{config.ask.model} would answer", [])
+            return
         asyncio.run(_answer(config, question))
 
 

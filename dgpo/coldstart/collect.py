@@ -18,6 +18,7 @@ from dgpo.config.schema import Config
 from dgpo.data.rows import read_rows, row_golds
 from dgpo.engines.episode_runner import plan_episodes
 from dgpo.engines.play import load_tokenizer, play_model
+from dgpo.hardware.dry_run import print_dry_run
 from dgpo.trajectory import Trajectory, write_trajectories
 
 # Not `</answer>`: the teacher's own end token then follows its answer, and the cold start trains the student to end.
@@ -37,9 +38,9 @@ def collect(config: Config) -> Path | None:
     notes = check_collect(config)
     rows = read_rows(config.data.collect_file or "")[: config.collect.max_questions]
     if config.dry_run:
-        samples = config.collect.samples_per_question
-        plan = f"dry run: {config.teacher.path} would play {len(rows)} questions, {samples} times each."
-        print("\n".join([plan, *notes]))
+        times = f", {config.collect.samples_per_question} times each" * (config.collect.samples_per_question > 1)
+        plan = f"{config.teacher.path} would play {len(rows)} questions{times}"
+        print_dry_run(config, "collect", plan, notes, rows=len(rows))
         return None
     folder = prepare_run_folder(Path(config.run_dir) / "collect", resume=config.resume)
     (folder / MANIFEST).unlink(missing_ok=True)

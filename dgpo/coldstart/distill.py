@@ -20,6 +20,7 @@ from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.config.stages import collection, initial_model
 from dgpo.engines.environment import export_environment
+from dgpo.hardware.dry_run import print_dry_run
 from dgpo.trajectory import read_trajectories
 
 LOSSES_WITHOUT_TEACHER = ("seqkd",)
@@ -43,7 +44,7 @@ def distill(config: Config) -> Path | None:
     notes = check_distill(config)
     collected = collection(config)
     if config.dry_run:
-        print(_plan(config, notes))
+        print_dry_run(config, "distill", _plan(config), notes)
         return None
     read_manifest(collected, stage="collect")
     output = Path(config.run_dir) / "distill"
@@ -137,17 +138,12 @@ def _load_teacher(config: Config, student: str, tokenizer: Any) -> Any:
     )
 
 
-def _plan(config: Config, notes: list[str]) -> str:
-    """What would run, on what; and what could not be looked into yet."""
-    settings, hardware = config.distill, config.hardware
+def _plan(config: Config) -> str:
+    """What would run, in one sentence."""
+    settings = config.distill
     teacher = "the teacher's tokens" if settings.loss in LOSSES_WITHOUT_TEACHER else config.teacher.path
     length = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs} epochs"
-    return "\n".join(
-        [
-            f"dry run: {initial_model(config, 'distill')[1]} would learn from {teacher} by {settings.loss}, {length} "
-            f"of {settings.batch_size} episodes a step, from {collection(config)}, on {hardware.num_nodes} x "
-            f"{hardware.gpus_per_node} {'GPUs' if hardware.platform == 'cuda' else 'CPU ranks'} "
-            f"(sharding: {settings.sharding}).",
-            *(f"  planned: {note}" for note in notes),
-        ]
+    return (
+        f"{initial_model(config, 'distill')[1]} would learn from {teacher} by {settings.loss}, {length} of "
+        f"{settings.batch_size} episodes a step, from {collection(config)}"
     )

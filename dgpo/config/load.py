@@ -67,6 +67,17 @@ def chosen(group: str, overrides: Sequence[str]) -> str | None:
     return choices[-1] if choices else None
 
 
+def changed_settings(config: Config) -> list[str]:
+    """`key=value` of each leaf that differs from the schema's default."""
+    now, default = OmegaConf.structured(config), OmegaConf.structured(Config)
+    keys = [*config_keys(now)]
+    return [
+        f"{key}={OmegaConf.select(now, key)}"
+        for key in keys
+        if OmegaConf.select(now, key) != OmegaConf.select(default, key)
+    ]
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, as written into every run folder."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -127,9 +127,13 @@ class RetrieverConfig:
     url: str = "http://127.0.0.1:8000"  # or several that serve the same, separated by commas
     token_file: str | None = None  # holds the servers' bearer token
     timeout_s: float = 30.0
-    max_retries: int = 4
+    max_retries: int = 4  # of a search that a server refuses or leaves unanswered
+    max_outage_s: float = 300.0  # how long searches wait for servers that are gone to come back
     max_concurrency: int = 64
     max_failed_share: float = 0.05  # a step with a larger share of failed episodes stops the run, resumable
+    # Of a server on our own machine, for dry runs: 65 for a flat index of Wikipedia. None: not counted.
+    host_memory_gb: float | None = None
+    gpu_memory_gb: float = 0.0  # that it takes of each of our GPUs, for dry runs
     backend: str | None = None  # "package.module:Class", a search of your own instead of the server (docs/extending.md)
     backend_options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of that class
 
@@ -141,7 +145,8 @@ class EngineConfig:
     dtype: str = "bfloat16"
     enforce_eager: bool = False
     tensor_parallel_size: int = 1  # GPUs of one node that hold one replica
-    gpu_memory_utilization: float = 0.5  # of the whole GPU, for weights and KV cache
+    gpu_memory_utilization: float = 0.5  # of the whole GPU, for weights and KV cache, where models are trained beside
+    gpu_memory_utilization_alone: float = 0.9  # where none is: collect, test, arcap, ask
     max_num_seqs: int = 256  # episodes that decode at once
     max_num_batched_tokens: int = 8192
     chunked_prefill: bool = True

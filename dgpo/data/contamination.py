@@ -127,6 +127,10 @@ def contamination(config: Config) -> dict[str, Any]:
             "data.test_files.nq=data/prepared/nq_test.parquet"
         )
     train = read_rows(data.train_file) if data.train_file else []
+    if config.dry_run:
+        tests = ", ".join(f"{name} ({len(read_rows(path))})" for name, path in data.test_files.items())
+        print(f"dry run: {len(train)} training questions would be compared with {tests or 'themselves'}")
+        return {}
     report = check_rows(train, {name: read_rows(path) for name, path in data.test_files.items()}, settings)
     report["files"] = {"train": data.train_file, "tests": dict(data.test_files)}
     folder = Path(config.run_dir) / "contamination"

@@ -55,6 +55,10 @@ def prepare(config: Config) -> Path:
         documents = read_documents(Path(settings.documents), bad)
         corpus, counts["corpus"] = passages(documents, words=settings.passage_words, overlap=settings.passage_overlap)
     counts["unusable_lines"] = len(bad.reasons)
+    if config.dry_run:
+        for line in (*bad.reasons, f"dry run: {out} would hold", *_summary(out, counts)):
+            print(line)
+        return out
     with _whole_folder(out) as folder:
         for name, rows in tests.items():
             write_rows(folder / f"{name}_test.parquet", rows)

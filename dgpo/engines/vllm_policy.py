@@ -94,7 +94,11 @@ class VllmPolicy:
                     dtype=settings.dtype,
                     enforce_eager=settings.enforce_eager,
                     tensor_parallel_size=settings.tensor_parallel_size,
-                    gpu_memory_utilization=settings.gpu_memory_utilization,
+                    gpu_memory_utilization=(
+                        settings.gpu_memory_utilization
+                        if self.replaceable_weights  # of a model in training
+                        else settings.gpu_memory_utilization_alone
+                    ),
                     max_num_seqs=settings.max_num_seqs,
                     max_num_batched_tokens=max(settings.max_num_batched_tokens, self.max_model_len),
                     max_model_len=self.max_model_len,

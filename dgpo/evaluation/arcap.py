@@ -32,6 +32,7 @@ from dgpo.evaluation.arcap_chart import DIMENSIONS
 from dgpo.evaluation.report import find_pair
 from dgpo.evaluation.scores import Score, average_samples, group_by
 from dgpo.evaluation.stage import measure_model, read_test_sets, sampling_temperature
+from dgpo.hardware.dry_run import print_dry_run
 from dgpo.metrics.exact_match import exact_match
 from dgpo.metrics.hits import answer_in_passages
 from dgpo.metrics.intervals import bootstrap_ci
@@ -75,7 +76,8 @@ def arcap(config: Config) -> Path | None:
     notes += [f"left out, for want of gold passages: {', '.join(left_out)}"] if left_out else []
     if config.dry_run:
         sizes = ", ".join(f"{name} ({sum(map(bool, map(row_gold_passages, rows)))})" for name, rows in sets.items())
-        print("\n".join([f"dry run: {', '.join(config.test.models)} on questions with gold passages: {sizes}", *notes]))
+        plan = f"{', '.join(config.test.models)} would be measured on questions with gold passages: {sizes}"
+        print_dry_run(config, "arcap", plan, notes)
         return None
     folder = prepare_run_folder(Path(config.run_dir) / "arcap", resume=config.resume)
     scores = {name: _measure(config, name, sets, folder / name) for name in config.test.models}

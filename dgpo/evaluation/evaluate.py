@@ -23,6 +23,7 @@ from dgpo.evaluation.records import write_records
 from dgpo.evaluation.scores import Score, compare, release_metrics, score_episode, summarize_model
 from dgpo.evaluation.stage import Played, measure_model, read_test_sets, sampling_temperature
 from dgpo.evaluation.summary import print_results, update_summary
+from dgpo.hardware.dry_run import print_dry_run
 from dgpo.trajectory import Trajectory
 
 # Questions per set whose episodes are also kept as text, the same ones for every model, for the report.
@@ -47,7 +48,8 @@ def evaluate(config: Config) -> Path | None:
     if config.dry_run:
         sizes = ", ".join(f"{name} ({len(group)} questions)" for name, group in rows.items())
         samples = f", {config.test.samples} times each" if config.test.samples > 1 else ""
-        print("\n".join([f"dry run: {', '.join(config.test.models)} would be tested on {sizes}{samples}.", *notes]))
+        plan = f"{', '.join(config.test.models)} would be tested on {sizes}{samples}"
+        print_dry_run(config, "test", plan, notes, rows=sum(map(len, rows.values())) * len(config.test.models))
         return None
     started = time.perf_counter()
     folder = prepare_run_folder(Path(config.run_dir) / "test", resume=config.resume)

@@ -20,6 +20,7 @@ from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model, with_absolute_paths
 from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
+from dgpo.hardware.dry_run import print_dry_run
 from dgpo.platforms.shared_memory import remove_abandoned_segments
 from dgpo.protocol import STOP_STRINGS
 from dgpo.rl.rollback import CHECKPOINT, EVENTS, TRACKER, after_rollbacks, num_rollbacks, roll_back
@@ -44,7 +45,7 @@ def train(config: Config) -> Path | None:
     """
     notes = check_train(config)
     if config.dry_run:
-        print("\n".join(["dry run: the configuration is valid.", *notes, "", to_yaml(config)]))
+        print_dry_run(config, "train", _plan(config), notes)
         return None
     folder = Path(config.run_dir) / "train"
     if config.resume and _is_finished(folder / "model", config):
@@ -57,6 +58,14 @@ def train(config: Config) -> Path | None:
     remove_abandoned_segments()
     _run_with_rollbacks(config, folder)
     return _export(config, folder)
+
+
+def _plan(config: Config) -> str:
+    """What would run, in one sentence."""
+    train, term = config.train, config.train.teacher_term
+    guide = "without a teacher" if term.gate == "none" else f"with {config.teacher.path} ({term.form}, {term.gate})"
+    length = f"{train.num_steps} steps of {train.batch_size * train.samples_per_question} episodes"
+    return f"{initial_model(config, 'train')[1]} would be trained by {train.algorithm} {guide}, {length}"
 
 
 def _is_finished(model: Path, config: Config) -> bool:

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from dgpo.__main__ import main
+from dgpo.config.checks.hardware import check_engine, check_heads, check_training
 from dgpo.config.load import group_choices, load_config
 from dgpo.config.methods import support_table
 from dgpo.data.rows import write_rows
+from dgpo.hardware.stages import stage_budget, stage_models
 from tests.unit.stubs import healthy_server, make_model, make_row
 
 EXPERIMENTS = group_choices("experiment")
@@ -54,14 +56,74 @@ def test_the_rows_of_the_paper_are_all_there():
 
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_with_a_pair(experiment, pair, inputs, capsys):
-    overrides = [f"experiment={experiment}", f"pair={pair}", *inputs]
+def test_an_experiment_with_a_pair_fits_a_node_of_eight(experiment, pair, inputs, capsys):
+    overrides = [f"experiment={experiment}", f"pair={pair}", "dry_run.assume=h200x8", *inputs]
     stages = load_config(overrides).stages
     for stage in stages:
         output = dry_run(stage, overrides, capsys)
+        assert "Memory per GPU, GiB (of h200" in output
         if stage == "train" and "distill" in stages[: stages.index("train")]:
             assert "train.init=" in output
             assert "will be written by an earlier stage" in output
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_with_a_pair_fits_several_nodes_of_eight(experiment, pair):
+    config = load_config([f"experiment={experiment}", f"pair={pair}", "hardware=h200x8xN", "hardware.num_nodes=2"])
+    for config.hardware.num_nodes in (2, 4):
+        for stage in config.stages:
+            models, unknown = stage_models(config, stage)
+            assert models is not None, unknown
+            check_engine(config)
+            check_heads(config, models.student.heads)
+            if stage == "train":
+                check_training(config)
+            assert stage_budget(config, stage, models).problem is None
+
+
+@pytest.mark.parametrize("stage", ["collect", "distill", "train"])
+def test_the_main_pair_fits_one_consumer_gpu(stage, inputs, capsys):
+    output = dry_run(stage, ["pair=qwen3b_05b", "dry_run.assume=gpu24gb", *inputs], capsys)
+    assert "of rtx4090, 23.5 usable" in output
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("train", ["pair=llama8b_1b", "dry_run.assume=gpu24gb"]),
+        ("train", ["pair=qwen7b_05b", "dry_run.assume=gpu24gb", "hardware.offload=none"]),
+        ("train", ["pair=qwen3b_05b", "dry_run.assume=h200x8", "hardware.engine.gpu_memory_utilization=0.99"]),
+        ("train", ["pair=llama8b_1b", "dry_run.assume=h200x8", "hardware.max_tokens_per_gpu=262144"]),
+        ("collect", ["pair=llama8b_1b", "dry_run.assume=gpu24gb", "hardware.engine.gpu_memory_utilization_alone=0.5"]),
+        ("distill", ["pair=qwen3b_05b", "dry_run.assume=gpu24gb", "hardware.micro_batch_size=8"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_a_setting_that_does(stage, overrides, inputs, capsys):
+    assert main([stage, *overrides, *inputs]) == 2
+    captured = capsys.readouterr()
+    assert "Memory per GPU" in captured.out
+    assert captured.err.count("\n") == 1
+    reason, _, suggested = captured.err.strip().partition("; the nearest setting that fits: ")
+    assert "GiB per GPU" in reason or "KV cache" in reason
+    dry_run(stage, [*overrides, *suggested.split(), *inputs], capsys)
+
+
+def test_a_machine_without_the_gpus_is_told_how_to_plan_for_one_that_has_them(inputs, capsys, monkeypatch):
+    monkeypatch.setattr("dgpo.hardware.dry_run.visible_gpus", lambda: [])
+    assert main(["train", "pair=qwen3b_05b", *inputs]) == 2
+    assert "nvidia-smi finds no GPUs on this machine: plan for another one with dry_run.assume=h200x8" in (
+        capsys.readouterr().err
+    )
+
+
+def test_another_gpu_than_configured_is_named(inputs, capsys, monkeypatch):
+    monkeypatch.setattr("dgpo.hardware.dry_run.visible_gpus", lambda: [("NVIDIA H100 80GB HBM3", 79.6 * 2**30)] * 8)
+    assert main(["train", "pair=qwen3b_05b", *inputs]) == 2
+    assert "hardware.gpu=h200 has 139.8 GiB, but this machine's NVIDIA H100 80GB HBM3 has 79.6" in (
+        capsys.readouterr().err
+    )
+    dry_run("train", ["pair=qwen3b_05b", "hardware.gpu=h100", *inputs], capsys)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -77,7 +139,7 @@ def test_an_experiment_on_the_tiny_world(experiment, inputs, tmp_path, capsys):
 
 
 def test_a_teacher_that_is_not_published_is_planned(inputs, capsys):
-    output = dry_run("collect", ["experiment=kd", "pair=qwen7b_05b", *inputs], capsys)
+    output = dry_run("collect", ["experiment=kd", "pair=qwen7b_05b", "dry_run.assume=h200x8", *inputs], capsys)
     assert "will be made from Qwen/Qwen2.5-7B-Instruct by experiment=teacher_ppo" in output
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dgpo.config.checks.values import check_divides
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
+from dgpo.hardware.known_gpus import KNOWN_GPUS
 
 
 def check_engine(config: Config) -> None:
     """What every stage with an engine needs of `hardware.engine`."""
     hardware, engine = config.hardware, config.hardware.engine
-    if not 0 < engine.gpu_memory_utilization < 1:
-        raise ConfigError(
-            f"hardware.engine.gpu_memory_utilization={engine.gpu_memory_utilization}: expected a share between 0 and 1"
-        )
+    if hardware.gpu is not None and hardware.gpu not in KNOWN_GPUS:
+        raise ConfigError(f"hardware.gpu={hardware.gpu}: expected one of {', '.join(KNOWN_GPUS)}, or null")
+    for key in ("gpu_memory_utilization", "gpu_memory_utilization_alone"):
+        if not 0 < getattr(engine, key) < 1:
+            raise ConfigError(f"hardware.engine.{key}={getattr(engine, key)}: expected a share between 0 and 1")
     check_divides(
         "hardware.gpus_per_node",
         hardware.gpus_per_node,
@@ -67,3 +69,12 @@ def _check_ulysses(config: Config) -> None:
             f"hardware.ulysses_size={size} with train.teacher_term.form=exact: each GPU has a part of a sequence's "
             "logits, and the term reads whole episodes; set hardware.ulysses_size=1"
         )
+
+
+def check_heads(config: Config, heads: int) -> None:
+    """That attention heads divide over the GPUs that share a sequence, or a replica."""
+    for key, size in (
+        ("hardware.ulysses_size", config.hardware.ulysses_size),
+        ("hardware.engine.tensor_parallel_size", config.hardware.engine.tensor_parallel_size),
+    ):
+        check_divides("attention heads", heads, key, size)

@@ -1,0 +1,309 @@
+"""A stage's memory as a table: bytes of each part in each phase, on one GPU; and what waits in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from dgpo.config.schema import Config, HardwareConfig
+from dgpo.hardware import memory
+from dgpo.hardware.known_gpus import GIB, KNOWN_GPUS, Gpu
+from dgpo.hardware.memory import ADAM, FLOAT32, Precision
+from dgpo.hardware.shapes import ModelShape
+
+VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PARTS = (
+    "weights",
+    "gradients",
+    "optimiser",
+    "optimiser step",
+    "activations",
+    "logits",
+    "sharding buffers",
+    "teacher",
+    "engine weights",
+    "engine KV cache",
+    "engine workspace",
+    "weight sync",
+    "retriever",
+    "reserve",
+)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Shapes of a stage's models; None: it has no such model."""
+
+    student: ModelShape  # the one that is trained, or, where none is, the one that plays
+    teacher: ModelShape | None = None  # frozen, beside the student
+    critic: bool = False
+    initial_policy: bool = False  # a frozen copy of the student
+
+
+@dataclass
+class Budget:
+    """Bytes. `phases` holds a GPU's memory by phase and part; its fullest phase must fit into `capacity`."""
+
+    phases: dict[str, dict[str, float]]
+    capacity: float | None  # None: no limit is known
+    host: dict[str, float] = field(default_factory=dict)  # by what waits there, on one node
+    host_capacity: float | None = None
+    kv_tokens: float = 0.0  # room in one replica's KV cache
+    kv_tokens_needed: int = 0  # of the longest episode
+
+    @property
+    def peak(self) -> tuple[str, float]:
+        """The fullest phase, and its bytes."""
+        totals = {name: sum(parts.values()) for name, parts in self.phases.items()}
+        name = max(totals, key=lambda key: totals[key])
+        return name, totals[name]
+
+    @property
+    def problem(self) -> str | None:
+        """Why this does not fit, or None."""
+        phase, peak = self.peak
+        if self.capacity is not None and peak > self.capacity:
+            return f"{phase} needs {peak / GIB:.1f} GiB per GPU, of {self.capacity / GIB:.1f}"
+        if self.kv_tokens_needed and self.kv_tokens < self.kv_tokens_needed:
+            room = f"has room for {max(0, int(self.kv_tokens))} tokens" if self.kv_tokens > 0 else "gets no room"
+            return f"the engine's KV cache {room}, fewer than one episode's {self.kv_tokens_needed}"
+        if self.host_capacity is not None and sum(self.host.values()) > self.host_capacity:
+            needed = sum(self.host.values())
+            return f"{needed / GIB:.0f} GiB of host memory per node, of {self.host_capacity / GIB:.0f}"
+        return None
+
+
+def rl_budget(config: Config, models: Models) -> Budget:
+    """Memory of the RL stage: a GPU has a shard of everything, and the phases of a step take turns on it."""
+    hardware = config.hardware
+    world = hardware.num_nodes * hardware.gpus_per_node
+    shards = min(hardware.fsdp_size or world, world)
+    value = VALUE_BYTES[hardware.dtype]
+    precision = Precision(value, value)
+    tokens = hardware.max_tokens_per_gpu or hardware.micro_batch_size * context_length(config)
+    trained = {"actor": models.student.parameters} | ({"critic": models.student.critic} if models.critic else {})
+    engine = engine_share(config, models.student)
+    exact = models.teacher is not None and config.train.teacher_term.form == "exact"
+
+    def states(*, using: str | None = None, training: bool = False) -> dict[str, float]:
+        """Sharded weights, optimiser and gradients on the GPU while `using` is at work."""
+        parts = {"weights": 0.0, "gradients": 0.0, "optimiser": 0.0}
+        for name, count in trained.items():
+            here = hardware.offload == "none" or (hardware.offload == "idle" and name == using)
+            parts["weights"] += FLOAT32 * count / shards * here
+            parts["optimiser"] += ADAM * count / shards * (here and (hardware.offload == "none" or training))
+            parts["gradients"] += FLOAT32 * count / shards * (training and name == using and here)
+        return parts
+
+    def buffers(shape: ModelShape, *, training: bool) -> float:
+        streamed = FLOAT32 * shape.layer / shards if hardware.offload == "full" else 0.0
+        return memory.sharding_buffers(shape, precision, shards=shards, training=training) + streamed
+
+    def update(name: str) -> dict[str, float]:
+        shape, checkpointing = models.student, hardware.gradient_checkpointing
+        saved = memory.saved_activations(shape, tokens, precision, checkpointing=checkpointing)
+        workspace = memory.backward_workspace(shape, tokens, precision, checkpointing=checkpointing)
+        copies = memory.LOGIT_COPIES["train"][hardware.compile] + exact if name == "actor" else 0
+        rows = memory.logits(shape, tokens, precision, copies=copies)
+        passing = {"sharding buffers": buffers(shape, training=True)}
+        # The logits are gone when the layers run backward.
+        passing |= {"activations": saved, "logits": rows} if rows > workspace else {"activations": saved + workspace}
+        if exact and name == "actor" and models.teacher is not None:
+            passing["teacher"] = _exact_teacher(config, models.teacher, precision, tokens)
+        # And all of this is gone when the optimiser makes its step, which takes the space of one more moment.
+        step = FLOAT32 * trained[name] / shards * (hardware.offload != "full")
+        return states(using=name, training=True) | max(
+            passing, {"optimiser step": step}, key=lambda parts: sum(parts.values())
+        )
+
+    def score(shape: ModelShape, owner: str | None) -> dict[str, float]:
+        parts = states(using=owner) | {"sharding buffers": buffers(shape, training=False)}
+        parts["activations"] = memory.forward_workspace(shape, tokens, precision)
+        if owner != "critic":
+            copies = memory.LOGIT_COPIES["score"][hardware.compile] if owner == "actor" else 1
+            parts["logits"] = memory.logits(shape, tokens, precision, copies=copies)
+        return parts
+
+    phases = {"generate": states() | engine.awake}
+    scored = [score(models.student, "actor")]
+    if models.critic:
+        scored.append(score(models.student, "critic"))
+    phases["score"] = max(scored, key=lambda parts: sum(parts.values()))
+    if models.teacher is not None and not exact:
+        parts = score(models.teacher, None)
+        frozen = sum(parts.pop(name) for name in ("sharding buffers", "activations", "logits"))
+        phases["teacher"] = parts | {"teacher": frozen}
+    if models.critic:
+        phases["update critic"] = update("critic")
+    phases["update actor"] = update("actor")
+    bucket = hardware.weight_bucket_mb * 2**20 + memory.largest_tensor(models.student)
+    phases["sync weights"] = states() | {"engine weights": engine.weights, "weight sync": bucket}
+    return _finish(config, models, phases, engine, _rl_host(config, models, trained, world))
+
+
+def _exact_teacher(config: Config, teacher: ModelShape, precision: Precision, tokens: int) -> float:
+    """The teacher's forward pass inside the update: gathered weights, its whole output matrix, chunks of logits."""
+    chunk = config.train.teacher_term.chunk_tokens * teacher.vocab * FLOAT32 * 3
+    head = precision.value * teacher.embedding
+    hidden = 2 * tokens * teacher.hidden * precision.value
+    gathered = memory.sharding_buffers(teacher, precision, shards=1, training=False)
+    return gathered + head + max(chunk, memory.forward_workspace(teacher, tokens, precision)) + hidden
+
+
+def _rl_host(config: Config, models: Models, trained: Mapping[str, int], world: int) -> dict[str, float]:
+    """What one node's host memory holds: frozen models always, trained ones where they are offloaded."""
+    hardware = config.hardware
+    share = hardware.gpus_per_node / min(hardware.fsdp_size or world, world)  # copies of a model per node
+    value = VALUE_BYTES[hardware.dtype]
+    host: dict[str, float] = {}
+    if models.teacher is not None:
+        host["teacher"] = value * models.teacher.parameters * share
+    if models.initial_policy:
+        host["initial policy"] = value * models.student.parameters * share
+    if hardware.offload != "none":
+        per_parameter = FLOAT32 + ADAM + (FLOAT32 if hardware.offload == "full" else 0)
+        host |= {name: per_parameter * count * share for name, count in trained.items()}
+    loading = _loading(config, models) - sum(host.values())
+    return host | ({"loading": loading} if loading > 0 else {})
+
+
+def _loading(config: Config, models: Models) -> float:
+    """The most that loading takes, one model after the other, before there is an optimiser.
+
+    With tied embeddings veRL reads a whole model in every process, otherwise in one per run.
+    """
+    ranks = config.hardware.gpus_per_node
+    student = FLOAT32 * models.student.parameters
+    offloaded = student * (config.hardware.offload != "none")
+    teacher = VALUE_BYTES[config.hardware.dtype] * models.teacher.parameters if models.teacher else 0
+    teacher_copies = ranks if models.teacher and models.teacher.tied else 1
+    first = offloaded + teacher * (1 + teacher_copies)
+    return max(first, 2 * offloaded + teacher + student * (ranks if models.student.tied else 1))
+
+
+def distill_budget(config: Config, models: Models) -> Budget:
+    """Memory of the cold start: Hugging Face's Trainer in autocast, the teacher whole on every GPU."""
+    hardware, settings, shape = config.hardware, config.distill, models.student
+    world = hardware.num_nodes * hardware.gpus_per_node
+    shards = world if settings.sharding == "full" else 1
+    value = VALUE_BYTES[hardware.dtype]
+    precision = Precision(value, value if settings.sharding == "full" else FLOAT32)
+    per_gpu = -(-settings.batch_size // world)
+    tokens = min(settings.micro_batch_size or hardware.micro_batch_size, per_gpu) * context_length(config)
+    checkpointing = hardware.gradient_checkpointing
+    count = shape.parameters
+    saved = memory.saved_activations(shape, tokens, precision, checkpointing=checkpointing)
+    workspace = memory.backward_workspace(shape, tokens, precision, checkpointing=checkpointing)
+    # The fused loss keeps the output matrix's gradient in float32, and that of the hidden states.
+    loss = FLOAT32 * shape.embedding + tokens * shape.hidden * precision.stream
+    chunk = 4 * settings.chunk_tokens * shape.vocab * FLOAT32
+    parts = {
+        "weights": FLOAT32 * count / shards,
+        "gradients": FLOAT32 * count / shards,
+        "optimiser": ADAM * count / shards,
+        "activations": saved + max(workspace, loss),
+        "logits": chunk,
+    }
+    if settings.sharding == "full":
+        parts["sharding buffers"] = memory.sharding_buffers(shape, precision, shards=shards, training=True)
+    else:
+        # Autocast's copies of the weights, and, with several GPUs, the buckets that DDP reduces gradients in.
+        copies = value * count * (value < FLOAT32)
+        parts["sharding buffers"] = copies + FLOAT32 * count * (world > 1)
+    if models.teacher is not None:
+        forward = memory.forward_workspace(models.teacher, tokens, Precision(value, value))
+        parts["teacher"] = value * models.teacher.parameters + forward + tokens * models.teacher.hidden * value
+    phases = {"train": parts}
+    engine = None
+    if settings.loss == "distillm":
+        engine = engine_share(config, shape)
+        parts |= engine.awake
+    return _finish(config, models, phases, engine, {})
+
+
+def play_budget(config: Config, models: Models) -> Budget:
+    """Memory where an engine has the GPU to itself: collect, test, arcap, ask."""
+    engine = engine_share(config, models.student, alone=True)
+    return _finish(config, models, {"generate": dict(engine.awake)}, engine, {})
+
+
+@dataclass(frozen=True)
+class EngineShare:
+    """vLLM's part of a GPU."""
+
+    weights: float
+    awake: dict[str, float]
+    kv_tokens: float  # of one replica
+
+
+def engine_share(config: Config, shape: ModelShape, *, alone: bool = False) -> EngineShare:
+    """It takes its share of the GPU: weights, workspace, and KV cache in what is left. `alone`: nothing is trained."""
+    hardware, engine = config.hardware, config.hardware.engine
+    value = VALUE_BYTES[engine.dtype]
+    size = engine.tensor_parallel_size
+    weights = memory.engine_weights(shape, value=value, tensor_parallel=size)
+    workspace = memory.engine_workspace(
+        shape,
+        value=value,
+        batched_tokens=max(engine.max_num_batched_tokens, context_length(config)),
+        num_seqs=engine.max_num_seqs,
+        tensor_parallel=size,
+    )
+    per_token = memory.kv_bytes_per_token(shape, value=value, tensor_parallel=size)
+    gpu = find_gpu(hardware)
+    if gpu is None:
+        cache = float(hardware.env.get("VLLM_CPU_KVCACHE_SPACE", "4")) * GIB
+    else:
+        share = engine.gpu_memory_utilization_alone if alone else engine.gpu_memory_utilization
+        cache = share * gpu.memory - weights - workspace
+    awake = {"engine weights": weights, "engine workspace": workspace, "engine KV cache": max(0.0, cache)}
+    return EngineShare(weights, awake, cache / per_token)
+
+
+def find_gpu(hardware: HardwareConfig) -> Gpu | None:
+    """The GPU to estimate for."""
+    return KNOWN_GPUS[hardware.gpu] if hardware.gpu else None
+
+
+def is_on_this_node(url: str) -> bool:
+    """Whether a retriever's URL, the first of several, is that of the machine itself."""
+    return urlsplit(url.split(",")[0]).hostname in ("127.0.0.1", "localhost", "::1", "0.0.0.0")
+
+
+def context_length(config: Config) -> int:
+    """Tokens of the longest episode."""
+    return config.episode.max_prompt_tokens + config.episode.max_response_tokens
+
+
+def _finish(
+    config: Config,
+    models: Models,
+    phases: dict[str, dict[str, float]],
+    engine: EngineShare | None,
+    host: dict[str, float],
+) -> Budget:
+    """Adds what every phase has (reserve, a retriever on the same GPU, an engine that does not sleep), and limits."""
+    hardware, gpu = config.hardware, find_gpu(config.hardware)
+    world = hardware.num_nodes * hardware.gpus_per_node
+    processes = 2 if engine and "generate" in phases and len(phases) > 1 else 1
+    fixed = processes * memory.PROCESS + memory.COMMUNICATION * (world > 1)
+    fixed += memory.CUDA_GRAPHS * (engine is not None and not hardware.engine.enforce_eager)
+    for parts in phases.values():
+        if engine and not hardware.engine.sleep:
+            parts |= engine.awake
+        if config.retriever.gpu_memory_gb:
+            parts["retriever"] = config.retriever.gpu_memory_gb * GIB
+        if gpu is not None:
+            torch_bytes = sum(size for name, size in parts.items() if not name.startswith(("engine", "retriever")))
+            parts["reserve"] = fixed + memory.ALLOCATOR_SLACK * torch_bytes
+    if config.retriever.host_memory_gb and is_on_this_node(config.retriever.url) and engine:
+        host["retriever"] = config.retriever.host_memory_gb * 1e9
+    return Budget(
+        phases=phases,
+        capacity=gpu.memory if gpu else None,
+        host=host,
+        host_capacity=hardware.host_memory_gb * 1e9 if hardware.host_memory_gb else None,
+        kv_tokens=engine.kv_tokens if engine else 0.0,
+        kv_tokens_needed=context_length(config) if engine else 0,
+    )

@@ -1,0 +1,151 @@
+"""`dry_run=true`: prints what a stage would do, on what, with how much memory and time; refuses what will not fit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from dgpo.config.checks.hardware import check_engine, check_heads, check_training
+from dgpo.config.load import ConfigError, changed_settings
+from dgpo.config.schema import Config
+from dgpo.hardware.budget import Models, find_gpu, is_on_this_node
+from dgpo.hardware.fit import explain, nearest_fit
+from dgpo.hardware.known_gpus import GIB
+from dgpo.hardware.placement import place
+from dgpo.hardware.report import (
+    Rows,
+    facts,
+    memory_facts,
+    memory_table,
+    placement_table,
+    time_facts,
+    time_table,
+)
+from dgpo.hardware.stages import stage_budget, stage_models, stage_throughput
+
+WIDTH = 120
+LEAST_SHARE_OF_MEMORY = 0.95  # of what a GPU of that name has
+
+
+def print_dry_run(config: Config, stage: str, what: str, notes: Sequence[str], *, rows: int | None = None) -> None:
+    """Prints the plan of a stage whose configuration was checked.
+
+    Args:
+        what: what would run, in one sentence.
+        notes: what could not be checked, and why.
+        rows: questions or episodes that the stage was seen to have.
+
+    Raises:
+        ConfigError: it will not fit, with the nearest setting that does; or this machine has not these GPUs.
+    """
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    console.print(f"dry run: {what}", soft_wrap=True, markup=False)
+    console.print("\nSettings that differ from the defaults")
+    for setting in changed_settings(config):
+        console.print(f" {setting}", soft_wrap=True, markup=False)
+    console.print()
+    for note in [*notes, *_placement_notes(config, stage)]:
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
+    models, unknown = stage_models(config, stage)
+    if models is None:
+        console.print(f"note: no estimate, the shape of {' and '.join(unknown)} is not known", soft_wrap=True)
+        return
+    check_heads(config, models.student.heads)
+    _print_plan(console, config, stage, models, rows)
+    budget = stage_budget(config, stage, models)
+    if budget.problem:
+        fit = nearest_fit(config, stage, models, is_valid=lambda changed: _is_valid(changed, stage, models))
+        raise ConfigError(explain(budget, fit))
+    _check_gpus(config)
+
+
+def _print_plan(console: Console, config: Config, stage: str, models: Models, rows: int | None) -> None:
+    hardware, gpu = config.hardware, find_gpu(config.hardware)
+    budget = stage_budget(config, stage, models)
+    of = f"per GPU, GiB (of {gpu.name}, {gpu.memory / GIB:.1f} usable)" if gpu else "of a rank and its engine, GiB"
+    parts: list[tuple[str, Any]] = [
+        ("Models", facts(_model_rows(stage, models))),
+        ("Placement", placement_table(config, stage, models, place(config, stage))),
+        (f"Memory {of}", memory_table(budget)),
+        ("", facts(memory_facts(config, budget))),
+    ]
+    estimate = stage_throughput(config, stage, models, rows=rows)
+    if estimate is not None:
+        parts.append((f"Time, estimated, of {'a step' if estimate.steps > 1 else 'the stage'}", time_table(estimate)))
+        parts.append(("", facts(time_facts(estimate, hardware.num_nodes * hardware.gpus_per_node))))
+    for title, table in parts:
+        if title:
+            console.print(f"\n{title}")
+        if table.row_count:
+            console.print(table)
+
+
+def _model_rows(stage: str, models: Models) -> Rows:
+    name = {"train": "student", "distill": "student", "collect": "teacher"}.get(stage, "model")
+    rows = [(name, f"{models.student.parameters / 1e9:.3f} B parameters")]
+    if models.critic:
+        rows.append(("critic", f"{models.student.critic / 1e9:.3f} B parameters"))
+    if models.teacher is not None:
+        rows.append(("teacher", f"{models.teacher.parameters / 1e9:.3f} B parameters, frozen"))
+    return rows
+
+
+def _placement_notes(config: Config, stage: str) -> list[str]:
+    retriever, notes = config.retriever, []
+    if stage == "distill" or retriever.backend or not is_on_this_node(retriever.url):
+        return notes
+    if config.hardware.num_nodes > 1:
+        notes.append(
+            f"retriever.url={retriever.url} is another machine on every node: episodes on the other nodes find no "
+            "retriever there, unless one runs on each"
+        )
+    if retriever.host_memory_gb is None:
+        notes.append(
+            "the retriever's memory is not counted: set retriever.host_memory_gb (65 for a flat index of Wikipedia)"
+        )
+    return notes
+
+
+def _is_valid(config: Config, stage: str, models: Models) -> bool:
+    try:
+        check_engine(config)
+        check_heads(config, models.student.heads)
+        if stage == "train":
+            check_training(config)
+    except ConfigError:
+        return False
+    return True
+
+
+def _check_gpus(config: Config) -> None:
+    """That the GPUs of this machine are those of `hardware`; other nodes are not looked at."""
+    hardware, gpu = config.hardware, find_gpu(config.hardware)
+    if config.dry_run.assume or hardware.platform != "cuda":
+        return
+    there = visible_gpus()
+    if len(there) < hardware.gpus_per_node:
+        raise ConfigError(
+            f"hardware.gpus_per_node={hardware.gpus_per_node}, but nvidia-smi finds {len(there) or 'no'} GPUs on this "
+            "machine: plan for another one with dry_run.assume=h200x8 (or another hardware group), or use hardware=cpu"
+        )
+    if gpu is not None:
+        name, memory = min(there[: hardware.gpus_per_node], key=lambda found: found[1])
+        if memory < LEAST_SHARE_OF_MEMORY * gpu.memory:
+            raise ConfigError(
+                f"hardware.gpu={gpu.name} has {gpu.memory / GIB:.1f} GiB, but this machine's {name} has "
+                f"{memory / GIB:.1f}: set hardware.gpu to what it is"
+            )
+
+
+def visible_gpus() -> list[tuple[str, float]]:
+    """(name, bytes) of this machine's GPUs; none where there is no nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [(name.strip(), float(mib) * 2**20) for name, _, mib in (line.partition(",") for line in lines)]
