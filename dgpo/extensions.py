@@ -94,6 +94,7 @@ def make_search(retriever: RetrieverConfig) -> Search:
         retriever.url,
         timeout_s=retriever.timeout_s,
         max_retries=retriever.max_retries,
+        max_outage_s=retriever.max_outage_s,
         max_concurrency=retriever.max_concurrency,
         token=read_token(retriever.token_file),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import logging
 import random
 import urllib.error
 import urllib.request
@@ -20,6 +21,9 @@ MAX_BACKOFF_S = 10.0
 MAX_RETRY_AFTER_S = 30.0  # a server that asks for more is treated as asking for this much
 CONNECT_TIMEOUT_S = 5.0
 FIRST_LEFT_OUT_S, MAX_LEFT_OUT_S = 1.0, 30.0  # of a server that failed; doubles with every failure in a row
+GONE = (502, 503, 504)  # what stands in front of a server that is gone, or one that is not ready yet, answers
+
+logger = logging.getLogger(__name__)
 
 
 class SearchFailedError(RuntimeError):
@@ -67,6 +71,8 @@ class SearchClient:
             `/corpora/{corpus}/retrieve` for a named corpus, is appended.
         timeout_s: of one attempt, from the moment it is sent: waiting for a free slot does not count.
         max_retries: further attempts after the first, over all servers.
+        max_outage_s: how long a search goes on trying while no server can be reached; those attempts do not count as
+            retries. 0: they do.
         max_concurrency: requests in flight, over all servers.
         backoff_s: the first wait between attempts; it doubles, and is shortened at random so that clients spread out.
         token: sent as `Authorization: Bearer`.
@@ -82,6 +88,7 @@ class SearchClient:
         timeout_s: float,
         max_retries: int,
         max_concurrency: int,
+        max_outage_s: float = 0.0,
         backoff_s: float = 0.2,
         token: str | None = None,
     ) -> None:
@@ -89,6 +96,7 @@ class SearchClient:
         self.timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, CONNECT_TIMEOUT_S))
         self.max_retries = max_retries
         self.max_concurrency = max_concurrency
+        self.max_outage_s = max_outage_s
         self.backoff_s = backoff_s
         self.num_retries = 0
         self.num_failed = 0
@@ -97,6 +105,7 @@ class SearchClient:
         # Not the connector's own limit: its queue would count towards the timeout of every request that waits in it.
         self._slots = asyncio.Semaphore(max_concurrency)
         self._session: aiohttp.ClientSession | None = None
+        self._in_outage = False
 
     async def __aenter__(self) -> SearchClient:
         return self
@@ -117,13 +126,14 @@ class SearchClient:
         `Retry-After` in seconds is honoured.
 
         Raises:
-            SearchFailedError: no answer after `max_retries` retries.
+            SearchFailedError: no answer after `max_retries` retries, nor after `max_outage_s` of servers that are gone.
             SearchRefusedError: another status, or an answer in another format. Not retried.
         """
         path = f"corpora/{quote(corpus, safe='')}/retrieve" if corpus else "retrieve"
         body = {"queries": [query], "topk": topk, "return_scores": True}
         clock = asyncio.get_running_loop().time
-        attempt = 0
+        started = clock()
+        num_attempts = num_counted = num_waits = 0
         while True:
             async with self._slots:
                 replica = self._choose(clock())
@@ -133,8 +143,10 @@ class SearchClient:
                     status, headers, text = await self._post(replica, url, body)
                 except (TimeoutError, aiohttp.ClientError) as error:
                     reason = f"{type(error).__name__} {error}".strip()
+                    gone = isinstance(error, aiohttp.ClientConnectionError)
                 else:
                     if status == 200:
+                        self._in_outage = False
                         replica.num_faults, replica.out_until = 0, 0.0
                         return _documents(text, url)
                     reason = f"HTTP {status} {text[:200]}".strip()
@@ -143,16 +155,29 @@ class SearchClient:
                             f"{url} refuses the search ({reason}): check retriever.url, the corpus, and the server's "
                             "limits and token"
                         )
+                    gone = status in GONE
                     retry_after_s = _retry_after_s(headers.get("Retry-After"))
                 replica.leave_out(clock(), retry_after_s)
-            if attempt == self.max_retries:
+            num_attempts += 1
+            others = [other for other in self._replicas if other is not replica and other.usable(clock())]
+            in_outage = gone and all(other.num_faults for other in others)
+            if in_outage and clock() - started < self.max_outage_s:
+                self._report_outage(reason)
+            elif num_counted == self.max_retries:
                 self.num_failed += 1
-                raise SearchFailedError(f"search at {url} failed after {attempt + 1} attempts, the last with {reason}")
+                raise SearchFailedError(f"search at {url} failed after {num_attempts} attempts, the last with {reason}")
+            else:
+                num_counted += 1
             self.num_retries += 1
-            if not any(other.usable(clock()) for other in self._replicas if other is not replica):
-                backoff_s = min(self.backoff_s * 2**attempt, MAX_BACKOFF_S)
+            if not others:
+                backoff_s = min(self.backoff_s * 2**num_waits, MAX_BACKOFF_S)
+                num_waits += 1
                 await asyncio.sleep(max(retry_after_s or 0.0, random.uniform(0.5, 1.0) * backoff_s))
-            attempt += 1
+
+    def _report_outage(self, reason: str) -> None:
+        if not self._in_outage:
+            self._in_outage = True
+            logger.warning("no retrieval server can be reached (%s): searches wait %g s", reason, self.max_outage_s)
 
     def _choose(self, now: float) -> _Replica:
         """The server with the fewest requests in flight; of those left out, the one that comes back first."""

@@ -112,6 +112,7 @@ def test_a_retriever_killed_in_mid_run_stops_it_resumably(
             "train.teacher_term.form=reward",
             "train.init_kl_coef=0.001",
             "retriever.max_retries=1",
+            "retriever.max_outage_s=0",
         ]
         process = subprocess.Popen(
             [sys.executable, "-m", "dgpo", "train", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True

@@ -64,7 +64,7 @@ def retriever():
 
 @pytest.fixture
 def config(retriever):
-    config = load_config(["hardware=cpu", "retriever.max_retries=0"])
+    config = load_config(["hardware=cpu", "retriever.max_retries=0", "retriever.max_outage_s=0"])
     config.retriever.url = retriever
     config.hardware.engine.concurrency = 3
     return config

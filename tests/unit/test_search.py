@@ -47,12 +47,12 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(*replies, timeout_s=5.0, max_retries=2, max_concurrency=4, backoff_s=0.01):
+async def serving(*replies, timeout_s=5.0, max_retries=2, max_concurrency=4, backoff_s=0.01, **options):
     server = Server(*replies)
     app = web.Application()
     app.router.add_post("/{tail:.*}", server.handle)
     async with TestServer(app) as running:
-        options = {"timeout_s": timeout_s, "max_retries": max_retries, "max_concurrency": max_concurrency}
+        options |= {"timeout_s": timeout_s, "max_retries": max_retries, "max_concurrency": max_concurrency}
         async with SearchClient(str(running.make_url("/")), **options, backoff_s=backoff_s) as client:
             yield server, client
 
@@ -111,6 +111,41 @@ async def test_a_server_that_is_gone_fails_after_the_retries():
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     async with SearchClient(url, timeout_s=1, max_retries=1, max_concurrency=1, backoff_s=0.01) as client:
         with pytest.raises(SearchFailedError, match=rf"{url}/retrieve failed after 2 attempts.*Connect"):
+            await client.search("lyon", topk=1, corpus=None)
+
+
+async def test_a_server_that_is_gone_is_waited_for():
+    """It comes back after more failures than there are retries, on the same port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"timeout_s": 1, "max_retries": 1, "max_concurrency": 4, "backoff_s": 0.01, "max_outage_s": 30}
+    async with SearchClient(f"http://127.0.0.1:{port}", **options) as client:
+        searches = [asyncio.create_task(client.search("lyon", topk=1, corpus=None)) for _ in range(2)]
+        while client.num_retries < 8:
+            await asyncio.sleep(0.01)
+        app = web.Application()
+        app.router.add_post("/{tail:.*}", Server().handle)
+        async with TestServer(app, port=port):
+            assert await asyncio.gather(*searches) == [[DOCUMENT], [DOCUMENT]]
+        assert client.num_failed == 0
+
+
+async def test_the_wait_for_a_server_that_is_gone_has_a_bound():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    options = {"timeout_s": 1, "max_retries": 0, "max_concurrency": 1, "backoff_s": 0.01, "max_outage_s": 0.3}
+    started = time.monotonic()
+    async with SearchClient(url, **options) as client:
+        with pytest.raises(SearchFailedError):
+            await client.search("lyon", topk=1, corpus=None)
+    assert 0.3 <= time.monotonic() - started < 2
+
+
+async def test_a_server_that_answers_with_errors_is_not_gone():
+    async with serving(*[web.Response(status=500)] * 3, max_outage_s=60) as (server, client):
+        with pytest.raises(SearchFailedError, match="after 3 attempts"):
             await client.search("lyon", topk=1, corpus=None)
 
 
