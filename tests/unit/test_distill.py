@@ -342,7 +342,7 @@ def test_a_dry_run_says_what_would_run_and_what_is_only_planned(tokenizer, tmp_p
     assert f"{Path(config.run_dir) / 'train' / 'model'} would learn from {config.teacher.path} by kd" in plan
     assert "will be written by an earlier stage" in plan
     assert "will be written by collect" in plan
-    assert "1 x 1 CPU ranks" in plan
+    assert "Memory of a rank and its engine, GiB" in plan
 
 
 def test_the_inverted_order_starts_from_the_student_of_rl(tokenizer, tmp_path):
