@@ -144,7 +144,7 @@ async def test_the_wait_for_a_server_that_is_gone_has_a_bound():
 
 
 async def test_a_server_that_answers_with_errors_is_not_gone():
-    async with serving(*[web.Response(status=500)] * 3, max_outage_s=60) as (server, client):
+    async with serving(*[web.Response(status=500) for _ in range(3)], max_outage_s=60) as (_, client):
         with pytest.raises(SearchFailedError, match="after 3 attempts"):
             await client.search("lyon", topk=1, corpus=None)
 
