@@ -52,6 +52,11 @@ def check_model_folder(path: str | None, *, key: str) -> None:
     if not path:
         raise ConfigError(f"{key} is not set: name a Hugging Face model folder or a hub model")
     if model_file(path, "config.json", key=key) is None:
+        if any(Path(path).glob("**/model_world_size_*_rank_0.pt")):
+            raise ConfigError(
+                f"{key}={path} is a checkpoint of FSDP shards: make a model folder of it with "
+                f"`python -m dgpo import checkpoint={path} out=FOLDER`, and name that"
+            )
         raise ConfigError(f"{key}={path}: no config.json there; expected a Hugging Face model folder")
     if Path(path).is_dir() and not _weight_files(Path(path)):
         raise ConfigError(f"{key}={path}: no *.safetensors or *.bin weights there; save the model with save_pretrained")

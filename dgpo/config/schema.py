@@ -350,6 +350,18 @@ class AskConfig:
 
 
 @dataclass
+class ExportConfig:
+    """`export`: the run's model as a Hugging Face folder with a card (docs/checkpoints.md)."""
+
+    out: str | None = None  # the folder to write
+    stage: str | None = None  # distill | train; None: the last that left a model
+    dtype: str | None = None  # of the weights: float32 | bfloat16 | float16; None: as they were trained
+    push: str | None = None  # user/name of a repository on the hub
+    endpoint: str | None = None  # of the hub; None: HF_ENDPOINT, or huggingface.co
+    private: bool = False  # a new repository
+
+
+@dataclass
 class ReportConfig:
     """`report.html` of a run."""
 
@@ -391,4 +403,5 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     test: TestConfig = field(default_factory=TestConfig)
     ask: AskConfig = field(default_factory=AskConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

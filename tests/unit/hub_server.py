@@ -1,7 +1,8 @@
-"""A small server of the hub's layout: what `huggingface_hub` asks for when it looks up and downloads data sets."""
+"""A small server of the hub's layout: what `huggingface_hub` asks for to download data sets and to upload models."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 LARGE = 100  # bytes; files from here on are stored as LFS files on the "content server"
@@ -24,6 +26,10 @@ class HubServer(ThreadingHTTPServer):
         with_sizes: whether the listing has sizes and checksums; some mirrors' have not.
         served: content that is sent instead, by file name.
         ranges: the `Range` header of every download, "" without one.
+        models: name -> file name -> content, of what was uploaded.
+        token: that uploads must bring; None: whoever.
+        objects: LFS content by SHA-256.
+        failures: uploads of content answered with 500 from now on.
     """
 
     def __init__(self) -> None:
@@ -34,6 +40,10 @@ class HubServer(ThreadingHTTPServer):
         self.with_sizes = True
         self.served: dict[str, bytes] = {}
         self.ranges: list[str] = []
+        self.models: dict[str, dict[str, bytes]] = {}
+        self.token: str | None = None
+        self.objects: dict[str, bytes] = {}
+        self.failures = 0
 
     @property
     def url(self) -> str:
@@ -68,6 +78,70 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    def do_POST(self) -> None:
+        body = self._body()
+        path = urlsplit(self.path).path
+        if self.server.token not in (None, self.headers.get("Authorization", "").removeprefix("Bearer ")):
+            self._json(401, {"error": "Invalid credentials"})
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            self._json(200, {"errors": [], "warnings": []})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            files = [file | {"uploadMode": _mode(file), "shouldIgnore": False} for file in json.loads(body)["files"]]
+            self._json(200, {"files": files})
+        elif re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
+            objects = [
+                entry | {"actions": {"upload": {"href": f"{self.server.url}/objects/{entry['oid']}"}}}
+                for entry in json.loads(body)["objects"]
+            ]
+            self._json(200, {"transfer": "basic", "objects": objects})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            self._commit(match[1], [json.loads(line) for line in body.splitlines()])
+        else:
+            self._send(404)
+
+    def do_PUT(self) -> None:
+        body = self._body()
+        if self.server.failures:
+            self.server.failures -= 1
+            self._send(500)
+            return
+        self.server.objects[hashlib.sha256(body).hexdigest()] = body
+        self._send(200)
+
+    def _create(self, request: dict[str, str]) -> None:
+        repo = f"{request.get('organization') or 'user'}/{request['name']}"
+        status = 409 if repo in self.server.models else 200
+        self.server.models.setdefault(repo, {})
+        self._json(status, {"url": f"{self.server.url}/{repo}", "id": repo, "name": repo})
+
+    def _commit(self, repo: str, lines: list[dict[str, Any]]) -> None:
+        files = self.server.models[repo]
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.server.objects[value["oid"]]
+        commit = hashlib.sha1(repr(sorted(files)).encode()).hexdigest()
+        self._json(
+            200, {"commitUrl": f"{self.server.url}/{repo}/commit/{commit}", "commitOid": commit, "success": True}
+        )
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            chunks = []
+            while size := int(self.rfile.readline(), 16):
+                chunks.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(chunks)
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _json(self, status: int, data: dict[str, Any]) -> None:
+        self._send(status, {"Content-Type": "application/json"}, json.dumps(data).encode())
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -149,12 +223,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body[:cut])
             self.close_connection = self.close_connection or cut is not None
 
     def log_message(self, *arguments: object) -> None:
         pass
+
+
+def _mode(file: dict[str, Any]) -> str:
+    return "lfs" if file["size"] >= LARGE else "regular"
 
 
 def git_sha1(content: bytes) -> str:

@@ -1,0 +1,42 @@
+"""Hugging Face folders of search agents: weights, tokenizer, and a generation config that says how they decode."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dgpo.artifacts import atomic_write_text
+from dgpo.protocol import STOP_STRINGS
+
+GENERATION_CONFIG = "generation_config.json"
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def write_generation_config(folder: Path, *, fallback: dict[str, Any] | None = None) -> None:
+    """Greedy decoding, the model's own tokens, and the strings at which a turn ends.
+
+    What a base model brings besides goes: Qwen2.5's penalty for repetition and its top-k, for example, are of a chat
+    model, and change what the trained policy says.
+
+    Args:
+        fallback: where to find the tokens that the folder's own generation config does not name, such as its
+            `config.json`.
+    """
+    path = folder / GENERATION_CONFIG
+    own = json.loads(path.read_text()) if path.exists() else {}
+    tokens = {name: own.get(name, (fallback or {}).get(name)) for name in _TOKENS}
+    settings = {
+        **{name: value for name, value in tokens.items() if value is not None},
+        "do_sample": False,
+        "stop_strings": list(STOP_STRINGS),
+        **({"transformers_version": own["transformers_version"]} if "transformers_version" in own else {}),
+    }
+    atomic_write_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+def save_model_folder(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Weights as safetensors, configuration, tokenizer with chat template, generation config."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_generation_config(folder, fallback=model.config.to_dict())
