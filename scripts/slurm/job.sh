@@ -6,8 +6,8 @@ set -euo pipefail
 STOPPED_ON_REQUEST=75 # dgpo/stopping.py
 WRONG_CONFIGURATION=2
 TERMINATED=143
-RESERVE_S=60      # of the time between SLURM's warning and the limit: to end everything and requeue
-KILL_WAIT_S=20    # between SLURM's SIGTERM and its SIGKILL there are 30 s
+RESERVE_S=60 # of the time between SLURM's warning and the limit: to end everything and requeue
+KILL_WAIT_S=20 # between SLURM's SIGTERM and its SIGKILL there are 30 s
 START_TIMEOUT_S=${DGPO_START_TIMEOUT_S:-1800} # an index of 65 GB is read from disk first
 
 run_dir=$DGPO_RUN_DIR
@@ -43,11 +43,10 @@ address() { # address NODE: its IP, as the other nodes reach it
   echo "$found"
 }
 
-on_node() { # on_node NODES COMMAND...: one task on each, with all of the node, beside what runs there
-  local where=$1
+on_node() { # on_node NODE COMMAND...: in a subshell, which becomes srun; with all of the node, beside what runs there
+  local node=$1
   shift
-  srun --overlap --nodelist="$where" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none --mem=0 \
-    --nodes="$(wc -w <<<"${where//,/ }")" "$@"
+  exec srun --overlap --nodelist="$node" --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none --mem=0 "$@"
 }
 
 step() { # step NODE NAME COMMAND...: runs on a node until the job ends; NAME is that of its log
@@ -167,7 +166,7 @@ terminate() { # SIGTERM: cancelled, preempted, or requeued from outside
 
 kill_after() {
   [ -z "$timer_pid" ] || kill "$timer_pid" 2>/dev/null || true
-  (sleep "$1" && kill -KILL "$stage_pid") 2>/dev/null &
+  (sleep "$1" && kill -KILL "$stage_pid") >/dev/null 2>&1 &
   timer_pid=$!
 }
 
@@ -179,7 +178,7 @@ tear_down() { # what still runs on the nodes, their files, and the tokens; Ray's
   [ -z "$timer_pid" ] || kill "$timer_pid" 2>/dev/null || true
   # shellcheck disable=SC2016 # the node's own variable
   [ -z "$failed" ] || keep='tar -czf "'"$logs/$DGPO_STAGE-ray-"'$SLURMD_NODENAME.tgz" -C "'"$node_tmp"'/ray" --exclude=sockets .'
-  timeout 30 srun --overlap --ntasks-per-node=1 --mem=0 bash -c "$keep" 2>/dev/null || true
+  timeout 30 srun --overlap --ntasks="${#nodes[@]}" --mem=0 bash -c "$keep" 2>/dev/null || true
   if [ "${#steps[@]}" -gt 0 ]; then
     kill "${steps[@]}" 2>/dev/null || true
     for _ in {1..40}; do # SLURM kills what is left when the script ends
@@ -187,7 +186,7 @@ tear_down() { # what still runs on the nodes, their files, and the tokens; Ray's
       sleep 0.5
     done
   fi
-  timeout 20 srun --overlap --ntasks-per-node=1 --mem=0 rm -rf "$node_tmp" 2>/dev/null || true
+  timeout 20 srun --overlap --ntasks="${#nodes[@]}" --mem=0 rm -rf "$node_tmp" 2>/dev/null || true
   rm -rf "$private"
 }
 
