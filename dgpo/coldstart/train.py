@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers import (
     EarlyStoppingCallback,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -22,13 +21,13 @@ from transformers import (
 
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES
 from dgpo.checkpoints.folders import newest_whole, set_aside_later
+from dgpo.checkpoints.model_folders import write_generation_config
 from dgpo.coldstart.checkpoints import check_settings
 from dgpo.coldstart.examples import TrainingExample, num_micro_batches, split_held_out
 from dgpo.coldstart.metrics import MetricsFile
 from dgpo.coldstart.student_episodes import StudentEpisodes
 from dgpo.coldstart.trainer import DistillationTrainer
 from dgpo.config.schema import DistillConfig, HardwareConfig
-from dgpo.protocol import STOP_STRINGS
 from dgpo.stopping import StoppedOnRequestError
 
 MIN_LEARNING_RATE_SHARE = 0.05
@@ -224,8 +223,6 @@ def _save_result(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBas
         weights.pop(name, None)  # gathered once more than it is kept
     if not trainer.is_world_process_zero():
         return
-    generation = model.generation_config or GenerationConfig()
-    generation.stop_strings = list(STOP_STRINGS)
-    model.generation_config = generation
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
+    write_generation_config(folder, fallback=model.config.to_dict())

@@ -14,6 +14,7 @@ from typing import Any
 
 from dgpo.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
 from dgpo.checkpoints.folders import newest_whole, read_seal, set_aside_later
+from dgpo.checkpoints.model_folders import write_generation_config
 from dgpo.config.checks import check_train
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
@@ -22,7 +23,6 @@ from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.platforms.shared_memory import remove_abandoned_segments
-from dgpo.protocol import STOP_STRINGS
 from dgpo.rl.rollback import CHECKPOINT, EVENTS, TRACKER, after_rollbacks, num_rollbacks, roll_back
 from dgpo.rl.stops import CollapseError, RunStoppedError
 from dgpo.stopping import StoppedOnRequestError, filed_on_request
@@ -168,9 +168,7 @@ def _export(config: Config, folder: Path) -> Path:
     temporary = folder / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(checkpoints / f"{CHECKPOINT}{step}" / "actor" / "huggingface", temporary)
-    path = temporary / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**generation, "stop_strings": list(STOP_STRINGS)}, indent=2))
+    write_generation_config(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     write_manifest(

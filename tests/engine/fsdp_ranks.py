@@ -65,8 +65,8 @@ def build(model, num_ranks):
 
 
 def work(rank, command, folder, num_ranks):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet_{command}_{num_ranks}")
+    meeting = f"file://{folder}/meet_{command}_{num_ranks}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_ranks)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
