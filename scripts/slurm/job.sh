@@ -181,13 +181,22 @@ tear_down() { # what still runs on the nodes, their files, and the tokens; Ray's
   timeout 30 srun --overlap --ntasks="${#nodes[@]}" --mem=0 bash -c "$keep" 2>/dev/null || true
   if [ "${#steps[@]}" -gt 0 ]; then
     kill "${steps[@]}" 2>/dev/null || true
-    for _ in {1..40}; do # SLURM kills what is left when the script ends
-      kill -0 "${steps[@]}" 2>/dev/null || break
-      sleep 0.5
-    done
+    wait_for_steps 5 || { # Ray drains for 30 s, though nothing is left to drain
+      squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep -E '^[0-9]+\.[0-9]+$' |
+        xargs --no-run-if-empty scancel --signal=KILL || true
+      wait_for_steps 15 || true # SLURM kills what is left when the script ends
+    }
   fi
   timeout 20 srun --overlap --ntasks="${#nodes[@]}" --mem=0 rm -rf "$node_tmp" 2>/dev/null || true
   rm -rf "$private"
+}
+
+wait_for_steps() { # wait_for_steps SECONDS
+  local end=$((SECONDS + $1))
+  while kill -0 "${steps[@]}" 2>/dev/null; do
+    [ "$SECONDS" -lt "$end" ] || return 1
+    sleep 0.2
+  done
 }
 
 trap tear_down EXIT

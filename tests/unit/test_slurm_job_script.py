@@ -18,6 +18,11 @@ STAND_INS = {
           *"show node"*) echo "NodeName=$4 NodeAddr=10.0.0.${4#n} State=ALLOCATED" ;;
           requeue*) echo "requeued" >>"$FOLDER/events"; kill -TERM 0 ;;
         esac""",
+    "squeue": """
+        printf '7.0\\n7.batch\\n' """,
+    "scancel": """
+        echo "scancel $*" >>"$FOLDER/events"
+        pkill -KILL -g 0 -f 'sleep 61' """,
     "srun": """
         while [[ "$1" == --* ]]; do shift; done
         exec "$@" """,
@@ -28,7 +33,7 @@ STAND_INS = {
         case "$*" in
           "-m dgpo.slurm.ready ports"*) for node in "${@:5}"; do echo 8123 >"$4/port-$node"; done ;;
           "-m dgpo.slurm.ready"*) exit "$READY" ;;
-          "-m retriever.serve"*) echo "$*" >>"$FOLDER/events"; exec sleep 60 ;;
+          "-m retriever.serve"*) echo "$*" >>"$FOLDER/events"; eval "$SERVER" ;;
           *) echo "${*:2}" >>"$FOLDER/events"; eval "$STAGE" ;;
         esac""",
 }
@@ -37,7 +42,9 @@ STAND_INS = {
 class Job:
     """A training whose work is a piece of bash; `events` is what it started, in order."""
 
-    def __init__(self, folder, *arguments, stage="exit 0", nodes=1, restarts=0, ready=0, home=HOME):
+    def __init__(
+        self, folder, *arguments, stage="exit 0", nodes=1, restarts=0, ready=0, server="exec sleep 60", home=HOME
+    ):
         self.folder = folder
         for name, text in STAND_INS.items():
             path = folder / "bin" / name
@@ -48,7 +55,12 @@ class Job:
         served = ["retriever.url=http://elsewhere"] if "--retriever" not in arguments else []
         script = render(parse_options(["--stages=train", *run, *served, *arguments]), "train", home=home, folder=folder)
         names = [f"n{number}" for number in range(1, nodes + 1)]
-        environment = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "FOLDER": str(folder), "STAGE": stage}
+        environment = {
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+            "FOLDER": str(folder),
+            "STAGE": stage,
+            "SERVER": server,
+        }
         environment |= {"NODES": " ".join(names), "READY": str(ready), "SLURM_JOB_ID": JOB, "SLURM_CPUS_ON_NODE": "2"}
         environment |= {"SLURM_JOB_NODELIST": ",".join(names), "SLURM_RESTART_COUNT": str(restarts)}
         self.process = subprocess.Popen(
@@ -99,6 +111,14 @@ def test_a_job_starts_servers_then_ray_then_the_stage_and_leaves_no_token(tmp_pa
     assert f"retriever.token_file={run}/slurm/job-{JOB}/retriever_token" in stage
     assert "resume" not in stage
     assert list((run / "slurm").iterdir()) == []
+
+
+def test_a_step_that_takes_its_time_to_end_is_killed_and_the_script_lives_on(tmp_path):
+    job = Job(tmp_path, "--retriever", "--index a=/a", ready=0, server="trap '' TERM; sleep 61")
+    code, output = job.end()
+    assert code == 0, output
+    assert job.events[-1] == "scancel --signal=KILL 7.0"
+    assert list((tmp_path / "run" / "slurm").iterdir()) == []
 
 
 def test_one_node_starts_no_ray(tmp_path):
