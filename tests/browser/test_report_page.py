@@ -98,6 +98,20 @@ def test_filters_narrow_each_other_and_compare_with_another_model(
     assert choose(browser, set="one", searches="1", outcome="failed", against="correct-1") == expected > 0
 
 
+def test_a_set_takes_along_a_model_that_has_it_and_a_model_drops_a_set_that_it_has_not(browser: Chromium, page: Path):
+    browser.open(page)
+
+    def change(name: str, value: str) -> int:
+        field = f"document.getElementById('filter-{name}')"
+        browser.run(f"{field}.value = {value!r}; {field}.dispatchEvent(new Event('input'))")
+        return count(browser)
+
+    assert change("set", "training, step 10") == 3
+    assert browser.run("document.getElementById('filter-model').selectedOptions[0].textContent") == "in training"
+    assert change("model", "1") == NUM_QUESTIONS
+    assert browser.run("document.getElementById('filter-set').value") == ""
+
+
 def test_the_address_keeps_the_filters(browser: Chromium, page: Path, episodes: list[Episode]):
     browser.open(page)
     shown = choose(browser, set="two", outcome="correct")

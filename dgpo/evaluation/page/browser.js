@@ -90,6 +90,16 @@ function applyFilters() {
   drawEpisode();
 }
 
+// A set is of the models that were tested on it, or of training alone: what was chosen last takes the other filter along.
+function keepTogether(changed) {
+  const [model, set] = [byId("filter-model"), byId("filter-set")];
+  const plays = (number) =>
+    data.set.some((index, row) => data.sets[index] === set.value && data.scores[number].status[row] !== null);
+  if (!set.value || plays(Number(model.value))) return;
+  if (changed === "model") set.value = "";
+  else model.value = String(data.models.findIndex((_, number) => plays(number)));
+}
+
 // The filters in the page's address: a view can be kept as a bookmark, or opened by a link.
 function writeHash() {
   const values = FILTERS.map((name) => [name, byId(`filter-${name}`).value]);
@@ -392,7 +402,13 @@ function onKey(event) {
 
 fillFilters();
 readHash();
-for (const name of FILTERS) byId(`filter-${name}`).addEventListener("input", applyFilters);
+keepTogether("set");
+for (const name of FILTERS) {
+  byId(`filter-${name}`).addEventListener("input", () => {
+    keepTogether(name);
+    applyFilters();
+  });
+}
 byId("episode-list").addEventListener("scroll", drawList);
 document.addEventListener("keydown", onKey);
 applyFilters();
