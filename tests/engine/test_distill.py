@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dgpo.artifacts import write_manifest
 from dgpo.coldstart.distill import distill, distill_rank
 from dgpo.coldstart.ranks import run_on_ranks
+from dgpo.coldstart.trainer import DistillationTrainer
 from dgpo.tinyworld.build import WorldSettings, real_world
 from dgpo.tinyworld.oracle import oracle_examples
 from dgpo.trajectory import Trajectory, read_trajectories, write_trajectories
@@ -62,8 +63,6 @@ def test_two_ranks_train_as_one_does(one_rank, tmp_path, sharding):
 
 def local_share(config, *, rank, num_ranks):
     """The share of the student's parameters that this rank holds while it trains."""
-    from dgpo.coldstart.trainer import DistillationTrainer
-
     shares = []
     original = DistillationTrainer._clip_grad_norm
 
@@ -115,6 +114,28 @@ def test_a_killed_run_resumes_to_the_same_result(one_rank, tmp_path):
     config.resume = True
     distill(config)
     assert_same_training(tmp_path, one_rank, tolerance=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_rank_goes_on_with_two(one_rank, tmp_path, monkeypatch):
+    """From the checkpoint after step 6, the process having ended in step 9."""
+    config = write_stage(tmp_path, STEPS, examples=varied_examples(35))
+    step = DistillationTrainer.training_step
+
+    def ends_in_step_9(self, *arguments, **named):
+        if self.state.global_step == 8:
+            raise InterruptedError
+        return step(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "training_step", ends_in_step_9)
+        with pytest.raises(InterruptedError):
+            distill(config)
+    more = [*STEPS, "hardware.gpus_per_node=2", "distill.micro_batch_size=3", "resume=true"]
+    result = run_command("-m", "dgpo", "distill", *overrides(tmp_path, *more))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "continues from" in result.stderr + result.stdout
+    assert_same_training(tmp_path, one_rank, tolerance=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
+from dgpo.trajectory import Trajectory, read_trajectories
 from tests.conftest import TinyWorld, read_metrics, run_command
 from tests.engine.killing import has_step, start_and_kill
+from tests.engine.same_run import assert_same_run, repeatable
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -31,8 +33,6 @@ SETTINGS = [
     "hardware.verl.algorithm.kl_ctrl.horizon=100",
     "train.generation_concurrency=1",
 ]
-# Of the same step, but of another moment.
-OF_THE_MOMENT = ("timing", "perf", "actor/perf", "critic/perf", "actor/mfu", "critic/mfu")
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +51,6 @@ def straight(tiny_world: TinyWorld, questions: list[str], tmp_path_factory: pyte
     result = run_command("-m", "dgpo", "train", *tiny_world.overrides(run_dir), *questions, *SETTINGS)
     assert result.returncode == 0, result.stderr[-3000:]
     return run_dir / "train"
-
-
-def repeatable(folder: Path) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in record.items() if not name.startswith(OF_THE_MOMENT)}
-        for record in read_metrics(folder / "metrics.jsonl")
-    ]
-
-
-def assert_same_run(folder: Path, expected: Path) -> None:
-    """Every metric of every step, and every weight, to the last bit."""
-    for ours, theirs in zip(repeatable(folder), repeatable(expected), strict=True):
-        assert ours == theirs
-    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (folder, expected))
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
 
 
 def test_what_the_straight_run_keeps(straight: Path):
@@ -149,3 +133,45 @@ def test_a_run_goes_on_with_another_number_of_gpus(
     weights = (load_file(run / "model" / "model.safetensors") for run in (folder, straight))
     mine, expected = weights
     assert max((mine[name] - expected[name]).abs().max().item() for name in expected) < 1e-4
+
+
+@pytest.mark.parametrize("stage", ["collect", "test"])
+def test_a_stage_that_plays_episodes_goes_on_to_the_same_ones(tiny_world: TinyWorld, tmp_path: Path, stage: str):
+    """Sampled at temperature 1 or greedy: other questions are in flight after a resume, and no episode changes."""
+    data, questions = tiny_world.folder / "data", 150
+    of_stage = {
+        "collect": [f"collect.max_questions={questions}", "collect.temperature=1"],
+        "test": [
+            f"test.max_questions={questions}",
+            f"test.models.student={tiny_world.student}",
+            f"data.test_files.real={data / 'test.parquet'}",
+        ],
+    }[stage]
+    name = {"collect": "collect/trajectories.jsonl", "test": "test/student/trajectories.jsonl"}[stage]
+
+    def command(run_dir: Path) -> list[str]:
+        return [stage, *tiny_world.overrides(run_dir), *of_stage]
+
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert run_command("-m", "dgpo", *command(straight)).returncode == 0
+    partial = killed / f"{name}.partial"
+    for share in (0.2, 0.6):
+        count = round(share * questions)
+        resume = ["resume=true"] if killed.exists() else []
+        start_and_kill([*command(killed), *resume], tmp_path / "log", lambda n=count: num_lines(partial) >= n)
+    kept = partial.read_text().split("\n")[:-1]
+    assert run_command("-m", "dgpo", *command(killed), "resume=true").returncode == 0
+    ours, theirs = (list(read_trajectories(run / name)) for run in (killed, straight))
+    assert len(ours) == questions
+    assert set(kept) <= {trajectory.to_json() for trajectory in ours}, "nothing is played twice"
+    assert [played(trajectory) for trajectory in ours] == [played(trajectory) for trajectory in theirs]
+
+
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def played(trajectory: Trajectory) -> tuple[object, ...]:
+    """All of an episode but how long its searches took, and the last digits of its log-probs."""
+    found = [[document["id"] for document in search.documents] for search in trajectory.searches]
+    return (trajectory.episode_id, trajectory.response_ids, trajectory.response_mask, trajectory.status, found)

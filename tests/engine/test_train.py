@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.conftest import ROOT, TinyWorld, read_metrics, retriever_process, run_command
+from tests.engine.killing import has_step, start_and_kill
+from tests.engine.same_run import assert_same_run
 
 pytestmark = pytest.mark.engine
 
@@ -25,7 +25,6 @@ SMALL = [
     "train.num_steps=4",
     "train.save_every=2",
 ]
-NOT_REPEATABLE = ("timing", "perf", "actor/perf", "critic/perf", "actor/mfu", "critic/mfu")
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +82,14 @@ def test_the_final_checkpoint_is_a_hugging_face_folder_with_stop_strings(straigh
 def test_a_run_killed_and_resumed_equals_the_straight_run(
     tiny_world: TinyWorld, straight_run: Path, tmp_path_factory: pytest.TempPathFactory
 ):
-    run_dir = tmp_path_factory.mktemp("killed") / "run"
-    arguments = [*tiny_world.overrides(run_dir), *SMALL, "train.generation_concurrency=1"]
-    _start_and_kill_after_step(arguments, run_dir / "train" / "metrics.jsonl", step=3)
-    result = run_command("-m", "dgpo", "train", *arguments, "resume=true")
+    """To the last bit; test_resume.py does so at random points, with everything that has a state."""
+    folder = tmp_path_factory.mktemp("killed") / "run" / "train"
+    arguments = ["train", *tiny_world.overrides(folder.parent), *SMALL, "train.generation_concurrency=1"]
+    start_and_kill(arguments, folder.parent.with_name("log"), has_step(folder / "metrics.jsonl", 3))
+    result = run_command("-m", "dgpo", *arguments, "resume=true")
     assert result.returncode == 0, result.stderr[-3000:]
-    resumed = read_metrics(run_dir / "train" / "metrics.jsonl")
-    assert [record["step"] for record in resumed] == [1, 2, 3, 4]
-    for ours, theirs in zip(resumed, read_metrics(straight_run / "metrics.jsonl"), strict=True):
-        assert _repeatable(ours) == pytest.approx(_repeatable(theirs), abs=1e-6)
-    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run_dir / "train", straight_run))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=0)
+    assert "continues from" in result.stderr
+    assert_same_run(folder, straight_run)
 
 
 def test_a_retriever_killed_in_mid_run_stops_it_resumably(
@@ -132,32 +127,9 @@ def test_a_retriever_killed_in_mid_run_stops_it_resumably(
         assert record["teacher/num_scored"] == num_failed + record["teacher/num_monitored"]
 
 
-def _repeatable(record: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in record.items() if not name.startswith(NOT_REPEATABLE)}
-
-
 def _wait_for_step(process: subprocess.Popen[str], metrics_path: Path, *, step: int, timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while len(read_metrics(metrics_path)) < step:
         assert process.poll() is None, "training ended early"
         assert time.monotonic() < deadline, f"no step {step} within {timeout_s} s"
         time.sleep(0.1)
-
-
-def _start_and_kill_after_step(arguments: list[str], metrics_path: Path, *, step: int) -> None:
-    """kill -9 of the driver and all that it started, as a lost node would."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dgpo", "train", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    _wait_for_step(process, metrics_path, step=step)
-    import psutil
-
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.kill()
-    process.wait(timeout=30)

@@ -1,0 +1,26 @@
+"""Whether two runs of RL are the same: every metric of every step, and every weight, to the last bit."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from tests.conftest import read_metrics
+
+# Of the same step, but of another moment.
+OF_THE_MOMENT = ("timing", "perf", "actor/perf", "critic/perf", "actor/mfu", "critic/mfu")
+
+
+def repeatable(folder: Path) -> list[dict[str, float]]:
+    """The records of `metrics.jsonl` without what no run repeats."""
+    return [
+        {name: value for name, value in record.items() if not name.startswith(OF_THE_MOMENT)}
+        for record in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    for ours, theirs in zip(repeatable(folder), repeatable(expected), strict=True):
+        assert ours == theirs
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (folder, expected))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
