@@ -20,6 +20,8 @@ LIGHT_ROOMS = [
     "dgpo.extensions",
     "dgpo.rl.stability",
     "dgpo.rl.rollback",
+    "dgpo.slurm.render",
+    "dgpo.stopping",
 ]
 ALGORITHMS = ["reduce", "divergences", "selective_kl", "exact_kl", "distillation"]
 ENGINES = ("verl", "ray", "vllm", "transformers", "datasets")

@@ -1,0 +1,74 @@
+"""Stages that are asked to stop by a signal: they save what they have, exit with 75, and go on where they were."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dgpo.coldstart.distill import distill
+from dgpo.trajectory import read_trajectories
+from tests.conftest import ROOT, read_metrics
+from tests.distill_stage import overrides, varied_examples, write_stage
+
+pytestmark = pytest.mark.engine
+
+STEPS = ["distill.max_steps=8", "distill.evaluate_every=4", "distill.learning_rate=1e-3"]
+SLOWED_DOWN = """
+import sys, time
+from dgpo.coldstart.trainer import DistillationTrainer
+step = DistillationTrainer.training_step
+DistillationTrainer.training_step = lambda *arguments: (time.sleep(0.3), step(*arguments))[1]
+from dgpo.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def stop_once(holds, command, *, timeout_s):
+    """Runs the command and asks it to stop as soon as `holds()`; returns its exit code and what it said."""
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + timeout_s
+        while not holds():
+            assert process.poll() is None, f"the stage ended early: {process.stderr.read()[-2000:]}"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+        _, error = process.communicate(timeout=timeout_s)
+    return process.returncode, error
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_distillation_saves_between_two_checkpoints_and_continues_to_the_same_model(tmp_path, ranks):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    more = [*STEPS, f"hardware.gpus_per_node={ranks}"]
+    distill(write_stage(straight, more, examples=varied_examples(35)))
+    write_stage(stopped, examples=varied_examples(35))
+    metrics = stopped / "run" / "distill" / "metrics.jsonl"
+    command = [sys.executable, "-c", SLOWED_DOWN, "distill", *overrides(stopped, *more)]
+    code, error = stop_once(lambda: len(read_metrics(metrics)) >= 2, command, timeout_s=120)
+    assert code == 75, error
+    step = len(read_metrics(metrics))
+    assert f"saved after step {step} of 8; resume=true continues" in error
+    assert 2 <= step < 8
+    assert not (stopped / "run" / "distill" / "stop_requested").exists()
+    distill(write_stage(stopped, [*more, "resume=true"], examples=varied_examples(35)))
+    ours, theirs = (load_file(f / "run" / "distill" / "model" / "model.safetensors") for f in (stopped, straight))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5 if ranks > 1 else 0)
+
+
+def test_a_collection_that_is_asked_to_stop_keeps_its_episodes_and_plays_only_the_others(tiny_world, tmp_path):
+    arguments = [*tiny_world.overrides(tmp_path / "run"), "collect.max_questions=400", "hardware.engine.concurrency=8"]
+    partial = tmp_path / "run" / "collect" / "trajectories.jsonl.partial"
+    command = [sys.executable, "-m", "dgpo", "collect", *arguments]
+    code, error = stop_once(lambda: partial.exists() and partial.stat().st_size > 20_000, command, timeout_s=200)
+    assert code == 75, error
+    assert error.strip().splitlines()[-1] == "dgpo collect: ended by SIGUSR1; resume=true continues"
+    kept = partial.read_text().splitlines()
+    assert 0 < len(kept) < 400
+    result = subprocess.run([*command, "resume=true"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(list(read_trajectories(tmp_path / "run" / "collect" / "trajectories.jsonl"))) == 400
