@@ -76,7 +76,7 @@ def whole_tensors(states: list[dict[str, Any]]) -> Iterator[tuple[str, torch.Ten
             raise ShardError(f"{name}: {error}") from None
 
 
-def whole_tensor(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def whole_tensor(parts: Sequence[Any]) -> torch.Tensor:
     """The tensor whose parts the ranks hold.
 
     FSDP shards along one dimension, in rank order; with replicas (HSDP) the first ranks hold the first replica. What is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +31,49 @@ def model_card(run: Path, stage: str, manifest: Mapping[str, Any], *, name: str,
         name: of the folder or repository, as users will load it.
     """
     config = yaml.safe_load(manifest["config"])
-    student = first_ancestor(manifest)
-    teacher = manifest["inputs"].get("teacher")
+    student, teachers = lineage(manifest)
     sections = [
-        _metadata(student, teacher),
+        _metadata(student, teachers),
         f"# {name.rsplit('/', 1)[-1]}",
         _introduction(stage, config, student),
-        "## How it was made\n\n" + _table(_facts(stage, manifest, config, student)),
+        "## How it was made\n\n" + _table({**_facts(stage, manifest, config, student), "weights": dtype}),
         "## Results\n\n" + _results(run, stage),
         "## Use\n\n" + _use(name, config),
-        "## Licences\n\n" + _licences(student, teacher),
+        "## Licences\n\n" + _licences(student, teachers),
         f"## Method\n\n*DGPO, Distillation-Guided Policy Optimization*: {PAPER}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def first_ancestor(manifest: Mapping[str, Any]) -> str:
-    """The model that the first of the stages began with, through the manifests of the models between."""
-    start = manifest["inputs"].get("init") or manifest["inputs"].get("student") or ""
+def lineage(manifest: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The model that the first of the stages began with, and the teachers of all of them, through their manifests."""
+    inputs = manifest["inputs"]
+    start = inputs.get("init") or inputs.get("student") or ""
+    teacher = teacher_of(manifest)
+    teachers = [teacher] if teacher else []
     for folder in (Path(start), Path(start).parent):  # train writes its manifest into the model, distill beside it
-        path = folder / MANIFEST
-        before = json.loads(path.read_text()) if path.is_file() else {}
+        before = _manifest(folder)
         if before.get("stage") in ("train", "distill"):
-            return first_ancestor(before)
-    return start
+            student, earlier = lineage(before)
+            return student, [*teachers, *(name for name in earlier if name not in teachers)]
+    return start, teachers
 
 
-def _metadata(student: str, teacher: str | None) -> str:
+def teacher_of(manifest: Mapping[str, Any]) -> str | None:
+    """The stage's teacher; of a cold start on text alone, the one that played the episodes."""
+    inputs = manifest["inputs"]
+    if manifest["stage"] == "distill":
+        played = _manifest(Path(inputs.get("episodes") or "").parent).get("inputs", {})
+        return inputs.get("teacher") or played.get("teacher")
+    return None if yaml.safe_load(manifest["config"])["train"]["teacher_term"]["gate"] == "none" else inputs["teacher"]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _metadata(student: str, teachers: Sequence[str]) -> str:
     data: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -66,8 +82,8 @@ def _metadata(student: str, teacher: str | None) -> str:
     }
     if _is_hub_name(student):
         data |= {"base_model": student, "base_model_relation": "finetune"}
-    # One word only where student and teacher share it; the section on licences says the rest.
-    stated = {licence_of(name) for name in (student, teacher) if name}
+    # One word only where student and teachers share it; the section on licences says the rest.
+    stated = {licence_of(name) for name in (student, *teachers)}
     data["license"] = HUB_LICENCES.get(stated.pop() or "", "other") if len(stated) == 1 else "other"
     return f"---\n{yaml.safe_dump(data, sort_keys=False)}---"
 
@@ -87,7 +103,7 @@ def _method(stage: str, config: Mapping[str, Any]) -> str:
     train, term = config["train"], config["train"]["teacher_term"]
     algorithm = {"ppo": "PPO", "grpo": "GRPO", "gkd": "on-policy distillation (GKD)"}[train["algorithm"]]
     if term["gate"] == "none":
-        return f"{algorithm} on exact match"
+        return f"{algorithm} without a teacher"
     coef = term["coef"] if term["coef"] is not None else DEFAULT_TEACHER_COEF[term["form"]]
     gate = {"failed": "the episodes that it got wrong", "all": "every episode"}[term["gate"]]
     return f"{algorithm} with a teacher on {gate} (form `{term['form']}`, coefficient {coef:g})"
@@ -98,7 +114,7 @@ def _facts(stage: str, manifest: Mapping[str, Any], config: Mapping[str, Any], s
     facts = {
         "method": _method(stage, config),
         "student": f"`{_shown(student)}`",
-        "teacher": f"`{_shown(inputs['teacher'])}`" if inputs.get("teacher") else "none",
+        "teacher": f"`{_shown(teacher)}`" if (teacher := teacher_of(manifest)) else "none",
     }
     before = inputs.get("init")
     if before and before != student:
@@ -115,6 +131,7 @@ def _facts(stage: str, manifest: Mapping[str, Any], config: Mapping[str, Any], s
         facts["steps"] = f"{counts['steps']:,} of {train['batch_size']} questions x {train['samples_per_question']}"
         if counts.get("rollbacks"):
             facts["steps"] += f", after {counts['rollbacks']} rollbacks"
+        facts["reward"] = f"`{train['reward']}`" if train["reward"] else "exact match"
         facts["learning rate"] = f"{train['actor_learning_rate']:g}"
         if train["init_kl_coef"]:
             facts["penalty to the initial policy"] = f"{train['init_kl_coef']:g}"
@@ -192,19 +209,17 @@ def _prompt_template(config: Mapping[str, Any]) -> str:
     return text.replace(question, "{question}") if question in text else SEARCH_R1_PROMPT
 
 
-def _licences(student: str, teacher: str | None) -> str:
+def _licences(student: str, teachers: Sequence[str]) -> str:
     """What docs/licences.md states of the models; it is a map, not legal advice."""
-    stated = {
-        name: licence_of(name) or "not in the project's list: see its own page" for name in (student, teacher) if name
-    }
+    unlisted = "not in the project's list: see its own page"
     return "\n".join(
         [
-            "The weights descend from the student, and the teacher's outputs taught them.",
+            "The weights descend from the student" + (", and a teacher taught them." if teachers else "."),
             "",
             *("| model | licence |", "|---|---|"),
-            *(f"| `{_shown(name)}` | {licence} |" for name, licence in stated.items()),
+            *(f"| `{_shown(name)}` | {licence_of(name) or unlisted} |" for name in (student, *teachers)),
             "",
-            *(f"{row}\n" for row in inherited(student, teacher)),
+            *(f"{row}\n" for row in inherited(student, teachers)),
             "Data sets and corpora have licences of their own. From the project's list; no legal advice.",
         ]
     )

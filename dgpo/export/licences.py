@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 LICENCES = Path(__file__).parents[2] / "docs" / "licences.md"
@@ -21,14 +23,17 @@ def licence_of(model: str) -> str | None:
     return None
 
 
-def inherited(student: str, teacher: str | None) -> list[str]:
-    """Rows of "What you make from them" for this pair."""
-    names = f"{student} {teacher or ''}".lower()
-    size = next((size for size in ("3b", "7b") if f"{size}-" in f"{teacher or ''}-".lower()), None)
-    pair = "Llama pair" if "llama" in names else f"{size.upper()} pair" if "qwen" in names and size else None
-    if pair is None:
-        return []
-    return [f"{cells[1]}. {cells[2]}".strip(". ") + "." for cells in _rows() if cells[0].endswith(pair)]
+def inherited(student: str, teachers: Sequence[str]) -> list[str]:
+    """Rows of "What you make from them" for this student and these teachers."""
+    names = " ".join((student, *teachers)).lower()
+    pairs = {
+        "Llama pair": "llama" in names,
+        "3B pair": "qwen" in names and any(re.search(r"\b3b\b", name.lower()) for name in teachers),
+        "7B pair": "qwen" in names and any(re.search(r"\b7b\b", name.lower()) for name in teachers),
+    }
+    chosen = tuple(pair for pair, applies in pairs.items() if applies)
+    rows = [cells for cells in _rows() if chosen and cells[0].endswith(chosen)]
+    return [". ".join(text for text in (cells[1], cells[2]) if text) + "." for cells in rows]
 
 
 def _rows() -> list[list[str]]:

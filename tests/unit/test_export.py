@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from dgpo.__main__ import main
 from dgpo.artifacts import write_manifest
 from dgpo.checkpoints.model_folders import write_generation_config
 from dgpo.config.load import load_config, to_yaml
-from dgpo.export.card import first_ancestor
+from dgpo.export.card import lineage
 from dgpo.export.licences import inherited, licence_of
 from dgpo.tinyworld.models import save_model
 from tests.distill_stage import tiny_model, tiny_tokenizer
@@ -21,13 +22,19 @@ from tests.unit.hub_server import serving
 STUDENT, TEACHER = "Qwen/Qwen2.5-0.5B-Instruct", "omron-sinicx/SearchR1-ppo-qwen2.5-3b-instruct"
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A run as its stages leave it: a cold start, RL on top of it, and its test; with a base model's own decoding."""
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
     tokenizer = tiny_tokenizer()
     for stage, seed in (("distill", 1), ("train", 2)):
         save_model(tiny_model(tokenizer, seed), tokenizer, folder / stage / "model")
+    return folder
+
+
+@pytest.fixture
+def run(models, tmp_path):
+    """A run as its stages leave it: a cold start, RL on top of it, and its test; with a base model's own decoding."""
+    folder = shutil.copytree(models, tmp_path / "run")
     base = {"do_sample": True, "repetition_penalty": 1.1, "top_k": 20, "eos_token_id": [1, 3], "pad_token_id": 0}
     (folder / "train" / "model" / "generation_config.json").write_text(json.dumps(base))
     config = load_config(
@@ -121,6 +128,8 @@ def test_the_card_says_what_the_run_recorded(run, tmp_path):
         "| data | questions of `data/train.parquet` |",
         "7 of 512 questions x 1, after 1 rollbacks",
         "| seed | 3 |",
+        "| reward | exact match |",
+        "| weights | float32 |",
         "| nq | 600 | 0.250 | 0.200 to 0.310 | 0.300 | 1.50 |",
         f"| `{STUDENT}` | Apache-2.0 |",
         "Built with Qwen",
@@ -151,9 +160,16 @@ def test_a_stage_is_chosen_and_an_untested_model_says_so(run, tmp_path):
     assert "Not evaluated in its run." in card
 
 
-def test_the_first_ancestor_is_found_through_the_stages(run):
-    manifest = {"inputs": {"init": str(run / "train" / "model")}}
-    assert first_ancestor(manifest) == STUDENT
+def test_student_and_teachers_are_found_through_the_stages(run):
+    """RL without a teacher, on a cold start on text that another teacher played."""
+    (run / "collect").mkdir()
+    (run / "collect" / "manifest.json").write_text('{"inputs": {"teacher": "my/teacher"}}')
+    cold = {"stage": "distill", "inputs": {"student": STUDENT, "teacher": None, "episodes": f"{run}/collect/e.jsonl"}}
+    (run / "distill" / "manifest.json").write_text(json.dumps(cold))
+    config = to_yaml(load_config(["train.teacher_term.gate=none"]))
+    inputs = {"init": str(run / "distill" / "model"), "teacher": TEACHER}
+    assert lineage({"stage": "train", "inputs": inputs, "config": config}) == (STUDENT, ["my/teacher"])
+    assert lineage({"stage": "distill", "inputs": {"student": "s", "teacher": "t"}}) == ("s", ["t"])
 
 
 @pytest.mark.parametrize(
@@ -233,5 +249,6 @@ def test_licences_are_those_of_the_projects_list():
     assert licence_of("Qwen/Qwen2.5-3B-Instruct") == "Qwen Research License: not for commercial use"
     assert licence_of("meta-llama/Llama-3.2-1B-Instruct") == "Llama 3.2 Community License"
     assert licence_of("my/own") is None
-    assert "Built with Llama" in inherited("meta-llama/Llama-3.2-1B-Instruct", "SearchR1-ppo-llama3.1-8b")[0]
-    assert inherited("models/student", "models/teacher") == []
+    assert "Built with Llama" in inherited("meta-llama/Llama-3.2-1B-Instruct", ["SearchR1-ppo-llama3.1-8b"])[0]
+    assert len(inherited(STUDENT, [TEACHER])) == 1
+    assert inherited(STUDENT, []) == inherited("models/student", ["models/teacher"]) == []
