@@ -116,8 +116,8 @@ def make(kind: str, data: Path, *, num_passages: int = NUM_PASSAGES) -> None:
 
 def use_bench_encoder(kind: str, data: Path) -> None:
     """Let the retriever's modules load the benchmark's encoder, whatever a manifest names."""
-    for module in ("build", "collection"):
-        importlib.import_module(f"retriever.{module}")
+    for part in ("build", "collection"):
+        importlib.import_module(f"retriever.{part}")
     model = None
 
     def load(*_: Any, device: str = "cpu", num_threads: int | None = None, **__: Any) -> StubEncoder:
@@ -127,7 +127,7 @@ def use_bench_encoder(kind: str, data: Path) -> None:
 
     for name, module in list(sys.modules.items()):
         if name.startswith("retriever.") and name != "retriever.encoders" and hasattr(module, "load_encoder"):
-            module.load_encoder = load
+            setattr(module, "load_encoder", load)  # noqa: B010
 
 
 def main() -> None:
