@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from dgpo.artifacts import atomic_write_text, prepare_run_folder
@@ -32,6 +31,7 @@ from dgpo.evaluation.arcap_chart import DIMENSIONS
 from dgpo.evaluation.report import find_pair
 from dgpo.evaluation.scores import Score, average_samples, group_by
 from dgpo.evaluation.stage import measure_model, read_test_sets, sampling_temperature
+from dgpo.evaluation.summary import table_console
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.metrics.exact_match import exact_match
 from dgpo.metrics.hits import answer_in_passages
@@ -223,8 +223,7 @@ def print_arcap(result: Mapping[str, Any], *, pair: str | None) -> None:
             if dimension == "when_to_search":
                 searches = [f"{model[dimension][set_name]['num_searches']:.2f}" for model in models.values()]
                 table.add_row("searches per episode", set_name, number, *searches)
-    console = Console()
-    Console(width=None if console.is_terminal else 130).print(table)
+    table_console().print(table)
 
 
 def _cell(measured: Mapping[str, Any] | None, metric: str) -> str:

@@ -21,7 +21,7 @@ from rich.table import Table as RichTable
 from dgpo.artifacts import MANIFEST, atomic_write_text
 from dgpo.evaluation.curves import RunCurves, read_curves, read_lines, series
 from dgpo.evaluation.scores import Score, average_samples, group_by, mean_of_sets
-from dgpo.evaluation.summary import read_results
+from dgpo.evaluation.summary import read_results, table_console
 from dgpo.metrics.intervals import paired_bootstrap
 from dgpo.metrics.mcnemar import mcnemar_exact
 
@@ -67,7 +67,7 @@ def compare_runs(a: Path, b: Path) -> list[Table]:
 
 def print_tables(tables: Sequence[Table], console: Console | None = None) -> None:
     """The tables on the console."""
-    console = console or Console()
+    console = console or table_console()
     for table in tables:
         shown = RichTable(title=table.title, title_justify="left", title_style="bold")
         for number, name in enumerate(table.head):

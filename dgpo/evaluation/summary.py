@@ -74,7 +74,7 @@ def print_summary(folder: Path) -> None:
     """The headline table of a finished run, with the time of each stage below."""
     summary = json.loads((Path(folder) / "summary.json").read_text())
     print_results(read_results(folder))
-    console = Console(width=_width())
+    console = table_console()
     terms = {name: m["teacher_term"] for name, m in summary["methods"].items() if m["teacher_term"]}
     for name, term in terms.items():
         console.print(f"{name}: teacher term in its `{term}` form", highlight=False)
@@ -115,7 +115,7 @@ def print_results(results: Mapping[str, Any]) -> None:
         cells += [f"{average['f1']:.3f}", f"{average['answered']:.1%}"]
         cells += [f"{average['num_searches']:.2f}", f"{average['hit']:.1%}"]
         table.add_row(*cells)
-    Console(width=_width()).print(table)
+    table_console().print(table)
 
 
 def protocol_note(results: Mapping[str, Any]) -> str:
@@ -134,8 +134,7 @@ def _interval(ends: list[float]) -> str:
     return f"[{ends[0]:.3f}, {ends[1]:.3f}]".replace("[", "\\[")
 
 
-def _width() -> int | None:
-    """A log file has no width: enough for the table, rather than rich's 80."""
-    import sys
-
-    return None if sys.stdout.isatty() else 130
+def table_console() -> Console:
+    """For tables: a log file has no width, and rich's 80 columns would break them up."""
+    console = Console()
+    return console if console.is_terminal else Console(width=130)
