@@ -10,6 +10,7 @@ holds weights, are model folders already, which get safetensors, a tokenizer and
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,6 +119,7 @@ def _from_shards(folder: Path, dtype: str | None, base: str | None, trusted: boo
     from dgpo.checkpoints.lora import merge_adapters
     from dgpo.checkpoints.shards import ShardError, load_shards, shard_paths, whole_tensors
 
+    logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)  # no process group is needed to read
     source = base or str(folder / "huggingface")
     if base is None and not (folder / "huggingface" / "config.json").is_file():
         raise ConfigError(f"{folder}/huggingface has no config.json: name the model that was trained, base=PATH")
@@ -162,13 +164,12 @@ def _check_names(model: Any, state: Mapping[str, Any], *, source: str, folder: P
 
 
 def _from_model_folder(folder: Path, dtype: str | None, trusted: bool) -> tuple[Any, str]:
-    import torch
     from transformers import AutoModelForCausalLM
 
+    from dgpo.checkpoints.model_folders import weights_dtype
     from dgpo.config.model_files import check_model_folder
 
     check_model_folder(str(folder), key="checkpoint")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype) if dtype else "auto", trust_remote_code=trusted
-    )
+    own = weights_dtype(folder) if any(folder.glob("*.safetensors")) else "auto"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or own, trust_remote_code=trusted)
     return model, str(folder)

@@ -35,6 +35,26 @@ def write_generation_config(folder: Path, *, fallback: dict[str, Any] | None = N
     atomic_write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
+def weights_dtype(folder: Path) -> str:
+    """`float32`, `bfloat16` or `float16`: of the first tensor in the folder's safetensors.
+
+    Not what `config.json` says: veRL writes float32 weights beside a configuration that says bfloat16, by which
+    transformers would cast them.
+    """
+    with sorted(folder.glob("*.safetensors"))[0].open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    return names[next(entry["dtype"] for name, entry in header.items() if name != "__metadata__")]
+
+
+def state_dtype(folder: Path) -> None:
+    """Makes `config.json` say what the weights are, so that they are loaded as they are."""
+    path = folder / "config.json"
+    atomic_write_text(
+        path, json.dumps({**json.loads(path.read_text()), "dtype": weights_dtype(folder)}, indent=2) + "\n"
+    )
+
+
 def save_model_folder(model: Any, tokenizer: Any, folder: Path) -> None:
     """Weights as safetensors, configuration, tokenizer with chat template, generation config."""
     model.save_pretrained(folder)

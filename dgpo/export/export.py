@@ -96,11 +96,11 @@ def find_stage(run: Path, stage: str | None) -> tuple[str, dict[str, Any]]:
 
 def _copy_model(model: Path, target: Path, *, dtype: str | None) -> str:
     """Loads and saves the model once: what is exported has been loaded. Returns the weights' dtype."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dgpo.checkpoints.model_folders import save_model_folder
+    from dgpo.checkpoints.model_folders import save_model_folder, weights_dtype
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype) if dtype else "auto")
+    chosen = dtype or weights_dtype(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=chosen)
     save_model_folder(loaded, AutoTokenizer.from_pretrained(model), target)
-    return str(next(loaded.parameters()).dtype).removeprefix("torch.")
+    return chosen

@@ -14,7 +14,7 @@ from typing import Any
 
 from dgpo.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
 from dgpo.checkpoints.folders import newest_whole, read_seal, set_aside_later
-from dgpo.checkpoints.model_folders import write_generation_config
+from dgpo.checkpoints.model_folders import state_dtype, write_generation_config
 from dgpo.config.checks import check_train
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
@@ -168,6 +168,7 @@ def _export(config: Config, folder: Path) -> Path:
     temporary = folder / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(checkpoints / f"{CHECKPOINT}{step}" / "actor" / "huggingface", temporary)
+    state_dtype(temporary)
     write_generation_config(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)

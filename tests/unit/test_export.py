@@ -10,8 +10,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dgpo.__main__ import main
-from dgpo.artifacts import write_manifest
-from dgpo.checkpoints.model_folders import write_generation_config
+from dgpo.artifacts import file_sha256, write_manifest
+from dgpo.checkpoints.model_folders import state_dtype, write_generation_config
 from dgpo.config.load import load_config, to_yaml
 from dgpo.export.card import lineage
 from dgpo.export.licences import inherited, licence_of
@@ -84,6 +84,19 @@ def test_an_exported_model_is_the_runs(run, tmp_path):
     exported, own = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "out", run / "train" / "model"))
     assert exported.get_vocab() == own.get_vocab()
     assert exported.chat_template == own.chat_template
+
+
+def test_weights_keep_their_dtype_whatever_the_configuration_says(run, tmp_path):
+    """veRL saves float32 weights with a configuration of bfloat16."""
+    path = run / "distill" / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "bfloat16"}))
+    manifest = json.loads((run / "distill" / "manifest.json").read_text())
+    manifest["sha256"]["model/config.json"] = file_sha256(path)
+    (run / "distill" / "manifest.json").write_text(json.dumps(manifest))
+    assert export(run, tmp_path / "out", "export.stage=distill") == 0
+    assert torch.equal(logits(tmp_path / "out"), logits(run / "distill" / "model", torch.float32))
+    state_dtype(run / "distill" / "model")
+    assert logits(run / "distill" / "model").dtype == torch.float32
 
 
 def test_the_weights_dtype_is_chosen(run, tmp_path):
