@@ -96,9 +96,9 @@ def rl_budget(config: Config, models: Models) -> Budget:
             parts["gradients"] += FLOAT32 * count / shards * (training and name == using and here)
         return parts
 
-    def buffers(shape: ModelShape, *, training: bool) -> float:
+    def gathered(shape: ModelShape) -> float:
         streamed = FLOAT32 * shape.layer / shards if hardware.offload == "full" else 0.0
-        return memory.sharding_buffers(shape, precision, shards=shards, training=training) + streamed
+        return memory.gathered_weights(shape, precision) + streamed
 
     def update(name: str) -> dict[str, float]:
         shape, checkpointing = models.student, hardware.gradient_checkpointing
@@ -106,19 +106,28 @@ def rl_budget(config: Config, models: Models) -> Budget:
         workspace = memory.backward_workspace(shape, tokens, precision, checkpointing=checkpointing)
         copies = memory.LOGIT_COPIES["train"][hardware.compile] + exact if name == "actor" else 0
         rows = memory.logits(shape, tokens, precision, copies=copies)
-        passing = {"sharding buffers": buffers(shape, training=True)}
-        # The logits are gone when the layers run backward.
-        passing |= {"activations": saved, "logits": rows} if rows > workspace else {"activations": saved + workspace}
+        layers = {
+            "activations": saved + workspace,
+            "sharding buffers": gathered(shape)
+            + memory.reduced_gradients(shape.layer, precision, shards=shards)
+            + value * shape.embedding * shape.tied,  # the root's gradient, which is reduced last
+        }
+        embedding = {
+            "activations": 0 if shape.tied else saved,
+            "sharding buffers": value * shape.embedding
+            + memory.reduced_gradients(shape.embedding, precision, shards=shards),
+        }
+        loss = {"activations": saved, "logits": rows, "sharding buffers": gathered(shape)}
         if exact and name == "actor" and models.teacher is not None:
-            passing["teacher"] = _exact_teacher(config, models.teacher, precision, tokens)
-        # And all of this is gone when the optimiser makes its step, which takes the space of one more moment.
-        step = FLOAT32 * trained[name] / shards * (hardware.offload != "full")
-        return states(using=name, training=True) | max(
-            passing, {"optimiser step": step}, key=lambda parts: sum(parts.values())
-        )
+            loss["teacher"] = _exact_teacher(config, models.teacher, precision, tokens)
+        # The optimiser's step takes the space of one more moment.
+        step = {"optimiser step": FLOAT32 * trained[name] / shards * (hardware.offload != "full")}
+        # These follow each other; the logits are gone when the layers run backward.
+        fullest = max((loss, layers, embedding, step), key=lambda parts: sum(parts.values()))
+        return states(using=name, training=True) | fullest
 
     def score(shape: ModelShape, owner: str | None) -> dict[str, float]:
-        parts = states(using=owner) | {"sharding buffers": buffers(shape, training=False)}
+        parts = states(using=owner) | {"sharding buffers": gathered(shape)}
         parts["activations"] = memory.forward_workspace(shape, tokens, precision)
         if owner != "critic":
             copies = memory.LOGIT_COPIES["score"][hardware.compile] if owner == "actor" else 1
@@ -147,7 +156,7 @@ def _exact_teacher(config: Config, teacher: ModelShape, precision: Precision, to
     chunk = config.train.teacher_term.chunk_tokens * teacher.vocab * FLOAT32 * 3
     head = precision.value * teacher.embedding
     hidden = 2 * tokens * teacher.hidden * precision.value
-    gathered = memory.sharding_buffers(teacher, precision, shards=1, training=False)
+    gathered = memory.gathered_weights(teacher, precision)
     return gathered + head + max(chunk, memory.forward_workspace(teacher, tokens, precision)) + hidden
 
 
@@ -206,7 +215,8 @@ def distill_budget(config: Config, models: Models) -> Budget:
         "logits": chunk,
     }
     if settings.sharding == "full":
-        parts["sharding buffers"] = memory.sharding_buffers(shape, precision, shards=shards, training=True)
+        reduced = memory.reduced_gradients(shape.embedding, precision, shards=shards)
+        parts["sharding buffers"] = memory.gathered_weights(shape, precision) + reduced
     else:
         # Autocast's copies of the weights, and, with several GPUs, the buckets that DDP reduces gradients in.
         copies = value * count * (value < FLOAT32)

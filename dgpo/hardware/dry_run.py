@@ -14,6 +14,7 @@ from dgpo.config.load import ConfigError, changed_settings
 from dgpo.config.schema import Config
 from dgpo.hardware.budget import Models, find_gpu, is_on_this_node
 from dgpo.hardware.fit import explain, nearest_fit
+from dgpo.hardware.gpu_hours import paper_gpu_hours
 from dgpo.hardware.known_gpus import GIB
 from dgpo.hardware.placement import place
 from dgpo.hardware.report import (
@@ -77,6 +78,9 @@ def _print_plan(console: Console, config: Config, stage: str, models: Models, ro
     if estimate is not None:
         parts.append((f"Time, estimated, of {'a step' if estimate.steps > 1 else 'the stage'}", time_table(estimate)))
         parts.append(("", facts(time_facts(estimate, hardware.num_nodes * hardware.gpus_per_node))))
+        if stage == "train":
+            hours = f"{paper_gpu_hours(config) or 0:,.0f} GPU hours of H200, scaled from the authors' run"
+            parts.append(("", facts([("the paper", hours)])))
     for title, table in parts:
         if title:
             console.print(f"\n{title}")

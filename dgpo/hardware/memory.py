@@ -73,16 +73,18 @@ def logits(shape: ModelShape, tokens: int, precision: Precision, *, copies: int)
     return copies * tokens * shape.vocab * precision.value
 
 
-def sharding_buffers(shape: ModelShape, precision: Precision, *, shards: int, training: bool) -> float:
-    """Bytes that FSDP2 takes to gather weights, and in training to reduce gradients, of its largest groups.
+def gathered_weights(shape: ModelShape, precision: Precision) -> int:
+    """Bytes of the whole weights that FSDP2 holds at once in a forward pass.
 
-    A layer is a group. Tied embeddings belong to the root, whole from its forward pass to its backward pass; others
-    are groups of their own. Gradients are reduced in float32.
+    A layer is a group. Tied embeddings belong to the root, which is whole all along; others are groups of their own,
+    of which one is whole at a time.
     """
-    gathered = precision.value * (UNSHARDED_LAYERS * shape.layer + shape.embedding)
-    if not training:
-        return gathered
-    return gathered + max(shape.layer, shape.embedding) * (precision.value + FLOAT32 * (1 + 1 / shards))
+    return precision.value * (UNSHARDED_LAYERS * shape.layer + shape.embedding)
+
+
+def reduced_gradients(size: int, precision: Precision, *, shards: int) -> float:
+    """Bytes for the gradients of a group of `size` parameters: whole, and reduced in float32, in and out."""
+    return size * (precision.value + FLOAT32 * (1 + 1 / shards))
 
 
 def engine_weights(shape: ModelShape, *, value: int, tensor_parallel: int) -> float:

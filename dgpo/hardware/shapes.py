@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dgpo.config.load import ConfigError
 from dgpo.config.model_files import HubUnreachableError, model_file
 from dgpo.config.schema import Config
-from dgpo.config.stages import is_planned
 from dgpo.hardware.known_models import KNOWN_MODELS
 
 FAMILY = ("llama", "qwen2", "qwen3", "mistral")
@@ -99,15 +100,24 @@ def find_shape(config: Config, path: str | None) -> ModelShape | None:
     """
     if not path:
         return None
-    if not Path(path).is_dir():
-        if is_planned(config, path) and path != config.student.path:
-            return find_shape(config, config.student.path)
-        if path == config.teacher.path and config.teacher.init and Path(path).name == "model":
-            return find_shape(config, config.teacher.init)
-    try:
+    if Path(path).is_dir():
         file = model_file(path, "config.json", key="model")
+        return shape_from_config(json.loads(file.read_text())) if file else None
+    if path == config.teacher.path and config.teacher.init and Path(path).name == "model":
+        return find_shape(config, config.teacher.init)
+    if Path(path).parts[-2:] in (("distill", "model"), ("train", "model")) and path != config.student.path:
+        return find_shape(config, config.student.path)
+    return _hub_shape(path)
+
+
+@cache
+def _hub_shape(name: str) -> ModelShape | None:
+    try:
+        file = model_file(name, "config.json", key="model")
     except HubUnreachableError:
-        return known_shape(path)
+        return known_shape(name)
+    except ConfigError:
+        return None  # no model at all: the checks have said so, or it is not theirs to say
     return shape_from_config(json.loads(file.read_text())) if file else None
 
 

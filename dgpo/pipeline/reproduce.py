@@ -20,8 +20,8 @@ from dgpo.config.load import ConfigError, chosen, group_choices, load_config
 from dgpo.config.schema import Config
 from dgpo.evaluation.records import read_records
 from dgpo.evaluation.scores import Score, compare
+from dgpo.hardware.gpu_hours import gpu_hours_range
 from dgpo.pipeline import tiny
-from dgpo.pipeline.estimate import gpu_hours
 from dgpo.pipeline.paper import LABELS, MAIN_PAIR, TABLES, paper_value
 from dgpo.pipeline.plan import Plan, plan_table
 from dgpo.pipeline.processes import Stages, python_module
@@ -110,18 +110,19 @@ def _inputs(pair: str, stages: Stages, folder: Path, config: Config) -> Iterator
 
 def _print_plan(pair: str, plan: Plan) -> None:
     table = Table(title=f"Stages for {pair}", title_justify="left")
-    for column in ("stage", "starts from", "H200 hours, estimated", ""):
-        table.add_column(column, justify="right" if "hours" in column else "left")
-    total = 0.0
+    for column in ("stage", "starts from", "GPU hours: counted", "as in the paper", ""):
+        table.add_column(column, justify="left" if column in ("stage", "starts from", "") else "right")
+    totals = [0.0, 0.0]
     for stage in plan.stages:
         config = stage.config
-        hours = gpu_hours(config, stage.stage) if config.hardware.platform == "cuda" else None
-        total += hours or 0.0
+        hours = gpu_hours_range(config, stage.stage)
+        totals = [total + (hours or (0.0, 0.0))[i] for i, total in enumerate(totals)]
         before = getattr(getattr(config, stage.stage), "init", None)
         state = "done" if stage.is_done else "begun" if stage.has_begun else ""
-        table.add_row(stage.name, before or "", f"{hours:.1f}" if hours is not None else "-", state)
-    if total:
-        table.add_row("total", "", f"{total:.0f}", "")
+        shown = [f"{value:.1f}" for value in hours] if hours else ["-", "-"]
+        table.add_row(stage.name, before or "", *shown, state)
+    if any(totals):
+        table.add_row("total", "", *(f"{total:.0f}" for total in totals), "")
     Console(width=_width()).print(table)
 
 

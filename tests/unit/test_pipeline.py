@@ -13,10 +13,11 @@ import pytest
 
 from dgpo.__main__ import main
 from dgpo.config.load import group_choices, load_config
-from dgpo.pipeline.estimate import PAPER_GPU_HOURS, billion_parameters, gpu_hours
+from dgpo.hardware.gpu_hours import PAPER_GPU_HOURS, gpu_hours_range, paper_gpu_hours
 from dgpo.pipeline.paper import EXACT_MATCH, LABELS, ROWS, SETS, paper_value
 from dgpo.pipeline.plan import Plan, plan_table
 from dgpo.pipeline.reproduce import collect_rows, render_markdown
+from tests.unit.stubs import make_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,18 +111,30 @@ def test_a_stage_is_done_when_its_manifest_is_there(tmp_path):
     assert stage.is_done
 
 
-def test_the_estimate_is_the_papers_day_for_the_papers_run():
-    assert gpu_hours(load_config(["experiment=dgpo", "pair=qwen3b_05b"]), "train") == pytest.approx(PAPER_GPU_HOURS)
-    without = gpu_hours(load_config(["experiment=no_teacher", "pair=qwen3b_05b"]), "train")
-    assert without == pytest.approx(PAPER_GPU_HOURS / 1.095)
-    assert gpu_hours(load_config(["student.path=mine", "teacher.path=yours"]), "train") is None
+@pytest.fixture
+def no_hub(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("Qwen/Qwen2.5-0.5B-Instruct", 0.5), ("SearchR1-ppo-qwen2.5-3b-instruct", 3), ("mine", None)]
-)
-def test_a_models_size_is_read_from_its_name(name, size):
-    assert billion_parameters(name) == size
+def test_the_papers_run_takes_the_papers_day(no_hub):
+    config = load_config(["experiment=dgpo", "pair=qwen3b_05b"])
+    assert paper_gpu_hours(config) == pytest.approx(PAPER_GPU_HOURS)
+    without = load_config(["experiment=no_teacher", "pair=qwen3b_05b"])
+    assert paper_gpu_hours(without) == pytest.approx(PAPER_GPU_HOURS / 1.095)
+
+
+def test_the_arithmetic_is_a_lower_bound_of_what_the_paper_took(no_hub):
+    config = load_config(["experiment=dgpo", "pair=qwen3b_05b"])
+    counted, measured = gpu_hours_range(config, "train")
+    assert 0 < counted < measured == pytest.approx(PAPER_GPU_HOURS)
+    assert gpu_hours_range(config, "collect")[0] == gpu_hours_range(config, "collect")[1]
+
+
+def test_models_of_unknown_shape_have_no_estimate(tmp_path):
+    models = [f"student.path={make_model(tmp_path / 'student')}", f"teacher.path={make_model(tmp_path / 'teacher')}"]
+    assert gpu_hours_range(load_config([*models, "train.init=" + models[0].split("=")[1]]), "train") is None
 
 
 @pytest.fixture
@@ -171,7 +184,7 @@ def test_a_folder_made_with_other_overrides_is_refused(tmp_path, capsys):
     assert "was made with train.num_steps=5" in capsys.readouterr().err
 
 
-def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys):
+def test_a_dry_run_prints_the_plan_and_starts_nothing(no_hub, tmp_path, capsys):
     assert main(["reproduce", "table=pairs", f"run_dir={tmp_path / 'tables'}", "dry_run=true"]) == 0
     output = capsys.readouterr().out
     assert "Stages for llama8b_1b" in output

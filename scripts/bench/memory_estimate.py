@@ -1,0 +1,320 @@
+"""The memory estimates of dgpo/hardware against measurements, on the CPU: estimate, measured, ratio.
+
+    python scripts/bench/memory_estimate.py [--only states activations]
+
+Fails when an estimate is further than 15% from its measurement, or an exact one differs at all.
+
+Models of the Llama family, small enough to run, are measured with real tensors: what a forward pass keeps for its
+backward pass (`saved_tensors_hooks`), and the most bytes of tensors that live at once in a training micro-batch with
+FSDP2 on one rank, veRL's log-probs and entropy, and an AdamW step. The paper's models are counted on torch's meta
+device. KV-cache bytes are vLLM's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+
+from dgpo.config.load import load_config
+from dgpo.config.schema import Config
+from dgpo.hardware.budget import Models, rl_budget
+from dgpo.hardware.known_models import KNOWN_MODELS
+from dgpo.hardware.memory import Precision, kv_bytes_per_token, saved_activations
+from dgpo.hardware.shapes import ModelShape, shape_from_config
+
+TOLERANCE = 1.15
+EXACT = ("parameters", "states", "activations", "kv_cache")
+VALUE_BYTES = {torch.float32: 4, torch.bfloat16: 2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; bytes, or parameters."""
+
+    what: str
+    estimate: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        return self.estimate / self.measured
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of distinct tensor storages that live at once while this is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._storages: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def watch(self, *tensors: Any) -> None:
+        """Tensors that were there before."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, torch.Tensor):
+                local = getattr(tensor, "_local_tensor", tensor)
+                self._storages.add(local.untyped_storage())
+
+    def now(self) -> int:
+        """FSDP resizes storages in place, so sizes are read anew."""
+        return sum({storage._cdata: storage.nbytes() for storage in self._storages}.values())
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.watch(result)
+        self.peak = max(self.peak, self.now())
+        return result
+
+
+def make_model(
+    shape: ModelShape, *, kind: str, dtype: torch.dtype, auto: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """A model with random weights."""
+    settings = AutoConfig.for_model(
+        kind,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate,
+        vocab_size=shape.vocab,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=8192,
+        num_labels=1,
+    )
+    return auto.from_config(settings, dtype=dtype, attn_implementation="sdpa").train()
+
+
+def small_shape(kind: str, *, tied: bool, vocab: int = 8000) -> ModelShape:
+    """The proportions of the real ones."""
+    return ModelShape(256, 4, 8, 2, 32, 1024, vocab, tied, qkv_bias=kind == "qwen2")
+
+
+def parameters(names: Iterable[str] = tuple(KNOWN_MODELS)) -> Iterator[Row]:
+    """The paper's models, and value models made from them, on the meta device."""
+    for name in names:
+        settings = KNOWN_MODELS[name]
+        shape = shape_from_config(settings)
+        assert shape is not None
+        for role, auto, estimate in (
+            ("", AutoModelForCausalLM, shape.parameters),
+            (" as critic", AutoModelForTokenClassification, shape.critic),
+        ):
+            with torch.device("meta"):
+                model = make_model(shape, kind=settings["model_type"], dtype=torch.bfloat16, auto=auto)
+            yield Row(f"parameters of {name}{role}", estimate, sum(p.numel() for p in model.parameters()))
+
+
+def activations(*, tokens: int = 512) -> Iterator[Row]:
+    """What a forward pass keeps, logits apart."""
+    for kind in ("llama", "qwen2"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for checkpointing in (False, True):
+                shape = small_shape(kind, tied=True, vocab=100)
+                model = make_model(shape, kind=kind, dtype=dtype)
+                if checkpointing:
+                    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                value = VALUE_BYTES[dtype]
+                estimate = saved_activations(shape, tokens, Precision(value, value), checkpointing=checkpointing)
+                name = f"activations, {kind}, {str(dtype).split('.')[1]}{', checkpointed' * checkpointing}"
+                yield Row(name, estimate, saved_bytes(model, tokens))
+
+
+def saved_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of distinct storages, weights apart, that autograd keeps after a forward pass."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def states() -> Iterator[Row]:
+    """Weights, gradients and optimiser of a small model after a real AdamW step."""
+    for kind in ("llama", "qwen2"):
+        shape = small_shape(kind, tied=False)
+        model = make_model(shape, kind=kind, dtype=torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(input_ids=torch.zeros(1, 8, dtype=torch.int64)).logits.sum().backward()
+        optimizer.step()
+        moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+        yield Row(f"weights, {kind}", 4 * shape.parameters, _bytes(list(model.parameters())))
+        yield Row(f"gradients, {kind}", 4 * shape.parameters, _bytes([p.grad for p in model.parameters()]))
+        yield Row(f"optimiser, {kind}", 8 * shape.parameters, _bytes(moments))
+
+
+def _bytes(tensors: list[Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A training micro-batch to measure."""
+
+    kind: str
+    dtype: str
+    checkpointing: bool
+    vocab: int
+    tokens: int = 768
+
+    @property
+    def shape(self) -> ModelShape:
+        return small_shape(self.kind, tied=True, vocab=self.vocab)
+
+    def config(self) -> Config:
+        config = load_config(["hardware=cpu", "train.algorithm=grpo", "train.samples_per_question=2"])
+        config.hardware.dtype, config.hardware.max_tokens_per_gpu = self.dtype, self.tokens
+        config.hardware.gradient_checkpointing, config.hardware.remove_padding = self.checkpointing, True
+        config.hardware.engine.sleep = True
+        return config
+
+    def estimate(self) -> float:
+        parts = rl_budget(self.config(), Models(self.shape)).phases["update actor"]
+        return sum(parts.values())
+
+
+MICRO_BATCHES = (
+    MicroBatch("qwen2", "bfloat16", checkpointing=True, vocab=8000),
+    MicroBatch("llama", "bfloat16", checkpointing=True, vocab=500),
+    MicroBatch("llama", "bfloat16", checkpointing=False, vocab=8000),
+    MicroBatch("qwen2", "float32", checkpointing=True, vocab=8000),
+    MicroBatch("qwen2", "float32", checkpointing=False, vocab=500),
+)
+
+
+def training() -> Iterator[Row]:
+    """Peak of an update of the actor, on one rank."""
+    with process_group():
+        for batch in MICRO_BATCHES:
+            name = f"update, {batch.kind}, {batch.dtype}{', checkpointed' * batch.checkpointing}, V={batch.vocab}"
+            yield Row(name, batch.estimate(), training_peak(batch))
+
+
+class process_group:
+    """torch.distributed with one rank."""
+
+    def __enter__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{self._folder.name}/store", rank=0, world_size=1
+        )
+
+    def __exit__(self, *_: object) -> None:
+        torch.distributed.destroy_process_group()
+        self._folder.cleanup()
+
+
+def training_peak(batch: MicroBatch) -> int:
+    """The most bytes of live tensors: FSDP2 as veRL applies it, its log-probs and entropy, backward, AdamW.
+
+    Of the second step, in which the moments exist already, with two micro-batches, of which one finds gradients.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
+
+    model = make_model(batch.shape, kind=batch.kind, dtype=torch.float32)
+    if batch.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    dtype = getattr(torch, batch.dtype)
+    settings: dict[str, Any] = {
+        "mesh": init_device_mesh("cpu", (1,)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=True),
+        "reshard_after_forward": True,
+    }
+    for layer in model.model.layers:
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    ids = torch.randint(0, batch.vocab, (1, batch.tokens))
+    labels = ids.roll(-1, 1)[0]
+
+    def micro_batch() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = model(input_ids=ids, use_cache=False).logits.squeeze(0)
+            entropy = entropy_from_logits(logits)
+            log_probs = logprobs_from_logits(logits=logits, labels=labels, inplace_backward=False)
+            loss = -log_probs.float().mean() - 0.001 * entropy.float().mean()
+        del logits
+        loss.backward()
+
+    def step() -> None:
+        micro_batch()
+        micro_batch()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    live = LiveBytes()
+    live.watch(list(model.parameters()), [list(state.values()) for state in optimizer.state.values()])
+    with live:
+        step()
+    return live.peak
+
+
+def kv_cache() -> Iterator[Row]:
+    """Bytes per token of the paper's models, by vLLM."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    for name, settings in KNOWN_MODELS.items():
+        shape = shape_from_config(settings)
+        assert shape is not None
+        spec = FullAttentionSpec(
+            block_size=16, num_kv_heads=shape.kv_heads, head_size=shape.head_dim, dtype=torch.bfloat16
+        )
+        measured = spec.page_size_bytes * shape.layers / spec.block_size
+        yield Row(f"KV cache per token, {name}", kv_bytes_per_token(shape, value=2), measured)
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
+    "parameters": parameters,
+    "states": states,
+    "activations": activations,
+    "training": training,
+    "kv_cache": kv_cache,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{'':44} {'estimate':>16} {'measured':>16} {'ratio':>6}")
+    num_wrong = 0
+    for section in options.only:
+        for row in SECTIONS[section]():
+            wrong = row.estimate != row.measured if section in EXACT else max(row.ratio, 1 / row.ratio) > TOLERANCE
+            num_wrong += wrong
+            mark = "  <- wrong" * wrong
+            print(f"{row.what:44} {row.estimate:16,.0f} {row.measured:16,.0f} {row.ratio:6.3f}{mark}", flush=True)
+    return int(num_wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
