@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import absolute
 from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
@@ -18,10 +19,20 @@ from dgpo.trajectory import Trajectory
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
-    """The tokenizer that was saved beside a checkpoint."""
+    """The tokenizer that was saved beside a checkpoint.
+
+    Raises:
+        ConfigError: there is none, or it does not load.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{path} has no tokenizer that loads ({reason}): save the model's tokenizer beside its weights"
+        ) from error
 
 
 def make_policy(

@@ -30,7 +30,7 @@ from dgpo.evaluation import upstream
 from dgpo.evaluation.arcap_chart import DIMENSIONS
 from dgpo.evaluation.report import find_pair
 from dgpo.evaluation.scores import Score, average_samples, group_by
-from dgpo.evaluation.stage import measure_model, read_test_sets, sampling_temperature
+from dgpo.evaluation.stage import load_tokenizers, measure_model, read_test_sets, sampling_temperature
 from dgpo.evaluation.summary import table_console
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.metrics.exact_match import exact_match
@@ -79,8 +79,9 @@ def arcap(config: Config) -> Path | None:
         plan = f"{', '.join(config.test.models)} would be measured on questions with gold passages: {sizes}"
         print_dry_run(config, "arcap", plan, notes)
         return None
+    tokenizers = load_tokenizers(config)
     folder = prepare_run_folder(Path(config.run_dir) / "arcap", resume=config.resume)
-    scores = {name: _measure(config, name, sets, folder / name) for name in config.test.models}
+    scores = {name: _measure(config, name, sets, folder / name, each) for name, each in tokenizers.items()}
     result = {
         "models": {
             name: {"checkpoint": config.test.models[name], **summarize(group)} for name, group in scores.items()
@@ -96,7 +97,9 @@ def arcap(config: Config) -> Path | None:
     return folder
 
 
-def _measure(config: Config, name: str, sets: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> list[Score]:
+def _measure(
+    config: Config, name: str, sets: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path, tokenizer: Any
+) -> list[Score]:
     raw = config.test.compat == "upstream"
 
     def plan(tokenizer: Any) -> list[PlannedEpisode]:
@@ -110,7 +113,7 @@ def _measure(config: Config, name: str, sets: Mapping[str, Sequence[Mapping[str,
     def score(episode: PlannedEpisode, trajectory: Trajectory, _: Any) -> Score:
         return {**episode.labels, **score_arcap(trajectory, episode, raw_hits=raw)}
 
-    return measure_model(config, name, folder, stage="arcap", plan=plan, score=score)
+    return measure_model(config, name, folder, tokenizer=tokenizer, stage="arcap", plan=plan, score=score)
 
 
 def plan_arcap(

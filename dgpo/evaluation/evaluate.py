@@ -21,7 +21,7 @@ from dgpo.evaluation import upstream
 from dgpo.evaluation.loggers import log_metrics
 from dgpo.evaluation.records import write_records
 from dgpo.evaluation.scores import Score, compare, release_metrics, score_episode, summarize_model
-from dgpo.evaluation.stage import Played, measure_model, read_test_sets, sampling_temperature
+from dgpo.evaluation.stage import Played, load_tokenizers, measure_model, read_test_sets, sampling_temperature
 from dgpo.evaluation.summary import print_results, update_summary
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.trajectory import Trajectory
@@ -52,8 +52,9 @@ def evaluate(config: Config) -> Path | None:
         print_dry_run(config, "test", plan, notes, rows=sum(map(len, rows.values())) * len(config.test.models))
         return None
     started = time.perf_counter()
+    tokenizers = load_tokenizers(config)
     folder = prepare_run_folder(Path(config.run_dir) / "test", resume=config.resume)
-    scores = {name: _evaluate_model(config, name, rows, folder / name) for name in config.test.models}
+    scores = {name: _evaluate_model(config, name, rows, folder / name, each) for name, each in tokenizers.items()}
     models = {
         name: {"checkpoint": config.test.models[name], **summarize_model(group)} for name, group in scores.items()
     }
@@ -76,7 +77,9 @@ def evaluate(config: Config) -> Path | None:
     return folder
 
 
-def _evaluate_model(config: Config, name: str, rows: Mapping[str, Sequence[Any]], folder: Path) -> list[Score]:
+def _evaluate_model(
+    config: Config, name: str, rows: Mapping[str, Sequence[Any]], folder: Path, tokenizer: Any
+) -> list[Score]:
     def plan(tokenizer: Any) -> list[PlannedEpisode]:
         return [
             episode
@@ -90,6 +93,7 @@ def _evaluate_model(config: Config, name: str, rows: Mapping[str, Sequence[Any]]
         config,
         name,
         folder,
+        tokenizer=tokenizer,
         stage="test",
         plan=plan,
         score=partial(_score, config=config),

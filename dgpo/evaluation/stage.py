@@ -34,11 +34,18 @@ def sampling_temperature(config: Config) -> float:
     return upstream.TEMPERATURE if test.compat == "upstream" or test.samples > 1 else 0.0
 
 
+def load_tokenizers(config: Config) -> dict[str, Any]:
+    """Of every model, before one of them plays: a folder that is no checkpoint costs nobody's evaluation."""
+    trusted = config.student.trust_remote_code
+    return {name: load_tokenizer(path, trust_remote_code=trusted) for name, path in config.test.models.items()}
+
+
 def measure_model(
     config: Config,
     name: str,
     folder: Path,
     *,
+    tokenizer: Any,
     stage: str,
     plan: Callable[[Any], list[PlannedEpisode]],
     score: Callable[[PlannedEpisode, Trajectory, Any], Score],
@@ -49,6 +56,7 @@ def measure_model(
     Args:
         name: of the model in `test.models`.
         folder: of the model in the stage; gets `trajectories.jsonl`, `scores.jsonl` and a manifest.
+        tokenizer: of the model.
         plan: tokenizer -> the episodes.
         score: episode, its trajectory and the tokenizer -> its record.
         write_more: called with the folder, all episodes with their trajectories, and the tokenizer.
@@ -57,17 +65,15 @@ def measure_model(
     finished = finished_records(folder, stage=stage, inputs=inputs)
     if finished is not None:
         return finished
-    checkpoint, trusted = config.test.models[name], config.student.trust_remote_code
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trusted)
     planned = plan(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     trajectories = play_model(
         config,
         planned,
-        model=checkpoint,
+        model=config.test.models[name],
         tokenizer=tokenizer,
         temperature=sampling_temperature(config),
-        trust_remote_code=trusted,
+        trust_remote_code=config.student.trust_remote_code,
         path=folder / "trajectories.jsonl",
         name=f"{stage} {name}",
     )

@@ -11,10 +11,12 @@ import pytest
 from dgpo.__main__ import main
 from dgpo.config.load import ConfigError
 from dgpo.engines import episode_runner
+from dgpo.engines.play import load_tokenizer
 from dgpo.evaluation.evaluate import evaluate
 from dgpo.evaluation.scores import compare
 from dgpo.trajectory import read_trajectories
-from tests.unit.fake_model import FakeModel, fake_config, make_question, use_model
+from tests.unit.fake_model import ChatTokenizer, FakeModel, fake_config, make_question, use_model
+from tests.unit.stubs import make_model
 
 SHELF = {"find Ada": ['"Ada"\nAda Lovelace wrote it.']}
 
@@ -257,6 +259,21 @@ def test_wrong_settings_and_files_are_refused_before_anything_is_written(model, 
         evaluate(config)
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not Path(config.run_dir).exists()
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_any_model_plays(model, monkeypatch, tmp_path):
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    config.test.models = {"mine": config.test.models["mine"], "broken": make_model(tmp_path / "broken")}
+    (tmp_path / "broken" / "tokenizer.json").unlink(missing_ok=True)
+
+    def load(path, **options):
+        return ChatTokenizer() if path == config.test.models["mine"] else load_tokenizer(path, **options)
+
+    monkeypatch.setattr("dgpo.evaluation.stage.load_tokenizer", load)
+    with pytest.raises(ConfigError, match="broken has no tokenizer that loads"):
+        evaluate(config)
+    assert model.num_turns == 0
     assert not Path(config.run_dir).exists()
 
 
