@@ -110,13 +110,13 @@ def _collect(overrides: Sequence[str]) -> None:
 
 def _distill(overrides: Sequence[str]) -> None:
     from dgpo.coldstart.distill import distill
-    from dgpo.coldstart.errors import CheckpointMismatchError, DivergedError
+    from dgpo.coldstart.errors import CheckpointMismatchError, DivergedError, RankLostError
 
     try:
         _play(distill, load_config(overrides))
     except CheckpointMismatchError as error:
         raise ConfigError(str(error)) from error
-    except DivergedError as error:
+    except (DivergedError, RankLostError) as error:
         raise CommandFailedError(str(error)) from error
 
 
@@ -129,6 +129,8 @@ def _train(overrides: Sequence[str]) -> None:
             train(load_config(overrides))
     except TrainingFailedError as error:
         raise CommandFailedError(str(error)) from error
+    except OSError as error:
+        raise CommandFailedError(f"{error}; when that is mended, repeat the command with resume=true") from error
 
 
 def _test(overrides: Sequence[str]) -> None:
@@ -214,6 +216,7 @@ def _reproduce(overrides: Sequence[str]) -> None:
 
 def _play(stage: Callable[[Config], object], config: Config) -> None:
     """A stage that plays episodes: an outage of the retriever, or a full disk, is for its user to mend."""
+    from dgpo.engines.bounded_policy import EngineLostError
     from dgpo.engines.episode_runner import ResumeMismatchError, SearchOutageError
     from dgpo.engines.vllm_policy import EngineStartError
     from dgpo.stopping import raised_on_request
@@ -223,7 +226,7 @@ def _play(stage: Callable[[Config], object], config: Config) -> None:
             stage(config)
     except ResumeMismatchError as error:
         raise ConfigError(str(error)) from error
-    except (SearchOutageError, EngineStartError) as error:
+    except (SearchOutageError, EngineStartError, EngineLostError) as error:
         raise CommandFailedError(str(error)) from error
     except OSError as error:
         raise CommandFailedError(f"{error}; when that is mended, repeat the command with resume=true") from error

@@ -7,3 +7,7 @@ class CheckpointMismatchError(ValueError):
 
 class DivergedError(RuntimeError):
     """The loss or its gradient is not finite; nothing was updated with it."""
+
+
+class RankLostError(RuntimeError):
+    """The process of a rank died; the stage can be resumed from its last checkpoint."""

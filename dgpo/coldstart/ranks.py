@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dgpo.coldstart.errors import RankLostError
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import with_absolute_paths
@@ -19,6 +20,7 @@ from dgpo.engines import ray_cluster
 from dgpo.stopping import filed_on_request
 
 RESOURCES_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 300.0  # of a rank's process, with all that it imports
 OBJECT_STORE_GB = 0.2  # of a Ray of our own: only settings and counts travel
 
 
@@ -37,6 +39,7 @@ def run_on_ranks(work: Callable[..., Any], config: Config, *, folder: Path) -> A
 
     Raises:
         ConfigError: the cluster has fewer GPUs than configured.
+        RankLostError: the process of a rank died.
         Exception: what `work` raised, of the first rank that failed; the others are ended.
     """
     num_ranks = config.hardware.num_nodes * config.hardware.gpus_per_node
@@ -79,7 +82,7 @@ def _run(ray: Any, work: Callable[..., Any], config: Config, num_ranks: int) -> 
         ).remote()
         for rank in range(num_ranks)
     ]
-    address, port = ray.get(ranks[0].free_address.remote())
+    address, port = ray.get(ranks[0].free_address.remote(), timeout=START_TIMEOUT_S)
     pending = [
         actor.run.remote(work, config, rank=rank, num_ranks=num_ranks, address=address, port=port)
         for rank, actor in enumerate(ranks)
@@ -92,6 +95,8 @@ def _run(ray: Any, work: Callable[..., Any], config: Config, num_ranks: int) -> 
         return ray.get(first)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
+    except ray.exceptions.RayActorError as error:
+        raise RankLostError(f"a rank died ({' '.join(str(error).split())}); resume=true continues") from error
     finally:
         for actor in ranks:
             ray.kill(actor)

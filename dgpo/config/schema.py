@@ -151,6 +151,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 8192
     chunked_prefill: bool = True
     concurrency: int = 512  # episodes in flight per engine
+    turn_timeout_s: float = 3600.0  # outside RL: a turn that takes longer means that the engine hangs
     worker_extension: str | None = None
     sleep: bool = True  # gives its GPU memory back while models are trained
     in_process: bool = False  # evaluation's engine, in the caller's process; halves its start on a CPU

@@ -16,6 +16,7 @@ from typing import Any
 from dgpo.artifacts import atomic_write_text
 from dgpo.config.schema import Config
 from dgpo.data.rows import DataError, row_id
+from dgpo.engines.bounded_policy import BoundedPolicy
 from dgpo.episode import EpisodeLimits, Policy, Search, run_episode
 from dgpo.extensions import open_search
 from dgpo.protocol import STOP_STRINGS, encode_prompt
@@ -121,6 +122,7 @@ async def play_episodes(
         concurrency: episodes in flight; None: `hardware.engine.concurrency`, which is of one engine.
 
     Raises:
+        EngineLostError: the policy's engine died or hangs.
         SearchOutageError: the share of episodes with a failed search exceeds `retriever.max_failed_share`.
         ResumeMismatchError: the partial file was made under other settings.
     """
@@ -131,6 +133,7 @@ async def play_episodes(
     limits = EpisodeLimits(**{k: v for k, v in asdict(config.episode).items() if k != "max_prompt_tokens"})
     num_failed = 0
     retriever = config.retriever
+    bounded = BoundedPolicy(policy, turn_timeout_s=config.hardware.engine.turn_timeout_s)
 
     async def play_pending(search: Search) -> None:
         nonlocal num_failed
@@ -138,7 +141,7 @@ async def play_episodes(
             trajectory = await run_episode(
                 episode_id=episode.episode_id,
                 prompt_ids=episode.prompt_ids,
-                policy=policy,
+                policy=bounded,
                 search=search,
                 tokenizer=tokenizer,
                 limits=limits,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import zlib
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,6 +16,9 @@ from dgpo.config.schema import HardwareConfig
 from dgpo.engines import ray_cluster
 from dgpo.engines.vllm_policy import EngineStartError, VllmPolicy
 from dgpo.episode import Generation
+
+START_TIMEOUT_S = 3600.0  # of all engines; of waiting for the cluster's GPUs too
+STOP_TIMEOUT_S = 60.0
 
 
 def num_engines(hardware: HardwareConfig) -> int:
@@ -52,10 +56,12 @@ class PolicyPool:
         engine = ray.remote(num_cpus=1, num_gpus=gpus, scheduling_strategy="SPREAD")(_Engine)
         self._engines = [engine.remote(self.make_policy) for _ in range(self.size)]
         try:
-            await asyncio.gather(*(each.start.remote() for each in self._engines))
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await asyncio.gather(*(each.start.remote() for each in self._engines))
         except Exception as error:  # Ray wraps what the engine raised
             await self._stop()
-            raise EngineStartError(" ".join(str(error).split())[-500:]) from error
+            reason = " ".join(str(error).split())[-500:] or f"the engines did not start within {START_TIMEOUT_S:g} s"
+            raise EngineStartError(reason) from error
         return self
 
     async def __aexit__(
@@ -76,7 +82,9 @@ class PolicyPool:
         import ray
 
         engines, self._engines = self._engines, []
-        await asyncio.gather(*(each.stop.remote() for each in engines), return_exceptions=True)
+        with contextlib.suppress(TimeoutError):  # of an engine that hangs; it ends with Ray
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await asyncio.gather(*(each.stop.remote() for each in engines), return_exceptions=True)
         ray.shutdown()
 
 
