@@ -14,10 +14,10 @@ from tests.slurm.cluster import Slurm, slurm_cluster, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
-NUM_STEPS = 6
+NUM_STEPS = 5
 SMALL = [
-    "collect.max_questions=96",
-    "distill.max_steps=30",
+    "collect.max_questions=64",
+    "distill.max_steps=20",
     "distill.evaluate_every=10",
     f"train.num_steps={NUM_STEPS}",
     "train.batch_size=8",
@@ -25,10 +25,8 @@ SMALL = [
     "train.save_every=2",
     "train.generation_concurrency=1",  # repeatable to the last bit
     "hardware.micro_batch_size=4",
-    "test.max_questions=64",
-    "test.models.kd={run_dir}/distill/model",
+    "test.max_questions=32",
     "test.models.dgpo={run_dir}/train/model",
-    "test.baseline=kd",
 ]
 STAGES = ("collect", "distill", "train", "test")
 
