@@ -7,6 +7,8 @@ import signal
 import subprocess
 import time
 
+import pytest
+
 from dgpo.slurm.options import parse_options
 from dgpo.slurm.render import HOME, TEMPLATES, render
 
@@ -113,6 +115,7 @@ def test_a_job_starts_servers_then_ray_then_the_stage_and_leaves_no_token(tmp_pa
     assert list((run / "slurm").iterdir()) == []
 
 
+@pytest.mark.slow  # waits for it for five seconds
 def test_a_step_that_takes_its_time_to_end_is_killed_and_the_script_lives_on(tmp_path):
     job = Job(tmp_path, "--retriever", "--index a=/a", ready=0, server="trap '' TERM; sleep 61")
     code, output = job.end()
