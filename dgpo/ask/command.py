@@ -58,7 +58,8 @@ def ask(arguments: Sequence[str]) -> None:
         if config.dry_run:
             print_dry_run(config, "ask", f"{config.ask.model} would answer", [])
             return
-        asyncio.run(_answer(config, question))
+        with contextlib.suppress(KeyboardInterrupt) if config.ask.web else contextlib.nullcontext():
+            asyncio.run(_answer(config, question))
 
 
 async def _answer(config: Config, question: str) -> None:

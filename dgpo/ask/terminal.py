@@ -73,7 +73,8 @@ async def answer_once(asker: Asker, question: str, console: Console) -> None:
     seconds = time.perf_counter() - started
     outcome = ending(trajectory) or f"answer: {trajectory.answer}"
     console.print(Text(printable(outcome), "bold"), end="")
-    console.print(Text(f"   {trajectory.num_searches} searches, {seconds:.1f} s", "dim"))
+    searches = "1 search" if trajectory.num_searches == 1 else f"{trajectory.num_searches} searches"
+    console.print(Text(f"   {searches}, {seconds:.1f} s", "dim"))
 
 
 async def prompt_loop(asker: Asker, console: Console) -> None:

@@ -31,7 +31,7 @@ def make_app(asker: Asker, *, model: str) -> web.Application:
     text = PAGE.read_text(encoding="utf-8").replace("{{model}}", escape(model))
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_digest(text)}'; connect-src 'self'; "
-        "frame-ancestors 'none'"
+        "img-src data:; frame-ancestors 'none'"
     )
 
     async def page(_: web.Request) -> web.Response:

@@ -140,7 +140,7 @@ async def test_the_terminal_shows_trace_sources_and_answer():
     assert lines[2].startswith('information  Doc 1(Title: "Lyon")')
     assert "answer       Paris" in lines
     assert "  [1] Lyon  (for: Lyon)" in lines
-    assert lines[-1].startswith("answer: Paris   1 searches, ")
+    assert lines[-1].startswith("answer: Paris   1 search, ")
 
 
 def test_kinds_have_colours_of_their_own_and_escape_sequences_of_the_model_have_no_effect():
