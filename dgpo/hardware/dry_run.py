@@ -99,7 +99,8 @@ def _model_rows(stage: str, models: Models) -> Rows:
 
 
 def _placement_notes(config: Config, stage: str) -> list[str]:
-    retriever, notes = config.retriever, []
+    retriever = config.retriever
+    notes: list[str] = []
     if stage == "distill" or retriever.backend or not is_on_this_node(retriever.url):
         return notes
     if config.hardware.num_nodes > 1:

@@ -72,27 +72,47 @@ def test_an_experiment(experiment: str, tiny_world: TinyWorld, tmp_path: Path):
             assert [record["step"] for record in records] == [1, 2]
 
 
+def one_update(world: TinyWorld, run_dir: Path, *overrides: str) -> dict[str, float]:
+    """The metrics of one step with the exact form, repeatable to the last bit."""
+    arguments = [
+        *world.overrides(run_dir),
+        *SMALL,
+        "train.mini_batch_size=16",
+        "train.num_steps=1",
+        "train.save_every=1",
+        "hardware.micro_batch_size=4",
+        "train.generation_concurrency=1",
+        *overrides,
+    ]
+    result = run_command("-m", "dgpo", "train", *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (record,) = read_metrics(run_dir / "train" / "metrics.jsonl")
+    return record
+
+
+def check_same_update(one: dict[str, float], other: dict[str, float]) -> None:
+    assert one["episode/em"] == other["episode/em"], "the two must have played the same episodes"
+    for name in ("actor/teacher_loss", "actor/loss", "actor/grad_norm", "critic/grad_norm"):
+        assert other[name] == pytest.approx(one[name], rel=1e-3), name
+
+
 @pytest.mark.slow
 def test_two_fsdp_ranks_make_the_update_of_one(tiny_world: TinyWorld, tmp_path: Path):
     """The exact form shards teacher and student, and counts its tokens over all ranks."""
-    records = []
-    for num_ranks in (1, 2):
-        run_dir = tmp_path / f"ranks{num_ranks}"
-        arguments = [
-            *tiny_world.overrides(run_dir),
-            *SMALL,
-            "train.mini_batch_size=16",
-            "train.num_steps=1",
-            "train.save_every=1",
-            "hardware.micro_batch_size=4",
-            f"hardware.gpus_per_node={num_ranks}",
-            "train.generation_concurrency=1",
-        ]
-        result = run_command("-m", "dgpo", "train", *arguments)
-        assert result.returncode == 0, result.stderr[-3000:]
-        (record,) = read_metrics(run_dir / "train" / "metrics.jsonl")
-        records.append(record)
-    one, two = records
-    assert one["episode/em"] == two["episode/em"], "the two must have played the same episodes"
-    for name in ("actor/teacher_loss", "actor/loss", "actor/grad_norm", "critic/grad_norm"):
-        assert two[name] == pytest.approx(one[name], rel=1e-3), name
+    one = one_update(tiny_world, tmp_path / "one")
+    check_same_update(one, one_update(tiny_world, tmp_path / "two", "hardware.gpus_per_node=2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["max_tokens_per_gpu=800", "remove_padding=true", "gradient_checkpointing=true", "offload=full"],
+        ["gpus_per_node=2", "fsdp_size=1", "offload=idle"],
+    ],
+)
+def test_hardware_settings_do_not_change_the_update(settings: list[str], tiny_world: TinyWorld, tmp_path: Path):
+    """Packing by tokens, checkpointing, offload and the size of a shard are about memory alone."""
+    one = one_update(tiny_world, tmp_path / "one")
+    overrides = [f"hardware.{setting}" for setting in settings]
+    check_same_update(one, one_update(tiny_world, tmp_path / "other", *overrides))

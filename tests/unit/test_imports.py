@@ -17,6 +17,7 @@ LIGHT_ROOMS = [
     "dgpo.metrics.intervals",
     "dgpo.metrics.repetition",
     "dgpo.config.load",
+    "dgpo.hardware.dry_run",
     "dgpo.extensions",
     "dgpo.rl.stability",
     "dgpo.rl.rollback",
