@@ -126,7 +126,9 @@ def train_on_examples(
     trainer.train(resume_from_checkpoint=None if state is None else str(state))
     if trainer.stopping and trainer.state.global_step < num_steps:
         step = trainer.state.global_step
-        raise StoppedOnRequestError(f"stopped on request, saved after step {step} of {num_steps}; resume=true continues")
+        raise StoppedOnRequestError(
+            f"stopped on request, saved after step {step} of {num_steps}; resume=true continues"
+        )
     trainer.loss_in_head.remove()
     _save_result(trainer, tokenizer, checkpoint)
     if checkpoints is not None and trainer.is_world_process_zero():

@@ -6,7 +6,6 @@ python -m dgpo train world=tiny hardware=cpu dry_run=true ...
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -121,17 +120,6 @@ def _run_verl(config: Config, folder: Path) -> None:
         remove_abandoned_segments()
 
 
-def _start_ray(config: Config, verl: Any, folder: Path) -> None:
-    """In place of veRL's own start of Ray, which leaves one that runs as it is; with the variables that it would set."""
-    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
-
-    ray_cluster.connect(
-        config.hardware,
-        token_folder=folder,
-        environment={**get_ppo_ray_runtime_env(verl)["env_vars"], "TRANSFER_QUEUE_ENABLE": "1"},
-    )
-
-
 def _start(checkpoints: Path, config: Config) -> Path | None:
     """The checkpoint to go on from, whatever number of GPUs wrote it; None for the beginning."""
     if not config.resume:
@@ -145,6 +133,17 @@ def _start(checkpoints: Path, config: Config) -> Path | None:
     others = "" if wrote == now else f", which {wrote} GPUs wrote, on {now}"
     print(f"train: continues from {checkpoint}{others}", file=sys.stderr, flush=True)
     return checkpoint
+
+
+def _start_ray(config: Config, verl: Any, folder: Path) -> None:
+    """In place of veRL's own start of Ray, which leaves one that runs as it is; with the variables that it sets."""
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+    ray_cluster.connect(
+        config.hardware,
+        token_folder=folder,
+        environment={**get_ppo_ray_runtime_env(verl)["env_vars"], "TRANSFER_QUEUE_ENABLE": "1"},
+    )
 
 
 def task_runner_class() -> type:
