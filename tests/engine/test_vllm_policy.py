@@ -74,6 +74,8 @@ def generations(tmp_path_factory):
             policy.on_text = lambda request, text: told.setdefault(request, []).append(text)
             results.append(await ask("told", 1))
             results.append(await ask("told-stopped", 1, (stop,)))
+            two_tokens = "".join(chr(32 + token) for token in results[0].token_ids[4:6])
+            results.append(await ask("stopped-by-text", 1, (two_tokens,)))
             await policy.load_weights(other)
             return [*results, await ask("replaced", 1)], unfinished
 
@@ -125,13 +127,21 @@ def test_a_stop_string_ends_the_turn_and_is_kept(generations):
     assert stopped.token_ids == first.token_ids[: last + 1]
 
 
+def test_a_stop_string_of_several_tokens_ends_the_turn_on_the_last_of_them(generations):
+    _, (first, *_, stopped, _), *_ = generations
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == first.token_ids[: len(stopped.token_ids)]
+    assert stopped.token_ids[-2:] == first.token_ids[4:6]
+    assert len(stopped.token_ids) <= 6
+
+
 def test_the_token_limit_is_reported(generations):
     _, (first, *_), *_ = generations
     assert (first.finish_reason, len(first.token_ids)) == ("length", 12)
 
 
 def test_text_is_told_while_it_is_written_and_the_turn_stays_the_same(generations):
-    _, (first, _, _, _, stopped, told, told_stopped, _), *_, pieces = generations
+    _, (first, _, _, _, stopped, told, told_stopped, *_), *_, pieces = generations
     assert (told.token_ids, told.finish_reason) == (first.token_ids, first.finish_reason)
     assert told.log_probs == pytest.approx(first.log_probs, abs=1e-3)
     assert (told_stopped.token_ids, told_stopped.finish_reason) == (stopped.token_ids, "stop")
