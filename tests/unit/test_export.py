@@ -61,7 +61,7 @@ def run(models, tmp_path):
     other = {**scores, "em": 0.99}
     models = {
         name: {"checkpoint": str(folder / stage / "model"), "sets": {"nq": each}, "average": each, "num_questions": 600}
-        for name, stage, each in (("ours", "train", scores), ("cold", "distill", other))
+        for name, stage, each in (("cold", "distill", other), ("ours", "train", scores))
     }
     (folder / "test").mkdir()
     (folder / "test" / "results.json").write_text(json.dumps({"models": models, "baseline": None, "samples": 1}))
