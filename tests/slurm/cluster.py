@@ -232,6 +232,8 @@ def _make_network() -> None:
         ip(*inside, "link", "set", f"to-{name}", "master", "bridge", "up")
         ip("-n", f"{PREFIX}{name}", "address", "add", f"{ADDRESSES[name]}/24", "dev", "eth0")
         ip("-n", f"{PREFIX}{name}", "link", "set", "eth0", "up")
+        # Leads no further than the controller, but Ray and vLLM learn from it which address is theirs.
+        ip("-n", f"{PREFIX}{name}", "route", "add", "default", "via", ADDRESSES["ctl"])
 
 
 def main(command: Sequence[str]) -> None:

@@ -51,6 +51,7 @@ def launch(slurm: Slurm, world: TinyWorld, run_dir: Path) -> dict[str, str]:
         *("--retriever", f"{' '.join(indexes)} --default real"),
         *(*inputs, "hardware.num_nodes=2", f"run_dir={run_dir}"),
         *(f"data.test_files.real={world.folder / 'data' / 'test.parquet'}", *SMALL),
+        timeout_s=180,
     )
     return {line.partition(":")[0]: line.split()[2].rstrip(",") for line in output.splitlines() if ": job " in line}
 
