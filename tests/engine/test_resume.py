@@ -123,15 +123,15 @@ def test_a_run_goes_on_with_another_number_of_gpus(
     shutil.copytree(straight, folder)
     shutil.rmtree(folder / "model")
     shutil.rmtree(folder / "checkpoints" / "global_step_6")
-    command = ["train", *tiny_world.overrides(tmp_path / "run"), *questions, *SETTINGS, "hardware.gpus_per_node=2"]
+    two = ["hardware.gpus_per_node=2", "hardware.micro_batch_size=4"]
+    command = ["train", *tiny_world.overrides(tmp_path / "run"), *questions, *SETTINGS, *two]
     result = run_command("-m", "dgpo", *command, "resume=true", timeout_s=600)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "which 1 GPUs wrote, on 2" in result.stderr
     ours, theirs = (repeatable(run)[-1] for run in (folder, straight))
     assert ours["episode/num_policy_tokens"] == theirs["episode/num_policy_tokens"]
     assert ours["actor/lr"] == theirs["actor/lr"]
-    weights = (load_file(run / "model" / "model.safetensors") for run in (folder, straight))
-    mine, expected = weights
+    mine, expected = (load_file(run / "model" / "model.safetensors") for run in (folder, straight))
     assert max((mine[name] - expected[name]).abs().max().item() for name in expected) < 1e-4
 
 
