@@ -66,12 +66,16 @@ def test_the_dtype_is_chosen(tmp_path):
 
 
 @pytest.mark.parametrize("with_tokenizer", [True, False])
-def test_a_model_folder_as_search_r1_saves_it(tmp_path, with_tokenizer):
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_a_model_folder_as_search_r1_saves_it(tmp_path, with_tokenizer, weights):
     """Weights in the checkpoint's own folder; a tokenizer there, or else of the model named as base."""
     tokenizer, source = tiny_tokenizer(), tmp_path / "actor" / "global_step_300"
     model = tiny_model(tokenizer, 3)
     save_model(model, tokenizer, tmp_path / "base")
     save_model(model, tokenizer, source)
+    if weights == "pytorch_model.bin":
+        (source / "model.safetensors").unlink()
+        torch.save(model.state_dict(), source / weights)
     if not with_tokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             (source / name).unlink()
