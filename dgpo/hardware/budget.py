@@ -106,16 +106,19 @@ def rl_budget(config: Config, models: Models) -> Budget:
         workspace = memory.backward_workspace(shape, tokens, precision, checkpointing=checkpointing)
         copies = memory.LOGIT_COPIES["train"][hardware.compile] + exact if name == "actor" else 0
         rows = memory.logits(shape, tokens, precision, copies=copies)
+        # Tied embeddings are whole while the layers run backward, and an output matrix that they are has its gradient.
+        embeddings = value * shape.embedding * (shape.tied * (1 + (name == "actor")) - 1)
         layers = {
             "activations": saved + workspace,
             "sharding buffers": gathered(shape)
             + memory.reduced_gradients(shape.layer, precision, shards=shards)
-            + value * shape.embedding * shape.tied,  # the root's gradient, which is reduced last
+            + embeddings,
         }
+        # An output matrix of its own is reduced before the layers, any embedding after them.
+        before = saved if name == "actor" and not shape.tied else 0
         embedding = {
-            "activations": 0 if shape.tied else saved,
-            "sharding buffers": value * shape.embedding
-            + memory.reduced_gradients(shape.embedding, precision, shards=shards),
+            "activations": before,
+            "sharding buffers": memory.reduced_gradients(shape.embedding, precision, shards=shards),
         }
         loss = {"activations": saved, "logits": rows, "sharding buffers": gathered(shape)}
         if exact and name == "actor" and models.teacher is not None:

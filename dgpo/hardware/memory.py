@@ -83,8 +83,11 @@ def gathered_weights(shape: ModelShape, precision: Precision) -> int:
 
 
 def reduced_gradients(size: int, precision: Precision, *, shards: int) -> float:
-    """Bytes for the gradients of a group of `size` parameters: whole, and reduced in float32, in and out."""
-    return size * (precision.value + FLOAT32 * (1 + 1 / shards))
+    """Bytes for the gradients of a group of `size` parameters: copied to float32, then that one reduced to a shard.
+
+    The group's whole weights are gone before, its gradients after the copy.
+    """
+    return size * max(precision.value + FLOAT32, FLOAT32 + FLOAT32 / shards)
 
 
 def engine_weights(shape: ModelShape, *, value: int, tensor_parallel: int) -> float:

@@ -7,7 +7,8 @@ Fails when an estimate is further than 15% from its measurement, or an exact one
 Models of the Llama family, small enough to run, are measured with real tensors: what a forward pass keeps for its
 backward pass (`saved_tensors_hooks`), and the most bytes of tensors that live at once in a training micro-batch with
 FSDP2 on one rank, veRL's log-probs and entropy, and an AdamW step. The paper's models are counted on torch's meta
-device. KV-cache bytes are vLLM's own.
+device, and their updates on 8 ranks with tensors that have sizes but no values (torch's FakeTensorMode, and its process
+group of that kind): a model of any size, the very operations, no memory. KV-cache bytes are vLLM's own.
 """
 
 from __future__ import annotations
@@ -235,32 +236,19 @@ def training_peak(batch: MicroBatch) -> int:
     Of the second step, in which the moments exist already, with two micro-batches, of which one finds gradients.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
 
     model = make_model(batch.shape, kind=batch.kind, dtype=torch.float32)
     if batch.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     dtype = getattr(torch, batch.dtype)
-    settings: dict[str, Any] = {
-        "mesh": init_device_mesh("cpu", (1,)),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=True),
-        "reshard_after_forward": True,
-    }
-    for layer in model.model.layers:
-        fully_shard(layer, **settings)
-    fully_shard(model, **settings)
+    shard(model, init_device_mesh("cpu", (1,)), dtype)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
     ids = torch.randint(0, batch.vocab, (1, batch.tokens))
     labels = ids.roll(-1, 1)[0]
 
     def micro_batch() -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            logits = model(input_ids=ids, use_cache=False).logits.squeeze(0)
-            entropy = entropy_from_logits(logits)
-            log_probs = logprobs_from_logits(logits=logits, labels=labels, inplace_backward=False)
-            loss = -log_probs.float().mean() - 0.001 * entropy.float().mean()
-        del logits
+            loss = policy_loss(model(input_ids=ids, use_cache=False).logits[0], labels)
         loss.backward()
 
     def step() -> None:
@@ -275,6 +263,110 @@ def training_peak(batch: MicroBatch) -> int:
     with live:
         step()
     return live.peak
+
+
+def shard(model: PreTrainedModel, mesh: Any, dtype: torch.dtype) -> None:
+    """FSDP2 as veRL applies it (utils/fsdp_utils.py): layers, untied embeddings and output matrix, and the rest."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=True),
+        "reshard_after_forward": True,
+    }
+    groups = list(model.model.layers)
+    if not model.config.tie_word_embeddings:
+        groups += [module for name, module in model.named_modules() if name.endswith(("embed_tokens", "lm_head"))]
+    for module in [*groups, model]:
+        fully_shard(module, **settings)
+
+
+def policy_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """veRL's uncompiled entropy and log-probs of sampled tokens, [T, V] -> a scalar."""
+    from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
+
+    entropy = entropy_from_logits(logits)
+    log_probs = logprobs_from_logits(logits=logits, labels=labels, inplace_backward=False)
+    return -log_probs.float().mean() - 0.001 * entropy.float().mean()
+
+
+def whole_policy_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The same with log-probs of all rows at once: veRL goes row by row, which takes fake tensors minutes."""
+    from verl.utils.torch_functional import entropy_from_logits
+
+    log_probs = logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(-1)
+    return -log_probs.float().mean() - 0.001 * entropy_from_logits(logits).float().mean()
+
+
+@dataclass(frozen=True)
+class ShardedUpdate:
+    """An update of a paper's model on 8 GPUs, checkpointed, in bfloat16."""
+
+    name: str
+    role: str  # actor | critic
+    tokens: int = 4096
+    ranks: int = 8
+
+    def estimate(self) -> float:
+        config = load_config(["hardware=cpu", "hardware.gradient_checkpointing=true", "hardware.engine.sleep=true"])
+        config.hardware.dtype, config.hardware.max_tokens_per_gpu = "bfloat16", self.tokens
+        config.hardware.gpus_per_node = self.ranks
+        parts = rl_budget(config, Models(_shape(self.name), critic=self.role == "critic")).phases[f"update {self.role}"]
+        if self.role == "critic":  # the actor's states beside it were not there
+            others = _shape(self.name).parameters / self.ranks
+            return sum(parts.values()) - 12 * others
+        return sum(parts.values()) - parts.get("optimiser step", 0.0)
+
+    def measure(self, mesh: Any) -> int:
+        """The most bytes of live tensors of one rank in two micro-batches; the optimiser's step is left out."""
+        from torch._subclasses import FakeTensorMode
+
+        auto = AutoModelForCausalLM if self.role == "actor" else AutoModelForTokenClassification
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = make_model(_shape(self.name), kind="qwen2", dtype=torch.float32, auto=auto)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            shard(model, mesh, torch.bfloat16)
+            moments = [torch.zeros_like(p._local_tensor) for p in model.parameters() for _ in range(2)]
+            ids, positions = torch.zeros(1, self.tokens, dtype=torch.int64), torch.arange(self.tokens)[None]
+            live = LiveBytes()
+            live.watch(list(model.parameters()), moments)
+            with live:
+                for _ in range(2):
+                    with torch.autocast("cpu", torch.bfloat16):
+                        # Without a mask, as packed sequences go to flash attention.
+                        output = model(input_ids=ids, position_ids=positions, attention_mask={"full_attention": None})
+                        logits = output.logits[0]
+                        loss = whole_policy_loss(logits, ids[0]) if self.role == "actor" else logits.mean()
+                    del output, logits
+                    loss.backward()
+        return live.peak
+
+
+def _shape(name: str) -> ModelShape:
+    shape = shape_from_config(KNOWN_MODELS[name])
+    assert shape is not None
+    return shape
+
+
+SHARDED_UPDATES = (
+    ShardedUpdate("qwen2.5-0.5b", "actor"),
+    ShardedUpdate("qwen2.5-0.5b", "critic"),
+    ShardedUpdate("qwen2.5-3b", "actor"),
+    ShardedUpdate("qwen2.5-3b", "critic"),
+    ShardedUpdate("qwen2.5-7b", "critic"),
+)
+
+
+def sharded() -> Iterator[Row]:
+    """Peak of an update of the paper's models, on one of 8 ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    mesh = init_device_mesh("cpu", (8,))
+    for update in SHARDED_UPDATES:
+        yield Row(f"update {update.role}, {update.name}, 8 ranks", update.estimate(), update.measure(mesh))
+    torch.distributed.destroy_process_group()
 
 
 def kv_cache() -> Iterator[Row]:
@@ -296,6 +388,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     "states": states,
     "activations": activations,
     "training": training,
+    "sharded": sharded,
     "kv_cache": kv_cache,
 }
 
