@@ -35,7 +35,7 @@ from retriever_servers import Target, end_servers_on_sigterm, started
 
 HERE = Path(__file__).resolve().parent
 TOPK = 3
-SERVER_ARGS = "--engine torch"
+SERVER_ARGS = f"--engine torch --num-threads {os.cpu_count()}"  # all cores, as the reference takes
 NUM_CHECKED = 256  # answers per turn that are compared with exact search
 
 
