@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 
 from dgpo.trajectory import read_trajectories
 from tests.conftest import ROOT, TinyWorld, read_metrics
-from tests.engine.test_train import NOT_REPEATABLE
+from tests.engine.same_run import repeatable
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -93,12 +93,10 @@ def test_distillation_makes_the_same_losses(run_dirs):
 
 
 def test_training_makes_the_same_metrics_and_each_node_saves_its_shard(run_dirs):
-    one, two = (read_metrics(folder / "train" / "metrics.jsonl") for folder in run_dirs)
+    one, two = (repeatable(folder / "train") for folder in run_dirs)
     assert [record["step"] for record in two] == [1, 2]
     for ours, theirs in zip(two, one, strict=True):
-        for name, value in theirs.items():
-            if not name.startswith(NOT_REPEATABLE):
-                assert ours[name] == pytest.approx(value, abs=1e-5), name
+        assert ours == pytest.approx(theirs, abs=1e-5)
     shards = sorted(path.name for path in (run_dirs[1] / "train" / "checkpoints").rglob("model_world_size_2_rank_*.pt"))
     assert set(shards) == {"model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, TinyWorld, read_metrics
-from tests.engine.test_train import NOT_REPEATABLE
+from tests.engine.same_run import assert_same_run
 from tests.slurm.cluster import Slurm, slurm_cluster, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
@@ -103,16 +103,9 @@ def test_a_run_that_was_warned_requeued_and_lost_a_node_ends_in_the_same_report(
     slurm.start_node("n2")
     finish(slurm, jobs, run_dir)
 
-    ours, theirs = (read_metrics(folder / "train" / "metrics.jsonl") for folder in (run_dir, straight))
-    assert [record["step"] for record in ours] == [*range(1, NUM_STEPS + 1)]
-    for mine, other in zip(ours, theirs, strict=True):
-        assert repeatable(mine) == pytest.approx(repeatable(other), abs=1e-5)
+    assert_same_run(run_dir / "train", straight / "train")
     assert results(run_dir) == results(straight)
     assert (run_dir / "report.html").exists()
-
-
-def repeatable(record: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in record.items() if not name.startswith(NOT_REPEATABLE)}
 
 
 def results(run_dir: Path) -> dict[str, object]:
