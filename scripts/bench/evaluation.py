@@ -1,22 +1,25 @@
 """How busy evaluation keeps vLLM: its generated tokens a second against vLLM's offline `generate` on the same turns.
 
-    python scripts/bench/evaluation.py MODEL QUESTIONS.parquet [..] [--num-questions 1000] [key=value ..]
+    python scripts/bench/evaluation.py MODEL QUESTIONS.parquet [..] --indexes FOLDER [--num-questions N] [key=value ..]
 
-First the episodes are played exactly as `python -m dgpo test` plays them, searches included, with its engine settings.
-Then vLLM's offline engine, with the same settings in a process of its own, gets all turns of those episodes at once:
-the recorded ids up to the turn as the prompt, and as many tokens to write as the episode wrote there. Starting the
-engines is not timed. Overrides such as `world=tiny hardware=cpu retriever.url=..` are those of the command.
+First the episodes are played exactly as `python -m dgpo test` plays them, searches included, with its engine settings
+and a retrieval server that has answered nothing yet. Then vLLM's offline engine, with the same settings in a process of
+its own, gets all turns of those episodes at once: the recorded ids up to the turn as the prompt, and as many tokens to
+write as the episode wrote there. Starting engines and server is not timed, and each engine has written a few tokens
+before. Overrides such as `world=tiny hardware=cpu` are those of the command.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from dgpo.config.load import load_config
@@ -25,7 +28,10 @@ from dgpo.data.rows import read_rows
 from dgpo.engines.environment import export_environment
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes, play_episodes
 from dgpo.engines.play import load_tokenizer, make_policy
+from dgpo.pipeline.processes import Stages, retrieval_server
 from dgpo.trajectory import Trajectory, read_trajectories
+
+WARM_UP_PROMPT, WARM_UP_TOKENS, WARM_UP_REQUESTS = list(range(5, 45)), 8, 64
 
 
 def main() -> None:
@@ -34,6 +40,7 @@ def main() -> None:
     parser.add_argument("words", nargs="+", metavar="QUESTIONS.parquet | key=value")
     parser.add_argument("--num-questions", type=int, default=1000)
     parser.add_argument("--repeat", type=int, default=1, help="of both, in turn")
+    parser.add_argument("--indexes", type=Path, help="served anew for every repetition; else retriever.url is asked")
     parser.add_argument("--offline", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
     config = load_config([word for word in options.words if "=" in word])
@@ -49,19 +56,39 @@ def main() -> None:
     for _ in range(options.repeat):
         with tempfile.TemporaryDirectory() as folder:
             recorded = Path(folder) / "trajectories.jsonl"
-            ours = asyncio.run(episodes(config, options.model, planned, tokenizer, recorded))
+            with served(options.indexes, Path(folder)) as url:
+                config.retriever.url = url or config.retriever.url
+                ours = asyncio.run(episodes(config, options.model, planned, tokenizer, recorded))
             command = [sys.executable, __file__, options.model, *options.words, f"--offline={recorded}"]
             offline = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
         result = {"ours": ours, "offline": offline, "ratio": ours["tokens_per_s"] / offline["tokens_per_s"]}
         print(json.dumps({name: rounded(value) for name, value in result.items()}), flush=True)
 
 
+@contextlib.contextmanager
+def served(indexes: Path | None, folder: Path) -> Iterator[str | None]:
+    """The address of a new server over the folder's first index; None without a folder."""
+    if indexes is None:
+        yield None
+        return
+    name = min(path.name for path in indexes.iterdir() if path.is_dir())
+    with retrieval_server(Stages(folder), indexes, default=name) as url:
+        yield url
+
+
 async def episodes(
     config: Config, model: str, planned: list[PlannedEpisode], tokenizer: object, recorded: Path
 ) -> dict[str, float]:
     """Plays every planned episode, writes them to `recorded`, and returns the speed."""
-    policy = make_policy(config, model, temperature=0.0, trust_remote_code=False)
+    policy = make_policy(config, model, temperature=0.0, trust_remote_code=False, log_probs=False)
     async with policy:
+        warm_up = [
+            policy.generate(
+                WARM_UP_PROMPT, max_tokens=WARM_UP_TOKENS, stop=(), seed=None, request_id=f"warm-up {number}"
+            )
+            for number in range(WARM_UP_REQUESTS)
+        ]
+        await asyncio.gather(*warm_up)
         started = time.perf_counter()
         trajectories = await play_episodes(
             planned,
@@ -107,6 +134,8 @@ def offline_generate(config: Config, model: str, trajectories: list[Trajectory])
                 ids = trajectory.prompt_ids + trajectory.response_ids[: turn.start]
                 prompts.append(TokensPrompt(prompt_token_ids=ids))
                 sampling.append(SamplingParams(temperature=0.0, max_tokens=turn.end - turn.start, ignore_eos=True))
+    warm_up = [TokensPrompt(prompt_token_ids=WARM_UP_PROMPT)] * WARM_UP_REQUESTS
+    llm.generate(warm_up, SamplingParams(temperature=0.0, max_tokens=WARM_UP_TOKENS, ignore_eos=True), use_tqdm=False)
     started = time.perf_counter()
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
     seconds = time.perf_counter() - started

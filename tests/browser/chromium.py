@@ -80,12 +80,16 @@ class Chromium:
 
     def open(self, page: Path, fragment: str = "", *, width: int = 1280, height: int = 900) -> float:
         """Opens a file and waits for its load event. Returns the seconds that took."""
+        return self.visit(page.as_uri() + fragment, width=width, height=height)
+
+    def visit(self, address: str, *, width: int = 1280, height: int = 900) -> float:
+        """Opens an address and waits for its load event. Returns the seconds that took."""
         self._navigate("about:blank")  # a change of the fragment alone would load nothing
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.requests.clear()
         self.errors.clear()
         started = time.perf_counter()
-        self._navigate(page.as_uri() + fragment)
+        self._navigate(address)
         return time.perf_counter() - started
 
     def run(self, script: str) -> Any:
