@@ -287,6 +287,18 @@ class StabilityConfig:
 
 
 @dataclass
+class PhaseLimitsConfig:
+    """The longest that each part of RL may take; then something hangs and the run stops (docs/faults.md)."""
+
+    start_s: float = 3600.0  # models, engines, loading a checkpoint
+    rollout_s: float = 7200.0  # the episodes of a step; more than retriever.max_outage_s
+    update_s: float = 7200.0  # scoring and both updates of a step
+    sync_s: float = 900.0  # new weights into the engines
+    save_s: float = 3600.0
+    validate_s: float = 14400.0
+
+
+@dataclass
 class TrainConfig:
     """Phase 2: PPO with the gated teacher (paper: 1000 steps of 512 questions, mini-batch 256)."""
 
@@ -311,6 +323,8 @@ class TrainConfig:
     reward: str | None = None  # "package.module:function" instead of exact match (docs/extending.md)
     teacher_term: TeacherTermConfig = field(default_factory=TeacherTermConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
+    limits: PhaseLimitsConfig = field(default_factory=PhaseLimitsConfig)
+    max_restarts: int = 2  # after a process of the run died or hung; each goes on from the last checkpoint
     save_every: int = 50  # the last step is saved in any case; 0: it alone
     keep_last: int = 2  # checkpoints
     keep_best: int = 1  # checkpoints besides, by exact match on data.validation_file; validated steps are saved then

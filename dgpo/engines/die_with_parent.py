@@ -10,10 +10,33 @@ from typing import Any, Self
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+def die_with_parent() -> None:
+    """Lets the kernel kill this process as soon as its parent dies (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class DieWithParent:
-    """A vLLM worker extension: the kernel kills the process that builds it as soon as its parent dies (Linux only)."""
+    """A vLLM worker extension: the process that builds it dies with its parent."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
         return super().__new__(cls)
+
+
+def bind_engine_cores() -> None:
+    """From now on, engine processes that vLLM starts from this one die with it.
+
+    Their workers do so by a pipe of vLLM's own; the engine process itself has nothing of that kind in vLLM 0.28.
+    """
+    from vllm.v1.engine.core import EngineCoreProc
+
+    EngineCoreProc.run_engine_core = staticmethod(_run_bound_engine_core)
+
+
+def _run_bound_engine_core(*args: Any, **kwargs: Any) -> None:
+    """What the engine process runs: it is a fresh one, where vLLM's own function is in its place."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    die_with_parent()
+    EngineCoreProc.run_engine_core(*args, **kwargs)

@@ -27,3 +27,14 @@ class NonFiniteError(RunStoppedError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class FaultError(RunStoppedError):
+    """A process of the run died or hangs. `log` holds the last lines that it wrote."""
+
+    def __init__(self, message: str, log: list[str] | None = None) -> None:
+        super().__init__(message, log)
+        self.log = log or []
+
+    def __str__(self) -> str:
+        return str(self.args[0])

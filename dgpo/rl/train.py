@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dgpo.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
-from dgpo.checkpoints.folders import newest_whole, read_seal, set_aside_later
+from dgpo.checkpoints.folders import checkpoint_steps, newest_whole, read_seal, set_aside_later
 from dgpo.checkpoints.model_folders import state_dtype, write_generation_config
 from dgpo.config.checks import check_train
 from dgpo.config.load import to_yaml
@@ -21,10 +22,14 @@ from dgpo.config.stages import initial_model, with_absolute_paths
 from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
+from dgpo.platforms.run_processes import end_processes, mark, mark_processes
 from dgpo.platforms.shared_memory import remove_abandoned_segments
+from dgpo.rl.faults import forget_failure, told_by_name, write_failure
 from dgpo.rl.rollback import CHECKPOINT, EVENTS, TRACKER, after_rollbacks, num_rollbacks, roll_back
-from dgpo.rl.stops import CollapseError, RunStoppedError
-from dgpo.stopping import StoppedOnRequestError, filed_on_request
+from dgpo.rl.stops import CollapseError, FaultError, RunStoppedError
+from dgpo.stopping import filed_on_request
+
+EXIT_GRACE_S = 20.0  # of a run's processes, from the end of their driver until they are killed
 
 
 class TrainingFailedError(RuntimeError):
@@ -54,9 +59,21 @@ def train(config: Config) -> Path | None:
     (folder / "config.yaml").write_text(to_yaml(config))
     export_environment(config.hardware)
     ray_cluster.use_token(folder)
+    mark_processes(folder)
+    _clear_remains(folder)
+    forget_failure(folder)
+    try:
+        _run_with_restarts(config, folder)
+        return _export(config, folder)
+    except TrainingFailedError as error:
+        write_failure(folder, error)
+        raise
+
+
+def _clear_remains(folder: Path) -> None:
+    """What a run in this folder that has ended, or was killed, left behind on this machine."""
+    end_processes(folder, grace_s=EXIT_GRACE_S)
     remove_abandoned_segments()
-    _run_with_rollbacks(config, folder)
-    return _export(config, folder)
 
 
 def _plan(config: Config) -> str:
@@ -74,8 +91,9 @@ def _is_finished(model: Path, config: Config) -> bool:
     )
 
 
-def _run_with_rollbacks(config: Config, folder: Path) -> None:
-    """Runs veRL to the end, starting it again from an earlier checkpoint where the collapse detector asks for it."""
+def _run_with_restarts(config: Config, folder: Path) -> None:
+    """Runs veRL to the end, starting it again from a checkpoint after a fault, or where the collapse detector asks."""
+    num_faults = 0
     while True:
         try:
             return _run_verl(with_absolute_paths(after_rollbacks(config, folder)), folder)
@@ -87,8 +105,22 @@ def _run_with_rollbacks(config: Config, folder: Path) -> None:
                 file=sys.stderr,
                 flush=True,
             )
+        except FaultError as error:
+            num_faults += 1
+            config = _after_fault(config, folder, error, num_faults)
         except RunStoppedError as error:
-            raise TrainingFailedError(str(error)) from None
+            raise TrainingFailedError(str(error)) from error
+
+
+def _after_fault(config: Config, folder: Path, error: FaultError, num_faults: int) -> Config:
+    """The configuration that goes on, where another restart is allowed."""
+    step = max(checkpoint_steps(folder / "checkpoints", CHECKPOINT), default=0)
+    message = f"{error}. The last checkpoint is of step {step}" if step else f"{error}. There is no checkpoint yet"
+    print("\n".join(error.log), file=sys.stderr)
+    if num_faults > config.train.max_restarts:
+        raise TrainingFailedError(f"{message}; resume=true continues") from error
+    print(f"{message}; restart {num_faults} of {config.train.max_restarts}", file=sys.stderr, flush=True)
+    return replace(config, resume=True)
 
 
 def _run_verl(config: Config, folder: Path) -> None:
@@ -109,15 +141,11 @@ def _run_verl(config: Config, folder: Path) -> None:
     validate_config(config=verl, use_reference_policy=need_reference_policy(verl), use_critic=need_critic(verl))
     try:
         _start_ray(config, verl, folder)
-        with filed_on_request(folder):  # after Ray's start, which sets a handler of its own
+        with told_by_name(folder), filed_on_request(folder):  # after Ray's start, which sets a handler of its own
             main_ppo.run_ppo(verl, task_runner_class=ray.remote(task_runner_class()))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RunStoppedError | StoppedOnRequestError):
-            raise error.cause from None
-        raise
     finally:
         ray.shutdown()
-        remove_abandoned_segments()
+        _clear_remains(folder)
 
 
 def _start(checkpoints: Path, config: Config) -> Path | None:
@@ -142,7 +170,7 @@ def _start_ray(config: Config, verl: Any, folder: Path) -> None:
     ray_cluster.connect(
         config.hardware,
         token_folder=folder,
-        environment={**get_ppo_ray_runtime_env(verl)["env_vars"], "TRANSFER_QUEUE_ENABLE": "1"},
+        environment={**get_ppo_ray_runtime_env(verl)["env_vars"], "TRANSFER_QUEUE_ENABLE": "1", **mark(folder)},
     )
 
 
@@ -152,9 +180,12 @@ def task_runner_class() -> type:
 
     class TaskRunner(main_ppo.TaskRunnerV1.__ray_metadata__.modified_class):
         def run(self, config: Any) -> None:
-            import dgpo.rl.trainer  # noqa: F401  registers the trainer
+            import dgpo.rl.rollout_server  # noqa: F401  registers the server
+            from dgpo.rl.trainer import DGPOTrainer
+            from dgpo.rl.watchdog import Watchdog, run_watched
 
-            super().run(config)
+            DGPOTrainer.watchdog = watchdog = Watchdog(dict(config.actor_rollout_ref.teacher.phase_limits))
+            run_watched(lambda: super(TaskRunner, self).run(config), watchdog)
 
     return TaskRunner
 

@@ -19,7 +19,6 @@ from verl import DataProto
 from verl.trainer.ppo.ray_trainer import apply_kl_penalty
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import register_trainer
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
@@ -38,6 +37,7 @@ from dgpo.rl.run_state import append_record, begin_from, prune, save_whole
 from dgpo.rl.stability import Alarm, CollapseDetector, choose_response
 from dgpo.rl.stops import CollapseError, NonFiniteError, RunStoppedError
 from dgpo.rl.verl_config import TRAINER_NAME
+from dgpo.rl.watched_trainer import WatchedTrainer
 from dgpo.rl.worker import SeededTrainingWorker, TeacherGuidedWorker
 from dgpo.stopping import StoppedOnRequestError, stop_requested
 
@@ -49,7 +49,7 @@ class TooManyFailedEpisodesError(RunStoppedError):
 
 
 @register_trainer(TRAINER_NAME)
-class DGPOTrainer(PPOTrainerSync):
+class DGPOTrainer(WatchedTrainer):
     """PPO, GRPO or GKD; algorithm and teacher term as `config.actor_rollout_ref.teacher` describes them."""
 
     # veRL takes asynchronous paths for every mode that is not called "sync".
@@ -128,15 +128,16 @@ class DGPOTrainer(PPOTrainerSync):
                 for files in ranks
             ]
 
-        save_whole(
-            folder,
-            write_ranks,
-            step=self.global_steps,
-            world_size=self._num_ranks(),
-            dataloader=dataloader_state or self.train_dataloader.state_dict(),
-            kl_coef=self.kl_ctrl_in_reward.value if self.config.algorithm.use_kl_in_reward else None,
-            record=self._record_of_step(),
-        )
+        with self.watchdog.during("save"):
+            save_whole(
+                folder,
+                write_ranks,
+                step=self.global_steps,
+                world_size=self._num_ranks(),
+                dataloader=dataloader_state or self.train_dataloader.state_dict(),
+                kl_coef=self.kl_ctrl_in_reward.value if self.config.algorithm.use_kl_in_reward else None,
+                record=self._record_of_step(),
+            )
 
     def _record_of_step(self) -> dict[str, float] | None:
         """The step's metrics but for validation, which comes after saving; None while the step is in progress."""
@@ -191,14 +192,18 @@ class DGPOTrainer(PPOTrainerSync):
         share = len(failures) / len(self.scores)
         if share <= self.term.max_failed_share:
             return
-        self.global_steps -= 1  # the last step whose update was made; 0 leaves nothing to save
-        if self.global_steps > 0 and not self._is_saved():
-            self._save_checkpoint(self.dataloader_state)
+        self._save_before_step()
         saved = f"Saved after step {self.global_steps}" if self.global_steps > 0 else "No step was made yet"
         raise TooManyFailedEpisodesError(
             f"{share:.0%} of this step's episodes failed (retriever.max_failed_share={self.term.max_failed_share}): "
             f"the first {failures[0]}. {saved}; continue with resume=true"
         )
+
+    def _save_before_step(self) -> None:
+        """Also makes that the present step; 0 leaves nothing to save."""
+        self.global_steps -= 1
+        if self.global_steps > 0 and not self._is_saved():
+            self._save_checkpoint(self.dataloader_state)
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Lets the initial policy score every episode where its penalty is on, and the teacher only chosen ones."""

@@ -10,7 +10,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dgpo.config.schema import DEFAULT_TEACHER_COEF, Config
+from dgpo.config.schema import DEFAULT_TEACHER_COEF, Config, PhaseLimitsConfig
 from dgpo.config.stages import initial_model
 from dgpo.rl.agent_loop import AGENT_NAME
 from dgpo.rl.rollback import num_rollbacks, num_to_keep
@@ -284,5 +284,18 @@ def _teacher(config: Config) -> dict[str, Any]:
         "max_failed_share": config.retriever.max_failed_share,
         "log_episodes_every": config.train.log_episodes_every,
         "num_logged_episodes": config.train.num_logged_episodes,
+        "phase_limits": _phase_limits(config.train.limits),
         "metrics_path": str((Path(config.run_dir) / "train" / "metrics.jsonl").resolve()),
+    }
+
+
+def _phase_limits(limits: PhaseLimitsConfig) -> dict[str, float]:
+    """In the watchdog's words."""
+    return {
+        "start": limits.start_s,
+        "rollout": limits.rollout_s,
+        "update": limits.update_s,
+        "sync": limits.sync_s,
+        "save": limits.save_s,
+        "validate": limits.validate_s,
     }

@@ -1,0 +1,55 @@
+"""veRL's vLLM server, as a process that ends with its engine, and whose engine ends with it.
+
+Ray sees the death of an actor at once, but not that of the engine process behind it: veRL would wait. And an engine
+whose server was killed would keep its GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import traceback
+from typing import Any
+
+import ray
+from verl.workers.rollout.replica import RolloutReplicaRegistry
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+
+from dgpo.engines.die_with_parent import bind_engine_cores
+
+POLL_S = 0.5
+TAKE_WEIGHTS = "update_weights_from_ipc"  # of veRL's worker extension
+
+
+class BoundServer(vLLMHttpServer):
+    async def run_server(self, args: argparse.Namespace) -> None:
+        bind_engine_cores()
+        await super().run_server(args)
+        self._engine_watch = asyncio.create_task(self._end_with_engine())
+
+    async def _end_with_engine(self) -> None:
+        while not self.engine.errored:
+            await asyncio.sleep(POLL_S)
+        print("vLLM's engine process died; its server ends", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    async def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        """veRL's; when new weights are not taken, the process ends, as their sender would wait for ever."""
+        try:
+            return await super().collective_rpc(method, *args, **kwargs)
+        except Exception:
+            if method != TAKE_WEIGHTS:
+                raise
+            traceback.print_exc()
+            os._exit(1)
+
+
+class BoundReplica(vLLMReplica):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.server_class = ray.remote(BoundServer)
+
+
+RolloutReplicaRegistry.register("vllm", lambda: BoundReplica)

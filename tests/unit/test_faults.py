@@ -1,0 +1,84 @@
+import errno
+import json
+import os
+
+import pytest
+import ray
+
+from dgpo.config.load import load_config
+from dgpo.rl.faults import FAILURE, DiskFullError, forget_failure, told_by_name, write_failure
+from dgpo.rl.stops import FaultError, RunStoppedError
+from dgpo.rl.train import TrainingFailedError, _after_fault
+
+
+def raised_in_ray(error):
+    """As the driver gets what a task raised."""
+    return ray.exceptions.RayTaskError(
+        "run", f"Traceback ...\n{type(error).__name__}: {error}", error
+    ).as_instanceof_cause()
+
+
+def test_the_trainers_own_stop_is_passed_on(tmp_path):
+    with pytest.raises(FaultError, match="vLLM server 0 died") as info, told_by_name(tmp_path):
+        raise raised_in_ray(FaultError("vLLM server 0 died", ["its last line"]))
+    assert info.value.log == ["its last line"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    ],
+)
+def test_a_full_disk_is_told(tmp_path, error):
+    message = r"for want of space \(.* MB are free now\): make room, then resume=true"
+    with pytest.raises(DiskFullError, match=message), told_by_name(tmp_path):
+        raise raised_in_ray(error)
+
+
+def test_a_mistake_is_passed_on_with_its_traceback(tmp_path):
+    with pytest.raises(ray.exceptions.RayTaskError, match="KeyError: 'a mistake'"), told_by_name(tmp_path):
+        raise raised_in_ray(KeyError("a mistake"))
+
+
+def test_the_trainers_own_death_is_told(tmp_path):
+    with pytest.raises(FaultError, match="the trainer's process died"), told_by_name(tmp_path):
+        raise ray.exceptions.ActorDiedError()
+
+
+def test_the_failure_is_recorded_until_the_stage_goes_on(tmp_path):
+    write_failure(tmp_path, RunStoppedError("an alarm"))
+    record = json.loads((tmp_path / FAILURE).read_text())
+    assert (record["kind"], record["message"]) == ("RunStoppedError", "an alarm")
+    forget_failure(tmp_path)
+    assert not (tmp_path / FAILURE).exists()
+    forget_failure(tmp_path)
+
+
+def test_a_run_is_restarted_as_often_as_it_may_be(tmp_path, capsys):
+    config = load_config(["hardware=cpu", "train.max_restarts=1"])
+    fault = FaultError("vLLM server 0 died", ["its last line"])
+    assert _after_fault(config, tmp_path, fault, num_faults=1).resume
+    told = capsys.readouterr().err
+    assert "its last line" in told
+    assert "vLLM server 0 died. There is no checkpoint yet; restart 1 of 1" in told
+    with pytest.raises(TrainingFailedError, match=r"vLLM server 0 died.*resume=true continues"):
+        _after_fault(config, tmp_path, fault, num_faults=2)
+
+
+def test_what_is_saved_is_told(tmp_path):
+    for step in (2, 12):
+        (tmp_path / "checkpoints" / f"global_step_{step}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"global_step_{step}" / "manifest.json").touch()
+    with pytest.raises(TrainingFailedError, match="The last checkpoint is of step 12; resume=true"):
+        _after_fault(load_config(["hardware=cpu", "train.max_restarts=0"]), tmp_path, FaultError("x"), num_faults=1)
+
+
+def test_the_record_of_a_failure_has_the_dead_processs_last_lines(tmp_path):
+    try:
+        raise TrainingFailedError("all of it") from FaultError("the cause", ["its last line"])
+    except TrainingFailedError as error:
+        write_failure(tmp_path, error)
+    record = json.loads((tmp_path / FAILURE).read_text())
+    assert (record["kind"], record["message"], record["log"]) == ("FaultError", "all of it", ["its last line"])
