@@ -351,7 +351,6 @@ def _shape(name: str) -> ModelShape:
 SHARDED_UPDATES = (
     ShardedUpdate("qwen2.5-0.5b", "actor"),
     ShardedUpdate("qwen2.5-0.5b", "critic"),
-    ShardedUpdate("qwen2.5-3b", "actor"),
     ShardedUpdate("qwen2.5-3b", "critic"),
     ShardedUpdate("qwen2.5-7b", "critic"),
 )
