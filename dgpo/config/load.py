@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -69,13 +71,16 @@ def chosen(group: str, overrides: Sequence[str]) -> str | None:
 
 def changed_settings(config: Config) -> list[str]:
     """`key=value` of each leaf that differs from the schema's default."""
-    now, default = OmegaConf.structured(config), OmegaConf.structured(Config)
-    keys = [*config_keys(now)]
-    return [
-        f"{key}={OmegaConf.select(now, key)}"
-        for key in keys
-        if OmegaConf.select(now, key) != OmegaConf.select(default, key)
-    ]
+    default = dict(_leaves(asdict(Config())))
+    return [f"{key}={value}" for key, value in _leaves(asdict(config)) if default.get(key, MISSING) != value]
+
+
+def _leaves(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in mapping.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def to_yaml(config: Config) -> str:

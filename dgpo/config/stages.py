@@ -9,10 +9,19 @@ from dgpo.config.schema import Config
 
 STAGES = ("collect", "distill", "train", "test")
 # What processes on other nodes read, each from a working directory of its own.
-SHARED_FILES = (
-    "run_dir student.path teacher.path teacher.init data.collect_file data.train_file data.validation_file "
-    "distill.init distill.episodes train.init retriever.token_file"
-).split()
+SHARED_FILES = [
+    "run_dir",
+    "student.path",
+    "teacher.path",
+    "teacher.init",
+    "data.collect_file",
+    "data.train_file",
+    "data.validation_file",
+    "distill.init",
+    "distill.episodes",
+    "train.init",
+    "retriever.token_file",
+]
 
 
 def collection(config: Config) -> Path:

@@ -44,6 +44,8 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
     pairs = _pairs(config, overrides)
     folder = Path(config.run_dir)
     own = [o for o in overrides if not o.startswith(("pair=", "run_dir=", "dry_run", "table="))]
+    if config.dry_run.assume:
+        own = [*(o for o in own if not o.startswith("hardware=")), f"hardware={config.dry_run.assume}"]
     if config.dry_run:
         for pair in pairs:
             inputs = ["student.path=student", "teacher.path=teacher"] if pair == "tiny" else [f"pair={pair}"]

@@ -2,7 +2,16 @@ from pathlib import Path
 
 import pytest
 
-from dgpo.config.load import CONFIG_DIR, GROUPS, ConfigError, config_keys, group_choices, load_config, to_yaml
+from dgpo.config.load import (
+    CONFIG_DIR,
+    GROUPS,
+    ConfigError,
+    changed_settings,
+    config_keys,
+    group_choices,
+    load_config,
+    to_yaml,
+)
 from dgpo.config.schema import DEFAULT_TEACHER_COEF
 
 PRESETS = [(group, choice) for group in GROUPS for choice in group_choices(group)]
@@ -106,6 +115,12 @@ def test_every_schema_key_is_read_somewhere():
     code = "\n".join(path.read_text() for path in root.rglob("*.py") if path.name != "schema.py")
     dead = [key for key in config_keys() if key.rsplit(".", 1)[-1] not in code]
     assert dead == []
+
+
+def test_changed_settings_are_those_that_differ():
+    assert changed_settings(load_config()) == []
+    overrides = ["train.num_steps=7", "hardware.env.A=b", "test.models.mine=x", "train.stability.patience=3"]
+    assert changed_settings(load_config(overrides)) == ["hardware.env.A=b", "train.num_steps=7", "test.models.mine=x"]
 
 
 def test_the_resolved_config_can_be_printed():
