@@ -189,3 +189,41 @@ def test_the_support_table_covers_every_combination():
     assert len(table) == 27
     assert sum(reason is None for *_, reason in table) == 22
     assert {algorithm for algorithm, *_, reason in table if reason} == {"gkd"}
+
+
+def test_a_retriever_that_the_other_nodes_will_not_find_is_noted(inputs, capsys):
+    overrides = ["pair=qwen3b_05b", "dry_run.assume=h200x8xN", "hardware.num_nodes=2", *inputs]
+    output = dry_run("train", overrides, capsys)
+    assert "is another machine on every node" in output
+    assert "0      0-7 " in output
+    assert "1      8-15" in output
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("quickstart", "would hold world, indexes, teacher, collect, distill, train, test and report"),
+        ("report", "report.html would be written"),
+        ("contamination", "512 training questions would be compared with nq (512)"),
+        ("test", "mine would be tested on nq (512 questions)"),
+        ("ask", "would answer"),
+        ("prepare", "would hold"),
+    ],
+)
+def test_every_command_has_a_dry_run_that_writes_nothing(command, said, inputs, tmp_path, capsys):
+    rows = next(override.partition("=")[2] for override in inputs if override.startswith("data.train_file="))
+    (tmp_path / "own.jsonl").write_text('{"question": "who?", "answers": ["me"]}\n' * 4)
+    model = make_model(tmp_path / "model")
+    before = sorted(tmp_path.rglob("*"))
+    overrides = [
+        "hardware=cpu",
+        f"data.test_files.nq={rows}",
+        f"test.models.mine={model}",
+        f"ask.model={model}",
+        f"prepare.source={tmp_path / 'own.jsonl'}",
+        f"prepare.out={tmp_path / 'prepared'}",
+        *inputs,
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    assert said in dry_run(command, overrides, capsys)
+    assert sorted(tmp_path.rglob("*")) == before
