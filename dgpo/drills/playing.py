@@ -52,7 +52,7 @@ class Playing:
             what=f"episode {number} of {self.run_dir}",
         )
         if self.command.ended():
-            raise DrillFailedError(f"{self.stage} ended before episode {number}: {self.command.last_line()}")
+            raise DrillFailedError(f"{self.stage} ended before episode {number}: {self.command.message()}")
 
     def num_finished(self) -> int:
         return self.partial.read_bytes().count(b"\n") if self.partial.exists() else 0
@@ -61,7 +61,7 @@ class Playing:
         """Waits for the end of the command. Returns what was lost: nothing."""
         self.command.wait(bound_s=END_BOUND_S)
         if self.command.process.returncode != 0:
-            raise DrillFailedError(f"{self.stage} did not end well: {self.command.last_line()} ({self.command.log})")
+            raise DrillFailedError(f"{self.stage} did not end well: {self.command.message()} ({self.command.log})")
         ids = [json.loads(line)["episode_id"] for line in self.episodes.read_text().splitlines()]
         if len(ids) != self.num_episodes or len(set(ids)) != self.num_episodes:
             raise DrillFailedError(
@@ -93,7 +93,7 @@ def kill_engine(playing: Playing) -> Outcome:
         raise DrillFailedError(f"{playing.stage} has no process called VLLM::EngineCore")
     kill_process(engines[0])
     seconds = command.wait(bound_s=END_BOUND_S)
-    message = command.last_line()
+    message = command.message()
     if command.process.returncode != 1 or "the engine died" not in message:
         raise DrillFailedError(
             f"expected exit code 1 and the engine's death as the last line of {command.log}: {message}"
@@ -108,7 +108,7 @@ def fill_disk(playing: Playing, disk: Path) -> Outcome:
     playing.wait_for_episodes(playing.num_episodes // 4)
     with filled(disk):
         seconds = command.wait(bound_s=END_BOUND_S)
-        message = command.last_line()
+        message = command.message()
     if command.process.returncode != 1 or "No space left on device" not in message:
         raise DrillFailedError(f"expected exit code 1 and the full disk as the last line of {command.log}: {message}")
     playing.start()

@@ -107,7 +107,7 @@ class Command:
     """`python -m dgpo STAGE ...` in a session of its own, its output in a file."""
 
     def __init__(self, arguments: Sequence[str], *, log: Path) -> None:
-        self.log = log
+        self.log, self.stage = log, arguments[0]
         environment = {name: value for name, value in os.environ.items() if name != MARK}
         with log.open("ab") as file:
             self.process = subprocess.Popen(
@@ -134,6 +134,11 @@ class Command:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def last_line(self) -> str:
+    def line_with(self, text: str) -> str:
+        """The last line of its output that holds `text`; empty without one."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else ""
+        return next((line for line in reversed(lines) if text in line), "")
+
+    def message(self) -> str:
+        """What it told its user in the end; the last line that it wrote, where it had no chance to."""
+        return self.line_with(f"dgpo {self.stage}: ") or self.line_with("")

@@ -119,13 +119,13 @@ class TrainingRun:
 
     def wait_for_step(self, step: int, *, bound_s: float) -> float:
         """Seconds until the record of a step was written."""
-        command = self._running()
+        command = self.command_now()
 
         def made() -> bool:
             if self.last_step() >= step:
                 return True
             if command.ended():
-                raise DrillFailedError(f"the run ended before step {step}: {command.last_line()}")
+                raise DrillFailedError(f"the run ended before step {step}: {command.message()}")
             return False
 
         return wait_for(made, bound_s=bound_s, what=f"step {step} of {self.run_dir}")
@@ -136,13 +136,13 @@ class TrainingRun:
         self.wait_for_step(self.last_step() + 1, bound_s=STEP_BOUND_S)
 
     def wait_for_log(self, text: str, *, bound_s: float) -> None:
-        command = self._running()
+        command = self.command_now()
 
         def said() -> bool:
             if text in command.log.read_text(errors="replace"):
                 return True
             if command.ended():
-                raise DrillFailedError(f"the run ended early: {command.last_line()}")
+                raise DrillFailedError(f"the run ended early: {command.message()}")
             return False
 
         wait_for(said, bound_s=bound_s, what=f"{text!r} in {command.log}")
@@ -153,11 +153,11 @@ class TrainingRun:
         Raises:
             DrillFailedError: in time they did not, or with another exit code.
         """
-        command = self._running()
+        command = self.command_now()
         seconds = command.wait(bound_s=bound_s)
         if command.process.returncode != code:
             raise DrillFailedError(
-                f"exit code {command.process.returncode}, expected {code}: {command.last_line()} ({command.log})"
+                f"exit code {command.process.returncode}, expected {code}: {command.message()} ({command.log})"
             )
         return seconds + self.wait_for_processes()
 
@@ -167,17 +167,9 @@ class TrainingRun:
             lambda: not marked_processes(self.folder), bound_s=EXIT_BOUND_S, what="the end of the run's processes"
         )
 
-    def log(self) -> Path:
-        return self._running().log
-
-    def line_with(self, text: str) -> str:
-        """The last line of the command's output that holds `text`; empty without one."""
-        lines = self.log().read_text(errors="replace").splitlines()
-        return next((line for line in reversed(lines) if text in line), "")
-
     def kill_driver(self) -> None:
-        self._running().process.kill()
-        self._running().process.wait()
+        self.command_now().process.kill()
+        self.command_now().process.wait()
 
     def episodes(self, step: int) -> list[tuple[str, str]]:
         """Id and question of the step's episodes, all of which are logged."""
@@ -187,7 +179,7 @@ class TrainingRun:
             raise DrillFailedError(f"step {step} has {len(set(found))} episodes, expected {NUM_EPISODES}")
         return found
 
-    def _running(self) -> Command:
+    def command_now(self) -> Command:
         assert self.command is not None
         return self.command
 
@@ -208,9 +200,11 @@ def hit(run: TrainingRun, fault: Fault) -> Outcome:
     if fault.restarts:
         run.wait_for_log(RESTART, bound_s=fault.bound_s)
         seconds = run.wait_for_step(step + 1, bound_s=fault.bound_s)
-        message, what = run.line_with(RESTART), "restarted by itself"
+        message, what = run.command_now().line_with(RESTART), "restarted by itself"
         if fault.named not in message:
-            raise DrillFailedError(f"expected {fault.named!r} in the message of {run.log()}, found: {message}")
+            raise DrillFailedError(
+                f"expected {fault.named!r} in the message of {run.command_now().log}, found: {message}"
+            )
     else:
         seconds = run.wait_for_end(code=1, bound_s=fault.bound_s)
         message, what = told(run, fault), "stopped; resumed"
@@ -223,9 +217,9 @@ def told(run: TrainingRun, fault: Fault) -> str:
     Raises:
         DrillFailedError: it does not.
     """
-    message = run.line_with("dgpo train:")
+    message = run.command_now().message()
     if missing := [words for words in (fault.named, "resume=true") if words not in message]:
-        raise DrillFailedError(f"expected {missing[0]!r} in the message of {run.log()}, found: {message}")
+        raise DrillFailedError(f"expected {missing[0]!r} in the message of {run.command_now().log}, found: {message}")
     recorded = json.loads((run.folder / FAILURE).read_text())["message"]
     if fault.named not in recorded:
         raise DrillFailedError(f"expected {fault.named!r} in {run.folder / FAILURE}, found: {recorded}")
@@ -262,9 +256,9 @@ def fill_disk(run: TrainingRun, disk: Path) -> Outcome:
     """No byte is left on the run folder's file system; then there is room again."""
     with filled(disk):
         seconds = run.wait_for_end(code=1, bound_s=2 * STEP_BOUND_S)
-    message = run.line_with("dgpo train:")
+    message = run.command_now().message()
     if not any(words in message for words in ("No space left on device", "for want of space")):
-        raise DrillFailedError(f"expected the full disk in the message of {run.log()}, found: {message}")
+        raise DrillFailedError(f"expected the full disk in the message of {run.command_now().log}, found: {message}")
     return Outcome("full disk", "stopped; resumed", seconds, message)
 
 
