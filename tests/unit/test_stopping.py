@@ -26,11 +26,17 @@ def test_a_signal_raises_and_the_handler_before_it_comes_back(number):
 
 
 def test_the_first_signal_leaves_a_file_and_the_second_one_raises(tmp_path):
-    with pytest.raises(StopRequested, match="SIGTERM"), filed_on_request(tmp_path):
-        assert not stop_requested(tmp_path)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop_requested(tmp_path)
-        os.kill(os.getpid(), signal.SIGTERM)
+    seen = []
+
+    def run():
+        with filed_on_request(tmp_path):
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                seen.append(stop_requested(tmp_path))
+                os.kill(os.getpid(), number)
+
+    with pytest.raises(StopRequested, match="SIGTERM"):
+        run()
+    assert seen == [False, True]
     assert not stop_requested(tmp_path)
 
 
