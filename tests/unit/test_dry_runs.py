@@ -56,21 +56,16 @@ def test_the_rows_of_the_paper_are_all_there():
 
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_with_a_pair_fits_a_node_of_eight(experiment, pair, inputs, capsys):
+def test_an_experiment_with_a_pair_fits_one_node_of_eight_or_several(experiment, pair, inputs, capsys):
     overrides = [f"experiment={experiment}", f"pair={pair}", "dry_run.assume=h200x8", *inputs]
-    stages = load_config(overrides).stages
-    for stage in stages:
+    config = load_config(overrides)
+    for stage in config.stages:
         output = dry_run(stage, overrides, capsys)
         assert "Memory per GPU, GiB (of h200" in output
-        if stage == "train" and "distill" in stages[: stages.index("train")]:
+        if stage == "train" and "distill" in config.stages[: config.stages.index("train")]:
             assert "train.init=" in output
             assert "will be written by an earlier stage" in output
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_with_a_pair_fits_several_nodes_of_eight(experiment, pair):
-    config = load_config([f"experiment={experiment}", f"pair={pair}", "hardware=h200x8xN", "hardware.num_nodes=2"])
+    config.hardware.fsdp_size = 8
     for config.hardware.num_nodes in (2, 4):
         for stage in config.stages:
             models, unknown = stage_models(config, stage)
@@ -80,6 +75,12 @@ def test_an_experiment_with_a_pair_fits_several_nodes_of_eight(experiment, pair)
             if stage == "train":
                 check_training(config)
             assert stage_budget(config, stage, models).problem is None
+
+
+def test_several_nodes_differ_from_one_in_their_number_and_in_shards_within_a_node():
+    one, many = load_config(["hardware=h200x8"]), load_config(["hardware=h200x8xN", "hardware.num_nodes=4"])
+    one.hardware.num_nodes, one.hardware.fsdp_size = 4, 8
+    assert one == many
 
 
 @pytest.mark.parametrize("stage", ["collect", "distill", "train"])
