@@ -22,6 +22,7 @@ from dgpo.hardware.report import (
     facts,
     memory_facts,
     memory_table,
+    parameters,
     placement_table,
     time_facts,
     time_table,
@@ -90,11 +91,11 @@ def _print_plan(console: Console, config: Config, stage: str, models: Models, ro
 
 def _model_rows(stage: str, models: Models) -> Rows:
     name = {"train": "student", "distill": "student", "collect": "teacher"}.get(stage, "model")
-    rows = [(name, f"{models.student.parameters / 1e9:.3f} B parameters")]
+    rows = [(name, parameters(models.student.parameters))]
     if models.critic:
-        rows.append(("critic", f"{models.student.critic / 1e9:.3f} B parameters"))
+        rows.append(("critic", parameters(models.student.critic)))
     if models.teacher is not None:
-        rows.append(("teacher", f"{models.teacher.parameters / 1e9:.3f} B parameters, frozen"))
+        rows.append(("teacher", f"{parameters(models.teacher.parameters)}, frozen"))
     return rows
 
 

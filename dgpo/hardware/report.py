@@ -73,7 +73,8 @@ def _engines(replicas: list[list[int]]) -> str:
 def _processes(config: Config, stage: str, node: int) -> str:
     parts = []
     if stage == "train":
-        parts = [f"{config.hardware.num_agent_workers} agent loops", f"{config.hardware.num_reward_workers} rewards"]
+        workers = config.hardware
+        parts = [_count(workers.num_agent_workers, "agent loop"), _count(workers.num_reward_workers, "reward")]
         parts += ["trainer"] if node == 0 else []
     if node == 0 and not config.retriever.backend and is_on_this_node(config.retriever.url):
         parts.append("retriever")
@@ -151,6 +152,11 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def parameters(count: int) -> str:
+    """In billions, or millions."""
+    return f"{count / 1e9:.3f} billion parameters" if count >= 1e8 else f"{count / 1e6:.2f} million parameters"
 
 
 def _count(number: int, noun: str) -> str:
