@@ -290,11 +290,14 @@ def test_tensorboard_gets_the_metrics_of_each_model(model, tmp_path):
 
 
 def test_wandb_keeps_the_metrics_of_each_model_offline(model, tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = fake_config(tmp_path, {"own": questions()}, SHELF)
     config.test.loggers = ["wandb"]
     evaluate(config)
+    wandb.teardown()  # as at the end of the process: its service writes at its own time
     (log,) = (Path(config.run_dir) / "test" / "wandb").glob("offline-run-*/*.wandb")
     recorded = log.read_bytes()
     for text in ("val/test_score/own", str(1 / 3)[:15], f"{Path(config.run_dir).name}-test-mine"):
