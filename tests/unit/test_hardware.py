@@ -317,6 +317,6 @@ def test_the_estimates_hold_against_every_measurement():
     """Exact for what is exact; within 15% for the peak of an update with FSDP2."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("update, ") == 5
