@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes or reuses .venv and activates it.
 # A fresh machine needs Python 3.11 or 3.12 with pip, nothing else. Set PYTHON to choose the interpreter.
 set -euo pipefail
