@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from dgpo.engines.die_with_parent import bind_engine_cores
 
@@ -34,6 +35,14 @@ class BoundServer(vLLMHttpServer):
             await asyncio.sleep(POLL_S)
         print("vLLM's engine process died; its server ends", file=sys.stderr, flush=True)
         os._exit(1)
+
+    async def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """veRL's; a request that finds the engine dead is sooner than the next look."""
+        try:
+            return await super().generate(*args, **kwargs)
+        except EngineDeadError:
+            traceback.print_exc()
+            os._exit(1)
 
     async def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         """veRL's; when new weights are not taken, the process ends, as their sender would wait for ever."""

@@ -46,6 +46,11 @@ class Watchdog:
         self._saves_until: float | None = None  # the trainer may go on until then, to save
         self.enter("start")
 
+    @property
+    def weights_are_whole(self) -> bool:
+        """Whether the fault came in mid-rollout and left the trained weights as they are."""
+        return self._saves_until is not None
+
     def enter(self, phase: str) -> None:
         """The trainer begins a phase."""
         self.phase, self._deadline = phase, time.monotonic() + self.limits[phase]
@@ -108,6 +113,8 @@ class Watchdog:
                 return
 
     def _report(self, message: str, *, weights_lost: bool = False, log: Path | None = None) -> None:
+        if self.fault is not None:  # the trainer's thread looks too, after an error
+            return
         if self.phase == "rollout" and not weights_lost:
             self._saves_until = time.monotonic() + self.limits["save"]
         self.fault = FaultError(message, _tail(log))

@@ -56,7 +56,7 @@ class WatchedTrainer(PPOTrainerSync):
 
     def _stop_on_fault(self) -> None:
         fault = self.watchdog.fault
-        if fault is not None and self.watchdog.phase == "rollout":
+        if fault is not None and self.watchdog.weights_are_whole:
             self._save_before_step()
             raise fault
 
@@ -65,7 +65,14 @@ class WatchedTrainer(PPOTrainerSync):
         self.watchdog.enter("rollout")
 
     def on_sample_end(self) -> None:
-        super().on_sample_end()
+        """The episodes are there; those of a dead engine failed at once, before its death was looked for."""
+        try:
+            super().on_sample_end()
+        except Exception as error:
+            if self.watchdog.explain(error) is error:
+                raise
+            self._stop_on_fault()
+            raise self.watchdog.fault from error
         self.watchdog.enter("update")
 
     def on_step_end(self) -> None:
