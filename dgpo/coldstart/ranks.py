@@ -44,22 +44,21 @@ def run_on_ranks(work: Callable[..., Any], config: Config, *, folder: Path) -> A
     """
     num_ranks = config.hardware.num_nodes * config.hardware.gpus_per_node
     if num_ranks == 1:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Hugging Face's Trainer would take all that it sees
+        if config.hardware.platform != "cpu":
+            os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Hugging Face's Trainer would take all that it sees
         with filed_on_request(folder):
             return work(config, rank=0, num_ranks=1)
-    import ray
-
     config = with_absolute_paths(config)
     try:
         ray_cluster.connect(config.hardware, token_folder=folder, object_store_gb=OBJECT_STORE_GB)
         with filed_on_request(folder):  # after Ray's start, which sets a handler of its own
-            return _run(ray, work, config, num_ranks)
+            return _run(work, config, num_ranks)
     finally:
-        ray.shutdown()
-        ray_cluster.forget_token(folder)
+        ray_cluster.disconnect(folder)
 
 
-def _run(ray: Any, work: Callable[..., Any], config: Config, num_ranks: int) -> Any:
+def _run(work: Callable[..., Any], config: Config, num_ranks: int) -> Any:
+    import ray
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 

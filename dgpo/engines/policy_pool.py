@@ -48,10 +48,10 @@ class PolicyPool:
 
     async def __aenter__(self) -> PolicyPool:
         """Starts the engines side by side. Raises `EngineStartError` when one does not start."""
+        if not ray_cluster.is_connected():
+            ray_cluster.connect(self.hardware, token_folder=Path(_token_folder().name), log_to_driver=False)
         import ray
 
-        if not ray.is_initialized():
-            ray_cluster.connect(self.hardware, token_folder=Path(_token_folder().name), log_to_driver=False)
         gpus = 0 if self.hardware.platform == "cpu" else self.hardware.engine.tensor_parallel_size
         engine = ray.remote(num_cpus=1, num_gpus=gpus, scheduling_strategy="SPREAD")(_Engine)
         self._engines = [engine.remote(self.make_policy) for _ in range(self.size)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,12 @@ WORKER_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PAR
 def in_cluster() -> bool:
     """Whether a cluster is named; its nodes, tokens and resources are then those of whoever started it."""
     return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def is_connected() -> bool:
+    """Whether this process is in a Ray already."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 def connect(
@@ -69,6 +76,14 @@ def connect(
     )
 
 
+def disconnect(token_folder: Path) -> None:
+    """Leaves Ray, and ends a private one."""
+    import ray
+
+    ray.shutdown()
+    forget_token(token_folder)
+
+
 def forget_token(folder: Path) -> None:
     """Removes the token of a private Ray, if there is one, from the disk and from the environment."""
     token = folder / TOKEN
@@ -78,7 +93,7 @@ def forget_token(folder: Path) -> None:
 
 
 def use_token(folder: Path) -> None:
-    """Makes the token of a private Ray, which reads where it is when it is imported: call this before."""
+    """Makes the token of a private Ray, which reads where it is when it is imported: call this, or `connect`, before."""
     if in_cluster():
         return
     token = folder / TOKEN

@@ -18,6 +18,7 @@ MIN_LEAD_S = 120  # scripts/slurm/job.sh keeps 60 s of it for itself
 MAX_LEAD_S = 65535  # sbatch's own limit
 MAX_NODE_TMP_CHARS = 25
 SEARCHING = ("collect", "train", "test")
+RUN_DIR = "{run_dir}"  # in an override; scripts/slurm/job.sh puts the run's own folder there
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,13 @@ def parse_options(arguments: Sequence[str] | None) -> JobOptions:
     wrong = [override for override in given.overrides if "=" not in override]
     if wrong:
         raise ConfigError(f"{wrong[0]!r} is neither an option nor key=value; --help lists the options")
-    config = load_config(given.overrides)
+    run_dir = _run_dir(load_config([override for override in given.overrides if RUN_DIR not in override]))
+    config = load_config([override.replace(RUN_DIR, str(run_dir)) for override in given.overrides])
     stages = _stages(given.stages, config)
     options = JobOptions(
         config=config,
         overrides=tuple(given.overrides),
-        run_dir=_run_dir(config),
+        run_dir=run_dir,
         stages=stages,
         times=_times(given.time, stages),
         nodes=_nodes(given.nodes, stages, config),
@@ -267,4 +269,4 @@ def tested_model(options: JobOptions) -> list[str]:
         return []
     name = chosen("experiment", options.overrides) or "dgpo"
     model = stage_model(options.config, _trained(options)[-1]).relative_to(options.config.run_dir)
-    return [f"test.models.{name}={{run_dir}}/{model}"]
+    return [f"test.models.{name}={RUN_DIR}/{model}"]

@@ -187,7 +187,7 @@ tear_down() { # what still runs on the nodes, their files, and the tokens; Ray's
       wait_for_steps 15 || true # SLURM kills what is left when the script ends
     }
   fi
-  timeout 20 srun --overlap --ntasks="${#nodes[@]}" --mem=0 rm -rf "$node_tmp" 2>/dev/null || true
+  timeout 60 srun --overlap --ntasks="${#nodes[@]}" --mem=0 rm -rf "$node_tmp" 2>/dev/null || true
   rm -rf "$private"
 }
 

@@ -50,7 +50,7 @@ ReturnToService=2
 SlurmdTimeout=20
 NodeName=n1 NodeAddr={n1} CPUs=2 RealMemory=8000 State=UNKNOWN
 NodeName=n2 NodeAddr={n2} CPUs=2 RealMemory=8000 State=UNKNOWN
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=02:00:00 State=UP
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
 # Runs as the first process of a node: its host name, its own /dev/shm and local folder, and the names of the others.

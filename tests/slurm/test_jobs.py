@@ -74,7 +74,7 @@ def test_a_stage_is_warned_before_the_limit_saves_and_resumes_in_the_next_turn(s
     assert (tmp_path / "events").read_text() == "saved\n"
     assert [start.endswith("resume=true") for start in starts] == [False, True]
     assert list((tmp_path / "run" / "slurm").iterdir()) == []  # no token is left
-    assert not any((slurm.base / f"local.{name}").iterdir() for name in ("n1", "n2"))
+    assert [path for name in ("n1", "n2") for path in (slurm.base / f"local.{name}").rglob("*")] == []
 
 
 def test_a_failing_stage_is_tried_again_and_then_given_up(slurm, tmp_path):

@@ -69,6 +69,7 @@ def test_the_run_tests_its_own_last_model_unless_others_are_named():
     assert "'test.models.dgpo={run_dir}/train/model'" in script("test")
     assert "'test.models.kd={run_dir}/distill/model'" in script("test", "experiment=kd")
     assert "{run_dir}" not in script("test", "test.models.mine=/shared/mine")
+    assert "'test.models.own={run_dir}/distill/model'" in script("test", "test.models.own={run_dir}/distill/model")
 
 
 def test_stages_are_chained_and_arrays_task_by_task(tmp_path):
