@@ -333,6 +333,7 @@ class TrainConfig:
     num_logged_episodes: int = 8  # in a sample
     generation_concurrency: int | None = None  # episodes in flight; 1 makes a CPU run repeatable to the last bit
     loggers: list[str] = field(default_factory=lambda: ["console"])  # veRL's names; metrics.jsonl is always written
+    timeline: bool = False  # train/timeline.jsonl: when each part of every step and episode was (docs/performance.md)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from dgpo.episode import EpisodeLimits, Generation, run_episode
 from dgpo.extensions import load_reward, make_search
 from dgpo.protocol import encode_prompt
 from dgpo.rl.scoring import episode_reward, episode_scores
+from dgpo.rl.timeline import TimedSearch
 from dgpo.seeds import derive_seed
 from dgpo.trajectory import Trajectory
 
@@ -29,7 +31,7 @@ class RolloutPolicy:
     def __init__(self, server: Any, sampling_params: Mapping[str, Any]) -> None:
         self.server = server
         self.sampling_params = sampling_params
-        self.generate_s = 0.0
+        self.spans: list[tuple[str, float, float]] = []  # of generations and, by `TimedSearch`, of searches
         self.extra_fields: dict[str, Any] = {}
 
     async def generate(
@@ -43,10 +45,9 @@ class RolloutPolicy:
             detokenize=True,
             seed=seed,
         )
-        clock = asyncio.get_running_loop().time
-        started = clock()
+        started = time.time()
         output = await self.server.generate(request_id=request_id, prompt_ids=token_ids, sampling_params=params)
-        self.generate_s += clock() - started
+        self.spans.append(("generate", started, time.time()))
         # The weight version that generated: the first turn's minimum, the last turn's maximum.
         self.extra_fields = {
             **output.extra_fields,
@@ -133,15 +134,18 @@ class SearchAgentLoop(AgentLoopBase):
                 episode_id=str(row["uid"]),
                 prompt_ids=prompt_ids,
                 policy=policy,
-                search=resources.search,
+                search=TimedSearch(resources.search, policy.spans),
                 tokenizer=self.tokenizer,
                 limits=self.limits,
                 corpus=info.get("corpus"),
                 seed=derive_seed(self.seed, row["global_steps"], info.get("id", info.get("index")), row["session_id"]),
             )
         golds = list(row["reward_model"]["ground_truth"]["target"])
+        started = time.time()
         scores = episode_scores(trajectory, golds)
-        return self._output(trajectory, policy, scores, *episode_reward(resources.reward, trajectory, golds, scores))
+        rewards = episode_reward(resources.reward, trajectory, golds, scores)
+        policy.spans.append(("score", started, time.time()))
+        return self._output(trajectory, policy, scores, *rewards)
 
     def _output(
         self,
@@ -160,11 +164,12 @@ class SearchAgentLoop(AgentLoopBase):
             reward_score=reward if trained else 0.0,
             num_turns=2 * len(trajectory.turns),
             metrics=AgentLoopMetrics(
-                generate_sequences=policy.generate_s,
+                generate_sequences=sum(end - start for name, start, end in policy.spans if name == "generate"),
                 tool_calls=sum(record.latency_s for record in trajectory.searches),
             ),
             extra_fields={
                 **policy.extra_fields,
+                "spans": policy.spans,
                 "reward_extra_info": {**scores, **reward_parts, "error": 0.0},
                 "failure": None if trained else "lost a search: the retriever is down or overloaded",
                 "turn_scores": [],
@@ -186,6 +191,7 @@ class SearchAgentLoop(AgentLoopBase):
             extra_fields={
                 "min_global_steps": step - 1,  # veRL's weight version; those of step - 1 play the episodes of a step
                 "max_global_steps": step - 1,
+                "spans": [],
                 "reward_extra_info": {"em": 0.0, "error": 1.0},
                 "failure": failure,
                 "turn_scores": [],

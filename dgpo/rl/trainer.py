@@ -20,6 +20,7 @@ from verl.trainer.ppo.ray_trainer import apply_kl_penalty
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+from verl.utils.debug import marked_timer
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from dgpo.algorithms.advantages import group_relative_advantages
@@ -36,8 +37,8 @@ from dgpo.rl.rollback import CHECKPOINT, keep_last_good
 from dgpo.rl.run_state import append_record, begin_from, prune, save_whole
 from dgpo.rl.stability import Alarm, CollapseDetector, choose_response
 from dgpo.rl.stops import CollapseError, NonFiniteError, RunStoppedError
+from dgpo.rl.timed_trainer import TimedTrainer
 from dgpo.rl.verl_config import TRAINER_NAME
-from dgpo.rl.watched_trainer import WatchedTrainer
 from dgpo.rl.worker import SeededTrainingWorker, TeacherGuidedWorker
 from dgpo.stopping import StoppedOnRequestError, stop_requested
 
@@ -49,7 +50,7 @@ class TooManyFailedEpisodesError(RunStoppedError):
 
 
 @register_trainer(TRAINER_NAME)
-class DGPOTrainer(WatchedTrainer):
+class DGPOTrainer(TimedTrainer):
     """PPO, GRPO or GKD; algorithm and teacher term as `config.actor_rollout_ref.teacher` describes them."""
 
     # veRL takes asynchronous paths for every mode that is not called "sync".
@@ -184,6 +185,9 @@ class DGPOTrainer(WatchedTrainer):
         batch = super()._balance_batch(batch, metrics, **kwargs)
         fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
         self.scores = [extra["reward_extra_info"] for extra in fields["extra_fields"]]
+        self.episode_spans = {
+            key: extra["spans"] for key, extra in zip(batch.keys, fields["extra_fields"], strict=True)
+        }
         self._stop_on_failed_episodes([extra["failure"] for extra in fields["extra_fields"] if extra.get("failure")])
         return batch
 
@@ -222,7 +226,8 @@ class DGPOTrainer(WatchedTrainer):
         metrics["teacher/num_scored"] = len(keys)
         metrics["teacher/num_monitored"] = int(monitored.sum())
         if keys:
-            self._score_by_teacher(batch.select_keys(keys))
+            with marked_timer("teacher", self.timing_raw):
+                self._score_by_teacher(batch.select_keys(keys))
         if self.term.form == "exact":
             tq.kv_batch_put(
                 keys=batch.keys,
@@ -396,8 +401,11 @@ class DGPOTrainer(WatchedTrainer):
         self.checkpoint_manager.update_weights(self.global_steps)
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, **kwargs: Any) -> None:
-        self._complete_metrics(batch, metrics, timing_raw, **kwargs)
-        self._finish_step(metrics)
+        with marked_timer("record", timing_raw):
+            self._complete_metrics(batch, metrics, timing_raw, **kwargs)
+            self._finish_step(metrics)
+        if self.term.timeline:
+            self._write_timeline()
         self._stop_on_request(metrics)
 
     def _stop_on_request(self, metrics: dict) -> None:

@@ -284,6 +284,7 @@ def _teacher(config: Config) -> dict[str, Any]:
         "max_failed_share": config.retriever.max_failed_share,
         "log_episodes_every": config.train.log_episodes_every,
         "num_logged_episodes": config.train.num_logged_episodes,
+        "timeline": config.train.timeline,
         "phase_limits": _phase_limits(config.train.limits),
         "metrics_path": str((Path(config.run_dir) / "train" / "metrics.jsonl").resolve()),
     }
