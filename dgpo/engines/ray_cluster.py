@@ -93,7 +93,7 @@ def forget_token(folder: Path) -> None:
 
 
 def use_token(folder: Path) -> None:
-    """Makes the token of a private Ray, which reads where it is when it is imported: call this, or `connect`, before."""
+    """Makes the token of a private Ray, which reads where it is when it is imported: this or `connect` comes first."""
     if in_cluster():
         return
     token = folder / TOKEN

@@ -63,7 +63,7 @@ def test_a_collection_that_is_asked_to_stop_keeps_its_episodes_and_plays_only_th
     command = [sys.executable, "-m", "dgpo", "collect", *arguments]
     code, error = stop_once(lambda: partial.exists() and partial.stat().st_size > 20_000, command, tmp_path / "log")
     assert code == 75, error
-    assert error.strip().splitlines()[-1] == "dgpo collect: ended by SIGUSR1; resume=true continues"
+    assert "dgpo collect: ended by SIGUSR1; resume=true continues" in error.splitlines()
     kept = partial.read_text().splitlines()
     assert 0 < len(kept) < 400
     result = run_command(*command[1:], "resume=true")
