@@ -87,36 +87,38 @@ class VllmPolicy:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        settings = self.hardware.engine
         try:
-            self._engine = AsyncLLM.from_engine_args(
-                AsyncEngineArgs(
-                    model=self.model_path,
-                    dtype=settings.dtype,
-                    enforce_eager=settings.enforce_eager,
-                    tensor_parallel_size=settings.tensor_parallel_size,
-                    gpu_memory_utilization=(
-                        settings.gpu_memory_utilization
-                        if self.replaceable_weights  # of a model in training
-                        else settings.gpu_memory_utilization_alone
-                    ),
-                    max_num_seqs=settings.max_num_seqs,
-                    max_num_batched_tokens=max(settings.max_num_batched_tokens, self.max_model_len),
-                    max_model_len=self.max_model_len,
-                    enable_chunked_prefill=settings.chunked_prefill,
-                    enable_prefix_caching=True,  # every turn of an episode repeats the tokens of the turns before
-                    seed=self.seed,
-                    disable_log_stats=True,
-                    trust_remote_code=self.trust_remote_code,
-                    worker_extension_cls=REPLACEABLE if self.replaceable_weights else FIXED,
-                )
-            )
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.engine_arguments()))
         except Exception as error:  # vLLM raises what its parts raise
             reason = " ".join(str(error).split())[:500]
             raise EngineStartError(
                 f"vLLM does not start with {self.model_path} ({type(error).__name__}: {reason}): check that it is a "
                 "complete checkpoint, and hardware.engine"
             ) from error
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """What the engine is made with, as vLLM names it."""
+        settings = self.hardware.engine
+        return {
+            "model": self.model_path,
+            "dtype": settings.dtype,
+            "enforce_eager": settings.enforce_eager,
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "gpu_memory_utilization": (
+                settings.gpu_memory_utilization
+                if self.replaceable_weights  # of a model in training
+                else settings.gpu_memory_utilization_alone
+            ),
+            "max_num_seqs": settings.max_num_seqs,
+            "max_num_batched_tokens": max(settings.max_num_batched_tokens, self.max_model_len),
+            "max_model_len": self.max_model_len,
+            "enable_chunked_prefill": settings.chunked_prefill,
+            "enable_prefix_caching": True,  # every turn of an episode repeats the tokens of the turns before
+            "seed": self.seed,
+            "disable_log_stats": True,
+            "trust_remote_code": self.trust_remote_code,
+            "worker_extension_cls": REPLACEABLE if self.replaceable_weights else FIXED,
+        }
 
     async def stop(self) -> None:
         """Ends the engine and waits for its processes; the policy may be started again."""
@@ -166,7 +168,7 @@ class VllmPolicy:
             stop=list(stop),
             stop_token_ids=self._stop_token_ids(tuple(stop)),
             include_stop_str_in_output=True,
-            detokenize=True,
+            detokenize=bool(stop) or self.on_text is not None,
             skip_special_tokens=False,  # a tokenizer may hold the tags as special tokens: they still stop a turn
             logprobs=0 if self.log_probs else None,  # of the sampled token only
             seed=seed if self.temperature > 0 else None,
