@@ -8,11 +8,11 @@ from typing import Any, Self
 
 import torch
 
-from dgpo.engines.die_with_parent import DieWithParent
+from dgpo.engines.cpu_sampling import CpuSampling
 from dgpo.engines.plain_linears import keep_plain_linears
 
 
-class ReplaceableWeights(DieWithParent):
+class ReplaceableWeights(CpuSampling):
     """Mixed into vLLM's worker. Its method is called by name, through `collective_rpc`."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:

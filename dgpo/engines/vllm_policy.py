@@ -14,7 +14,7 @@ from dgpo.engines.environment import export_environment
 from dgpo.episode import Generation
 
 REAP_TIMEOUT_S = 5.0
-FIXED = "dgpo.engines.die_with_parent.DieWithParent"
+FIXED = "dgpo.engines.cpu_sampling.CpuSampling"
 REPLACEABLE = "dgpo.engines.replaceable_weights.ReplaceableWeights"
 
 

@@ -28,6 +28,7 @@ from dgpo.data.rows import read_rows
 from dgpo.engines.environment import export_environment
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes, play_episodes
 from dgpo.engines.play import load_tokenizer, make_policy
+from dgpo.engines.vllm_policy import VllmPolicy
 from dgpo.pipeline.processes import Stages, retrieval_server
 from dgpo.trajectory import Trajectory, read_trajectories
 
@@ -76,11 +77,15 @@ def served(indexes: Path | None, folder: Path) -> Iterator[str | None]:
         yield url
 
 
+def greedy_policy(config: Config, model: str) -> VllmPolicy:
+    return make_policy(config, model, temperature=0.0, trust_remote_code=False, log_probs=False)
+
+
 async def episodes(
     config: Config, model: str, planned: list[PlannedEpisode], tokenizer: object, recorded: Path
 ) -> dict[str, float]:
     """Plays every planned episode, writes them to `recorded`, and returns the speed."""
-    policy = make_policy(config, model, temperature=0.0, trust_remote_code=False, log_probs=False)
+    policy = greedy_policy(config, model)
     async with policy:
         warm_up = [
             policy.generate(
@@ -111,22 +116,7 @@ def offline_generate(config: Config, model: str, trajectories: list[Trajectory])
     export_environment(config.hardware)
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    engine = config.hardware.engine
-    max_model_len = config.episode.max_prompt_tokens + config.episode.max_response_tokens
-    llm = LLM(
-        model,
-        dtype=engine.dtype,
-        enforce_eager=engine.enforce_eager,
-        tensor_parallel_size=engine.tensor_parallel_size,
-        gpu_memory_utilization=engine.gpu_memory_utilization,
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=max(engine.max_num_batched_tokens, max_model_len),
-        max_model_len=max_model_len,
-        enable_chunked_prefill=engine.chunked_prefill,
-        enable_prefix_caching=True,
-        seed=config.seed,
-        disable_log_stats=True,
-    )
+    llm = LLM(**greedy_policy(config, model).engine_arguments())
     prompts, sampling = [], []
     for trajectory in trajectories:
         for turn in trajectory.turns:

@@ -1,5 +1,7 @@
 """vLLM worker extension for the CPU that keeps plain weights, so that veRL can load new ones every step.
 
+It samples by one number per sequence, like every CPU engine of the project.
+
 Chosen by configuration: `hardware.engine.worker_extension`.
 """
 
@@ -9,6 +11,7 @@ from typing import Any
 
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
+from dgpo.engines.cpu_sampling import sample_by_one_number
 from dgpo.engines.plain_linears import keep_plain_linears
 
 
@@ -17,4 +20,5 @@ class PlainWeightsWorkerExtension(vLLMColocateWorkerExtension):
 
     def __new__(cls, **kwargs: Any) -> PlainWeightsWorkerExtension:
         keep_plain_linears()
+        sample_by_one_number()
         return super().__new__(cls, **kwargs)
