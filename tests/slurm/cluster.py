@@ -47,6 +47,7 @@ SwitchType=switch/none
 MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
+MinJobAge=7200
 SlurmdTimeout=20
 NodeName=n1 NodeAddr={n1} CPUs=2 RealMemory=8000 State=UNKNOWN
 NodeName=n2 NodeAddr={n2} CPUs=2 RealMemory=8000 State=UNKNOWN
