@@ -53,6 +53,7 @@ class Scenario:
         latency_ms: bounds of a search's latency.
         slow_share: of searches that take `SLOW_SEARCH_MS`.
         self_ending_share: of turns that end by themselves behind the tag.
+        budgets: other values for fields of `EpisodeLimits`.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Scenario:
     slow_share: float = 0.0
     self_ending_share: float = 0.0
     prefix_caching: bool = True
-    max_response_tokens: int | None = None
+    budgets: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Outcome:
     running: float
     finished_s: list[float] = field(default_factory=list)
     num_overflows: int = 0
+    num_cut_turns: int = 0
 
 
 class Words:
@@ -146,10 +148,9 @@ def play(scenario: Scenario, speed: Speed, *, lock_step: bool) -> Outcome:
     """One step's episodes through one of the loops."""
     settings = asdict(load_config([]).episode)
     limits = EpisodeLimits(**{key: value for key, value in settings.items() if key != "max_prompt_tokens"})
-    if scenario.max_response_tokens:
-        limits = replace(limits, max_response_tokens=scenario.max_response_tokens)
     words = Words()
     episodes = Episodes(scenario, words, max_turn_tokens=limits.max_turn_tokens)
+    limits = replace(limits, **scenario.budgets)
     contents = '"Title"\n' + "word" * PASSAGE_TOKENS
     search = SimulatedSearch(
         partial(_latency_s, scenario), [{"id": str(number), "contents": contents} for number in range(limits.topk)]
@@ -179,12 +180,13 @@ def play(scenario: Scenario, speed: Speed, *, lock_step: bool) -> Outcome:
         finished_s.append(asyncio.get_running_loop().time())
         return trajectory
 
-    async def ours() -> tuple[int, int]:
+    async def ours() -> tuple[int, int, int]:
         trajectories = await asyncio.gather(*(one(name, ids) for name, ids in prompts.items()))
         kept = sum(sum(trajectory.response_mask) for trajectory in trajectories)
-        return kept, sum(trajectory.status == "overflow" for trajectory in trajectories)
+        cut = sum(trajectory.counters["num_truncated_turns"] for trajectory in trajectories)
+        return kept, sum(trajectory.status == "overflow" for trajectory in trajectories), cut
 
-    async def theirs() -> tuple[int, int]:
+    async def theirs() -> tuple[int, int, int]:
         played = await run_lock_step(
             prompts,
             policy=Engines(engines),
@@ -194,15 +196,15 @@ def play(scenario: Scenario, speed: Speed, *, lock_step: bool) -> Outcome:
             max_context_tokens=RELEASE_CONTEXT_TOKENS,
             max_observation_tokens=RELEASE_OBSERVATION_TOKENS,
         )
-        return sum(episode.num_kept for episode in played), 0
+        return sum(episode.num_kept for episode in played), 0, 0
 
-    async def main() -> tuple[int, int]:
+    async def main() -> tuple[int, int, int]:
         async with AsyncExitStack() as stack:
             for engine in engines:
                 await stack.enter_async_context(engine)
             return await (theirs() if lock_step else ours())
 
-    (kept, overflows), wall_s = run_simulated(main())
+    (kept, overflows, cut_turns), wall_s = run_simulated(main())
     return Outcome(
         wall_s=wall_s,
         num_generated=sum(engine.num_generated for engine in engines),
@@ -211,6 +213,7 @@ def play(scenario: Scenario, speed: Speed, *, lock_step: bool) -> Outcome:
         running=sum(engine.running_s for engine in engines) / len(engines) / wall_s,
         finished_s=sorted(finished_s),
         num_overflows=overflows,
+        num_cut_turns=cut_turns,
     )
 
 
@@ -271,12 +274,15 @@ def main() -> None:
             f"{ours.num_generated:9}{theirs.num_generated:9}{ours.num_generated / theirs.num_generated:7.2f}"
             f"{ours.running:7.1f}{theirs.running:7.1f}{ours.busy:6.0%}{theirs.busy:6.0%}"
         )
-    print("\nours, by the budget of an episode: wall s, when 50, 90, 95, 99% were finished, cut short, tokens")
-    for budget in (4096, 2560, 2048, 1536):
-        ours = play(replace(base, max_response_tokens=budget), speed, lock_step=False)
+    print("\nours, by budgets of tokens: wall s; s when 50, 90, 95, 99% were finished; episodes and turns cut; tokens")
+    for episode, turn in ((4096, 500), (2560, 500), (2048, 500), (1536, 500), (4096, 300), (4096, 200)):
+        budgets = {"max_response_tokens": episode, "max_turn_tokens": turn}
+        ours = play(replace(base, budgets=budgets), speed, lock_step=False)
         at = [ours.finished_s[round(share * len(ours.finished_s)) - 1] for share in (0.5, 0.9, 0.95, 0.99)]
-        cut = ours.num_overflows / options.num_episodes
-        print(f"{budget:6}{ours.wall_s:8.2f}  {' '.join(f'{s:6.2f}' for s in at)}{cut:8.1%}{ours.num_generated:9}")
+        print(
+            f"{episode:6} an episode,{turn:4} a turn {ours.wall_s:8.2f}  {' '.join(f'{s:6.2f}' for s in at)}"
+            f"{ours.num_overflows / options.num_episodes:8.1%}{ours.num_cut_turns:5}{ours.num_generated:9}"
+        )
 
 
 if __name__ == "__main__":
