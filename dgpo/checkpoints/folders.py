@@ -6,6 +6,7 @@ size and SHA-256. Without one it is half-written; with one that does not match i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from dgpo.artifacts import MANIFEST, atomic_write_text, package_versions
 
 DAMAGED = "damaged"  # beside the checkpoints: those that were skipped
 NUM_HASHING_THREADS = 8
+FULL_BYTES = 1_000_000  # a disk with less room is full
 
 FileEntries = dict[str, dict[str, Any]]
 
@@ -30,6 +32,9 @@ def writing(target: Path) -> Iterator[Path]:
     """A folder beside the target to write to and `seal`. Leaving the block renames it.
 
     If the block raises, the space is given back and the target stays as it was.
+
+    Raises:
+        OSError: ENOSPC, whatever the block raised for want of space: torch's own error speaks of positions.
     """
     temporary = target.with_name(f".{target.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -38,6 +43,10 @@ def writing(target: Path) -> Iterator[Path]:
         yield temporary
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
+    except (OSError, RuntimeError) as error:
+        if shutil.disk_usage(target.parent).free < FULL_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

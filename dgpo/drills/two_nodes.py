@@ -11,12 +11,13 @@ from typing import Any
 
 from dgpo.drills.processes import kill
 from dgpo.drills.report import Outcome
-from dgpo.drills.training import START_BOUND_S, Fault, TrainingRun, check_records, told
+from dgpo.drills.training import NUM_EPISODES, START_BOUND_S, Fault, TrainingRun, check_records, told
 from dgpo.drills.world import World
 
 NODE = {"num_cpus": 16, "num_gpus": 1, "object_store_memory": 300_000_000, "include_dashboard": False}
 NUM_STEPS = 6
-OVERRIDES = ["hardware.num_nodes=2", "hardware.gpus_per_node=1", "train.max_restarts=0", f"train.num_steps={NUM_STEPS}"]
+OVERRIDES = ["hardware.num_nodes=2", "hardware.gpus_per_node=1", f"hardware.micro_batch_size={NUM_EPISODES // 2}"]
+OVERRIDES += ["train.max_restarts=0", f"train.num_steps={NUM_STEPS}"]
 LOST = Fault("Ray node", "raylet", "its node is gone", bound_s=120.0)  # Ray misses a node after half a minute
 
 

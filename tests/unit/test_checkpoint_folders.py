@@ -1,6 +1,7 @@
 """Checkpoints on the disk: which are trusted, which are kept."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,6 +48,16 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "step_1" / "actor" / "model.pt").read_text() == "old"
     write(tmp_path, 1, "new")
     assert (tmp_path / "step_1" / "actor" / "model.pt").read_text() == "new"
+
+
+def test_an_error_for_want_of_space_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
+    with pytest.raises(OSError, match="No space left on device.*step_1"), writing(tmp_path / "step_1"):
+        raise RuntimeError("unexpected pos 128 vs 0")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
+    with pytest.raises(RuntimeError, match="unexpected pos"), writing(tmp_path / "step_1"):
+        raise RuntimeError("unexpected pos 128 vs 0")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_manifest_lists_every_file_and_the_facts(folder):
