@@ -52,7 +52,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path):
 
 def test_an_error_for_want_of_space_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
-    with pytest.raises(OSError, match="No space left on device.*step_1"), writing(tmp_path / "step_1"):
+    with pytest.raises(OSError, match=r"No space left on device.*step_1"), writing(tmp_path / "step_1"):
         raise RuntimeError("unexpected pos 128 vs 0")
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
     with pytest.raises(RuntimeError, match="unexpected pos"), writing(tmp_path / "step_1"):
