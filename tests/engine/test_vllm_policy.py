@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -43,6 +44,23 @@ def make_model(folder, *, seed):
     Qwen2ForCausalLM(config).to(torch.float32).save_pretrained(folder)
 
 
+class CountingPolicy(VllmPolicy):
+    """Keeps vLLM's count of prompt tokens that its prefix cache held, by request."""
+
+    hits: ClassVar[list[int]] = []
+
+    def engine_arguments(self):
+        return {**super().engine_arguments(), "disable_log_stats": False, "block_size": 32}  # on CPUs vLLM takes 128
+
+    async def start(self):
+        await super().start()
+        self._engine.logger_manager.stat_loggers[:] = [self]
+
+    def record(self, scheduler_stats, *_, **__):
+        if scheduler_stats is not None and scheduler_stats.prefix_cache_stats.queries:
+            self.hits.append(scheduler_stats.prefix_cache_stats.hits)
+
+
 @pytest.fixture(scope="module")
 def generations(tmp_path_factory):
     """One engine for all tests: what it generated for a set of requests, and the model's folder."""
@@ -55,7 +73,7 @@ def generations(tmp_path_factory):
     told = {}
 
     async def main():
-        async with VllmPolicy(
+        async with CountingPolicy(
             str(folder), hardware=hardware, max_model_len=128, temperature=1.0, seed=1, replaceable_weights=True
         ) as policy:
 
@@ -77,6 +95,10 @@ def generations(tmp_path_factory):
             results.append(await ask("told-stopped", 1, (stop,)))
             two_tokens = "".join(chr(32 + token) for token in results[0].token_ids[4:6])
             results.append(await ask("stopped-by-text", 1, (two_tokens,)))
+            for turn in (100, 110):
+                await policy.generate(
+                    (PROMPT * 22)[:turn], max_tokens=4, stop=(), seed=1, request_id=f"turn of {turn} tokens"
+                )
             await policy.load_weights(other)
             return [*results, await ask("replaced", 1)], unfinished
 
@@ -106,6 +128,10 @@ def test_new_weights_take_the_place_of_the_old_ones_and_of_their_prefix_cache(ge
     """The log-probs are checked above; the same request, with the same seed and prompt, now goes another way."""
     _, (first, *_, replaced), *_ = generations
     assert replaced.token_ids != first.token_ids
+
+
+def test_a_later_turn_finds_whole_blocks_of_the_one_before_in_the_prefix_cache(generations):
+    assert CountingPolicy.hits[-2:] == [96, 0], "96 of 100 tokens are three blocks; new weights empty the cache"
 
 
 async def test_weights_are_loaded_only_into_an_engine_made_for_it():
