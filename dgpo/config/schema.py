@@ -154,7 +154,8 @@ class EngineConfig:
     turn_timeout_s: float = 3600.0  # outside RL: a turn that takes longer means that the engine hangs
     worker_extension: str | None = None
     sleep: bool = True  # gives its GPU memory back while models are trained
-    in_process: bool = False  # evaluation's engine, in the caller's process; halves its start on a CPU
+    # No process of its own for evaluation's engine, and none for RL's model beside its scheduler; one GPU per replica
+    in_process: bool = False
     shutdown_timeout_s: float = 20.0  # after SIGTERM, before SIGKILL: GPU workers free memory and communicators
 
 
@@ -181,8 +182,8 @@ class HardwareConfig:
     ulysses_size: int = 1  # GPUs that share one sequence in RL
     weight_bucket_mb: int = 2048  # buffer through which new weights reach the engine
     num_agent_workers: int = 8  # Ray processes per node that run episode loops
-    num_reward_workers: int = 8  # per node
     num_storage_units: int = 8  # Ray processes that hold the episodes of a step, over all nodes
+    model_threads: int | None = None  # of an RL model worker's arithmetic on CPUs; None: torch's choice
     logical_cpus: int | None = None  # CPUs announced to Ray; None: Ray counts them
     logical_gpus: int | None = None  # GPUs announced to Ray; None: Ray counts them
     object_store_gb: float | None = None  # Ray's shared memory on a node; None: 30% of its memory
@@ -331,6 +332,9 @@ class TrainConfig:
     validate_every: int = 200
     log_episodes_every: int | None = 20  # steps between samples for train/episodes (docs/report.md); None: never
     num_logged_episodes: int = 8  # in a sample
+    # The rollout's own log-probs as the old ones, in steps where a sample of episodes differs from the trainer's by at
+    # most this much (nats) on every token; in others, and with None, the trainer computes all (docs/performance.md)
+    reuse_log_probs_within: float | None = None
     generation_concurrency: int | None = None  # episodes in flight; 1 makes a CPU run repeatable to the last bit
     loggers: list[str] = field(default_factory=lambda: ["console"])  # veRL's names; metrics.jsonl is always written
     timeline: bool = False  # train/timeline.jsonl: when each part of every step and episode was (docs/performance.md)

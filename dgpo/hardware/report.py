@@ -73,9 +73,7 @@ def _engines(replicas: list[list[int]]) -> str:
 def _processes(config: Config, stage: str, node: int) -> str:
     parts = []
     if stage == "train":
-        workers = config.hardware
-        parts = [_count(workers.num_agent_workers, "agent loop"), _count(workers.num_reward_workers, "reward")]
-        parts += ["trainer"] if node == 0 else []
+        parts = [_count(config.hardware.num_agent_workers, "agent loop"), *(["trainer"] if node == 0 else [])]
     if node == 0 and not config.retriever.backend and is_on_this_node(config.retriever.url):
         parts.append("retriever")
     return ", ".join(parts) or "-"

@@ -20,8 +20,6 @@ from dgpo.rl.timeline import TimedSearch
 from dgpo.seeds import derive_seed
 from dgpo.trajectory import Trajectory
 
-AGENT_NAME = "search_agent"
-
 logger = logging.getLogger(__name__)
 
 

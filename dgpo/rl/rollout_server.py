@@ -27,6 +27,9 @@ TAKE_WEIGHTS = "update_weights_from_ipc"  # of veRL's worker extension
 class BoundServer(vLLMHttpServer):
     async def run_server(self, args: argparse.Namespace) -> None:
         bind_engine_cores()
+        if args.distributed_executor_backend == "uni":
+            # Or vLLM's CPU platform starts a worker process all the same, to set OpenMP variables that are set already.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         await super().run_server(args)
         self._engine_watch = asyncio.create_task(self._end_with_engine())
 

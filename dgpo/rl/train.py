@@ -6,11 +6,11 @@ python -m dgpo train world=tiny hardware=cpu dry_run=true ...
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dgpo.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
 from dgpo.checkpoints.folders import checkpoint_steps, newest_whole, read_seal, set_aside_later
@@ -29,6 +29,17 @@ from dgpo.rl.rollback import CHECKPOINT, EVENTS, TRACKER, after_rollbacks, num_r
 from dgpo.rl.stops import CollapseError, FaultError, RunStoppedError
 from dgpo.stopping import filed_on_request
 
+# What veRL's workers expect of Ray's start (`verl.trainer.constants_ppo`, which takes seconds to import). A variable of
+# the shell wins.
+VERL_ENVIRONMENT = {
+    name: os.environ.get(name, value)
+    for name, value in {
+        "NCCL_DEBUG": "WARN",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true",
+        "VLLM_DISABLE_COMPILE_CACHE": "1",  # it has been found corrupt (vllm issue 31199)
+        "TRANSFER_QUEUE_ENABLE": "1",
+    }.items()
+}
 EXIT_GRACE_S = 20.0  # of a run's processes, from the end of their driver until they are killed
 
 
@@ -131,18 +142,14 @@ def _run_verl(config: Config, folder: Path) -> None:
         StoppedOnRequestError: it was asked to.
     """
     import ray
-    from verl.trainer import main_ppo
-    from verl.trainer.ppo.utils import need_critic, need_reference_policy
-    from verl.utils.config import validate_config
 
-    from dgpo.rl.verl_config import to_verl
+    from dgpo.rl.task_runner import TaskRunner
 
-    verl = to_verl(config, folder, _start(folder / "checkpoints", config))
-    validate_config(config=verl, use_reference_policy=need_reference_policy(verl), use_critic=need_critic(verl))
+    checkpoint = _start(folder.resolve() / "checkpoints", config)  # the task runner may start elsewhere
     try:
-        _start_ray(config, verl, folder)
+        ray_cluster.connect(config.hardware, token_folder=folder, environment={**VERL_ENVIRONMENT, **mark(folder)})
         with told_by_name(folder), filed_on_request(folder):  # after Ray's start, which sets a handler of its own
-            main_ppo.run_ppo(verl, task_runner_class=ray.remote(task_runner_class()))
+            ray.get(ray.remote(TaskRunner).remote().run.remote(config, folder.resolve(), checkpoint))
     finally:
         ray.shutdown()
         _clear_remains(folder)
@@ -161,33 +168,6 @@ def _start(checkpoints: Path, config: Config) -> Path | None:
     others = "" if wrote == now else f", which {wrote} GPUs wrote, on {now}"
     print(f"train: continues from {checkpoint}{others}", file=sys.stderr, flush=True)
     return checkpoint
-
-
-def _start_ray(config: Config, verl: Any, folder: Path) -> None:
-    """In place of veRL's own start of Ray, which leaves one that runs as it is; with the variables that it sets."""
-    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
-
-    ray_cluster.connect(
-        config.hardware,
-        token_folder=folder,
-        environment={**get_ppo_ray_runtime_env(verl)["env_vars"], "TRANSFER_QUEUE_ENABLE": "1", **mark(folder)},
-    )
-
-
-def task_runner_class() -> type:
-    """veRL's task runner, with our trainer registered in its process."""
-    from verl.trainer import main_ppo
-
-    class TaskRunner(main_ppo.TaskRunnerV1.__ray_metadata__.modified_class):
-        def run(self, config: Any) -> None:
-            import dgpo.rl.rollout_server  # noqa: F401  registers the server
-            from dgpo.rl.trainer import DGPOTrainer
-            from dgpo.rl.watchdog import Watchdog, run_watched
-
-            DGPOTrainer.watchdog = watchdog = Watchdog(dict(config.actor_rollout_ref.teacher.phase_limits))
-            run_watched(lambda: super(TaskRunner, self).run(config), watchdog)
-
-    return TaskRunner
 
 
 def _export(config: Config, folder: Path) -> Path:

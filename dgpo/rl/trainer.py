@@ -43,6 +43,7 @@ from dgpo.rl.worker import SeededTrainingWorker, TeacherGuidedWorker
 from dgpo.stopping import StoppedOnRequestError, stop_requested
 
 VALIDATION_SCORE = "validation/em"
+NUM_CHECKED = 16  # episodes of a step whose log-probs are computed before the rollout's are trusted for the others
 
 
 class TooManyFailedEpisodesError(RunStoppedError):
@@ -209,6 +210,34 @@ class DGPOTrainer(TimedTrainer):
         if self.global_steps > 0 and not self._is_saved():
             self._save_checkpoint(self.dataloader_state)
 
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Of every episode, or of a sample where that says what the rollout says."""
+        tolerance = self.term.reuse_log_probs_within
+        if tolerance is None:
+            return super()._compute_old_log_prob(batch, metrics)
+        num_ranks = self._num_ranks()
+        num_checked = min(len(batch), -(-NUM_CHECKED // num_ranks) * num_ranks)
+        checked = batch.select_keys(batch.keys[:num_checked])
+        checked.extra_info["use_dynamic_bsz"] = True  # its size divides by nothing in particular
+        super()._compute_old_log_prob(checked, metrics)
+        del checked.extra_info["use_dynamic_bsz"]  # it is the whole batch's too
+        difference = self._log_prob_difference(checked)
+        reused = difference <= tolerance
+        metrics["rollout/log_probs_reused"] = float(reused)
+        if not reused:
+            return super()._compute_old_log_prob(batch, metrics)
+        metrics["rollout/log_prob_diff_max"] = difference
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rollout_log_probs"])
+        data["old_log_probs"] = data.pop("rollout_log_probs")
+        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=data)
+        return batch
+
+    def _log_prob_difference(self, batch: KVBatchMeta) -> float:
+        fields = ["rollout_log_probs", "old_log_probs", "response_mask"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        rollout, trainer, mask = (data.to_padded_tensor()[name] for name in fields)
+        return log_prob_disagreement(rollout, trainer, mask)
+
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Lets the initial policy score every episode where its penalty is on, and the teacher only chosen ones."""
         if self.term.needs_initial_policy:
@@ -263,9 +292,10 @@ class DGPOTrainer(TimedTrainer):
         data.non_tensor_batch["uid"] = np.array(data.batch.pop("uid").tolist(), dtype=object)
         measured = {name: values for name, values in data.batch.items() if name in SOURCES}
         self._check_finite(data, batch.keys, measured)
-        metrics["rollout/log_prob_diff_max"] = log_prob_disagreement(
-            data.batch["rollout_log_probs"], data.batch["old_log_probs"], data.batch["response_mask"]
-        )
+        if not metrics.get("rollout/log_probs_reused"):
+            metrics["rollout/log_prob_diff_max"] = log_prob_disagreement(
+                data.batch["rollout_log_probs"], data.batch["old_log_probs"], data.batch["response_mask"]
+            )
         if self.term.needs_initial_policy:
             log_ratio = data.batch["old_log_probs"] - data.batch["ref_log_prob"]
             metrics["actor/kl_to_init"] = sampled_kl(log_ratio, data.batch["response_mask"])

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dgpo.config.schema import DEFAULT_TEACHER_COEF, Config, PhaseLimitsConfig
 from dgpo.config.stages import initial_model
-from dgpo.rl.agent_loop import AGENT_NAME
 from dgpo.rl.rollback import num_rollbacks, num_to_keep
 
 TRAINER_NAME = "dgpo"
+AGENT_NAME = "search_agent"
 
 
 def to_verl(config: Config, folder: Path, checkpoint: Path | None = None) -> DictConfig:
@@ -117,6 +117,8 @@ def _rollout(config: Config, agent_loop_path: str) -> dict[str, Any]:
         "enable_sleep_mode": engine.sleep,
         "checkpoint_engine.update_weights_bucket_megabytes": hardware.weight_bucket_mb,
     }
+    if engine.in_process:
+        rollout["engine_kwargs.vllm.distributed_executor_backend"] = "uni"
     if engine.worker_extension:
         rollout["engine_kwargs.vllm.worker_extension_cls"] = engine.worker_extension
     return {f"actor_rollout_ref.rollout.{key}": value for key, value in rollout.items()}
@@ -220,7 +222,7 @@ def _algorithm(config: Config) -> dict[str, Any]:
         "algorithm.lam": train.gae_lambda,
         "algorithm.use_kl_in_reward": train.init_kl_coef > 0,
         "algorithm.kl_ctrl.kl_coef": train.init_kl_coef,
-        "reward.num_workers": config.hardware.num_reward_workers * config.hardware.num_nodes,
+        "reward.num_workers": 0,  # the agent loop scores its episodes itself
     }
 
 
@@ -274,6 +276,7 @@ def _teacher(config: Config) -> dict[str, Any]:
         "gate": term.gate,
         "coef": term.coef if term.coef is not None else DEFAULT_TEACHER_COEF[term.form],
         "num_monitored": term.num_monitored,
+        "reuse_log_probs_within": config.train.reuse_log_probs_within,
         "chunk_tokens": term.chunk_tokens,
         "needs_initial_policy": config.train.init_kl_coef > 0 or config.train.stability.measure_init_kl,
         "stability": asdict(config.train.stability),
@@ -281,6 +284,7 @@ def _teacher(config: Config) -> dict[str, Any]:
         "keep_last": num_to_keep(config),
         "keep_best": config.train.keep_best if config.data.validation_file else 0,
         "replay_poll_s": config.hardware.replay_poll_s,
+        "model_threads": config.hardware.model_threads,
         "max_failed_share": config.retriever.max_failed_share,
         "log_episodes_every": config.train.log_episodes_every,
         "num_logged_episodes": config.train.num_logged_episodes,

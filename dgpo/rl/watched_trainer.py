@@ -35,8 +35,6 @@ class WatchedTrainer(PPOTrainerSync):
                 watch(f"vLLM server {replica.replica_rank}", server)
         for number, worker in enumerate(agent_loop_manager.agent_loop_workers):
             watch(f"agent-loop worker {number}", worker)
-        for number, worker in enumerate(self.get_reward_handles() or ()):
-            watch(f"reward worker {number}", worker)
         watch("load balancer", self.llm_server_manager.global_load_balancer)
         watch("episode store", ray.get_actor("TransferQueueController", namespace="transfer_queue"))
         for number in range(self.config.transfer_queue.backend.SimpleStorage.num_data_storage_units):

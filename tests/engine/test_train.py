@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dgpo.rl.train import VERL_ENVIRONMENT
 from tests.conftest import ROOT, TinyWorld, read_metrics, retriever_process, run_command
 from tests.engine.killing import has_step, start_and_kill
 from tests.engine.same_run import assert_same_run
@@ -26,14 +27,15 @@ SMALL = [
     "train.save_every=2",
 ]
 
+# One episode at a time; and a tolerance that rounding exceeds, so that the rollout's log-probs are never reused.
+REPEATABLE = ["train.generation_concurrency=1", "train.reuse_log_probs_within=1e-9"]
+
 
 @pytest.fixture(scope="module")
 def straight_run(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps of the exact form with one episode at a time, never interrupted."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    result = run_command(
-        "-m", "dgpo", "train", *tiny_world.overrides(run_dir), *SMALL, "train.generation_concurrency=1"
-    )
+    result = run_command("-m", "dgpo", "train", *tiny_world.overrides(run_dir), *SMALL, *REPEATABLE)
     assert result.returncode == 0, result.stderr[-3000:]
     return run_dir / "train"
 
@@ -71,6 +73,7 @@ def test_trained_tokens_are_the_sampled_ones(straight_run: Path):
     """The trainer's log-probs of the batch are vLLM's of what it sampled: same ids, same positions, same weights."""
     for record in read_metrics(straight_run / "metrics.jsonl"):
         assert record["rollout/log_prob_diff_max"] < 1e-3
+        assert record["rollout/log_probs_reused"] == 0.0
 
 
 def test_the_final_checkpoint_is_a_hugging_face_folder_with_stop_strings(straight_run: Path):
@@ -84,7 +87,7 @@ def test_a_run_killed_and_resumed_equals_the_straight_run(
 ):
     """To the last bit; test_resume.py does so at random points, with everything that has a state."""
     folder = tmp_path_factory.mktemp("killed") / "run" / "train"
-    arguments = ["train", *tiny_world.overrides(folder.parent), *SMALL, "train.generation_concurrency=1"]
+    arguments = ["train", *tiny_world.overrides(folder.parent), *SMALL, *REPEATABLE]
     start_and_kill(arguments, folder.parent.with_name("log"), has_step(folder / "metrics.jsonl", 3))
     result = run_command("-m", "dgpo", *arguments, "resume=true")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -92,10 +95,25 @@ def test_a_run_killed_and_resumed_equals_the_straight_run(
     assert_same_run(folder, straight_run)
 
 
+def test_ray_gets_the_variables_that_verl_expects():
+    """Those that matter without AMD's and Huawei's accelerators, and that no other part of the project decides."""
+    script = (
+        "import json; from verl.trainer.constants_ppo import PPO_RAY_RUNTIME_ENV as e; print(json.dumps(e['env_vars']))"
+    )
+    expected = json.loads(run_command("-c", script).stdout.splitlines()[-1])
+    others = {"TOKENIZERS_PARALLELISM", "VLLM_LOGGING_LEVEL"}
+    assert {
+        name: value for name, value in expected.items() if not name.startswith(("HCCL_", "HSA_")) and name not in others
+    } == {name: value for name, value in VERL_ENVIRONMENT.items() if name != "TRANSFER_QUEUE_ENABLE"}
+
+
 def test_a_retriever_killed_in_mid_run_stops_it_resumably(
     tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory
 ):
-    """Also the `reward` form: until the retriever dies, the teacher scores the failed episodes and the sample only."""
+    """Also the `reward` form: until the retriever dies, the teacher scores the failed episodes and the sample only.
+
+    And the rollout's log-probs are reused: only those of a sample are computed again.
+    """
     run_dir = tmp_path_factory.mktemp("outage") / "run"
     metrics_path = run_dir / "train" / "metrics.jsonl"
     with retriever_process(tiny_world.indexes, run_dir.with_name("port")) as (retriever, url):
@@ -106,6 +124,7 @@ def test_a_retriever_killed_in_mid_run_stops_it_resumably(
             "train.save_every=100",
             "train.teacher_term.form=reward",
             "train.init_kl_coef=0.001",
+            "train.reuse_log_probs_within=0.001",
             "retriever.max_retries=1",
             "retriever.max_outage_s=0",
         ]
@@ -125,6 +144,8 @@ def test_a_retriever_killed_in_mid_run_stops_it_resumably(
     for record in metrics:
         num_failed = round(16 * record["teacher/gate_fraction"])
         assert record["teacher/num_scored"] == num_failed + record["teacher/num_monitored"]
+        assert record["rollout/log_probs_reused"] == 1.0
+        assert 0 < record["rollout/log_prob_diff_max"] < 1e-3
 
 
 def _wait_for_step(process: subprocess.Popen[str], metrics_path: Path, *, step: int, timeout_s: float = 300) -> None:

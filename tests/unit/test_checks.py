@@ -271,3 +271,10 @@ def test_help_lists_groups_and_keys_with_defaults(capsys):
     text = capsys.readouterr().out
     assert "hardware=cpu|gpu24gb|h200x8|h200x8xN" in text
     assert "train.num_steps=1000" in text
+
+
+def test_a_tolerance_of_nothing_for_the_rollouts_log_probs_is_refused(config):
+    config.train.reuse_log_probs_within = 0.0
+    refused(check_train, config, "train.reuse_log_probs_within=0.0", "null")
+    config.train.reuse_log_probs_within = 1e-3
+    check_train(config)

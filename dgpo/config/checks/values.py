@@ -35,7 +35,7 @@ CHOICES = {
 }
 POSITIVE = {  # section -> the keys whose values must be above 0
     "hardware": "num_nodes gpus_per_node micro_batch_size ulysses_size weight_bucket_mb num_agent_workers "
-    "num_reward_workers num_storage_units",
+    "num_storage_units",
     "episode": "max_turns max_turn_tokens max_prompt_tokens max_response_tokens min_turn_tokens topk "
     "max_passage_tokens max_query_chars",
     "collect": "samples_per_question",
@@ -62,6 +62,10 @@ def check_values(config: Config, *sections: str) -> None:
             value = getattr(getattr(config, section), name)
             if value <= 0:
                 raise ConfigError(f"{section}.{name}={value}: expected more than 0")
+    if "train" in sections and (within := config.train.reuse_log_probs_within) is not None and within <= 0:
+        raise ConfigError(
+            f"train.reuse_log_probs_within={within}: expected more than 0 nats, or null to compute the log-probs always"
+        )
     if "episode" in sections:
         _check_episode(config)
 
