@@ -183,7 +183,6 @@ class HardwareConfig:
     weight_bucket_mb: int = 2048  # buffer through which new weights reach the engine
     num_agent_workers: int = 8  # Ray processes per node that run episode loops
     num_storage_units: int = 8  # Ray processes that hold the episodes of a step, over all nodes
-    model_threads: int | None = None  # of an RL model worker's arithmetic on CPUs; None: torch's choice
     logical_cpus: int | None = None  # CPUs announced to Ray; None: Ray counts them
     logical_gpus: int | None = None  # GPUs announced to Ray; None: Ray counts them
     object_store_gb: float | None = None  # Ray's shared memory on a node; None: 30% of its memory

@@ -284,7 +284,6 @@ def _teacher(config: Config) -> dict[str, Any]:
         "keep_last": num_to_keep(config),
         "keep_best": config.train.keep_best if config.data.validation_file else 0,
         "replay_poll_s": config.hardware.replay_poll_s,
-        "model_threads": config.hardware.model_threads,
         "max_failed_share": config.retriever.max_failed_share,
         "log_episodes_every": config.train.log_episodes_every,
         "num_logged_episodes": config.train.num_logged_episodes,

@@ -33,8 +33,6 @@ class TeacherGuidedWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
-        if self.config.teacher.model_threads is not None:
-            torch.set_num_threads(self.config.teacher.model_threads)  # the critic's too, in the same process
         self.ref_worker_cls = self._build_frozen_models
         super().init_model()
         term = self.config.teacher
