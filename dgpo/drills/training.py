@@ -26,6 +26,7 @@ START_BOUND_S = 300.0  # from the command to its first step, on a busy machine
 STEP_BOUND_S = 90.0
 EXIT_BOUND_S = 45.0  # of every process, once its run was stopped
 OUTAGE_S = 5.0
+ROLLOUT_LIMIT_S = 45  # for a frozen engine; more than a rollout takes on a busy machine
 TOLERANCE = 1e-6
 OF_THE_MOMENT = ("timing_s", "timing_per_token_ms", "perf", "mfu")
 RESTART = "; restart 1 of 1"
@@ -85,9 +86,10 @@ FAULTS = [
     Fault(
         "frozen vLLM engine",
         "VLLM::EngineCore",
-        "rollout took longer than train.limits.rollout_s=15",
+        f"rollout took longer than train.limits.rollout_s={ROLLOUT_LIMIT_S}",
         number=signal.SIGSTOP,
-        overrides=[*NO_RESTART, "train.limits.rollout_s=15"],
+        bound_s=ROLLOUT_LIMIT_S + 60.0,
+        overrides=[*NO_RESTART, f"train.limits.rollout_s={ROLLOUT_LIMIT_S}"],
     ),
 ]
 
