@@ -159,7 +159,7 @@ def test_passages_that_can_never_fit_are_refused(config):
     ("key", "value", "part"),
     [
         ("mini_batch_size", 24, "train.mini_batch_size=24"),
-        ("mini_batch_size", 16, "hardware.micro_batch_size=32"),
+        ("mini_batch_size", 4, "hardware.micro_batch_size=8"),
     ],
 )
 def test_batches_that_do_not_divide_are_refused(config, key, value, part):
