@@ -85,10 +85,15 @@ class VllmPolicy:
         if self.hardware.engine.in_process:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.engine_arguments()))
+            arguments = AsyncEngineArgs(**self.engine_arguments())
+            config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+            if self.hardware.engine.fork:  # after the line above, in which vLLM's CPU platform says "spawn"
+                os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+            self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=arguments.disable_log_stats)
         except Exception as error:  # vLLM raises what its parts raise
             reason = " ".join(str(error).split())[:500]
             raise EngineStartError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from omegaconf import OmegaConf
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
 from dgpo.config.schema import RetrieverConfig
@@ -57,51 +58,43 @@ class RolloutPolicy:
         return Generation(list(output.token_ids), list(output.log_probs or ()), reason)
 
 
-class WorkerResources:
-    """What the episodes of one Ray worker share: the search with its connections, the reward, the concurrency bound."""
+class Surroundings:
+    """What the episodes of one Ray worker share: settings, the search with its connections, the reward, the bound.
 
-    _instance: WorkerResources | None = None
+    Args:
+        settings: JSON, from `dgpo.rl.verl_config`: the fields of `EpisodeConfig` and `RetrieverConfig` as `episode`
+            and `retriever`; `reward`, the name of a reward function, or null for exact match; `seed`, the run's: a turn
+            samples with a seed derived from (seed, step, episode, session, turn); `concurrency`, the episodes in
+            flight in this worker, or null for no bound.
+    """
 
-    def __init__(self, retriever: RetrieverConfig, reward: str | None, concurrency: int | None) -> None:
-        self.search = make_search(retriever)
-        self.reward = load_reward(reward) if reward else None
-        self.slots = asyncio.Semaphore(concurrency or 1_000_000)
+    def __init__(self, settings: str) -> None:
+        values = json.loads(settings)
+        self.max_prompt_tokens: int = values["episode"].pop("max_prompt_tokens")
+        self.limits = EpisodeLimits(**values["episode"])
+        self.search = make_search(RetrieverConfig(**values["retriever"]))
+        self.reward = load_reward(values["reward"]) if values["reward"] else None
+        self.seed: int = values["seed"]
+        self.slots = asyncio.Semaphore(values["concurrency"] or 1_000_000)
 
-    @classmethod
-    def get(cls, retriever: RetrieverConfig, reward: str | None, concurrency: int | None) -> WorkerResources:
-        if cls._instance is None:
-            cls._instance = cls(retriever, reward, concurrency)
-        return cls._instance
+
+surroundings = cache(Surroundings)
 
 
 class SearchAgentLoop(AgentLoopBase):
     """One episode per call. Built by veRL from `agent_loop.yaml`, which `dgpo.rl.verl_config` writes.
 
     Args:
-        episode: the fields of `EpisodeConfig`.
-        retriever: the fields of `RetrieverConfig`.
-        reward: the name of a reward function, None for exact match.
-        seed: the run's seed; a turn samples with a seed derived from (seed, step, episode, session, turn).
-        concurrency: episodes in flight in this worker, or None for no bound.
+        server_manager: veRL's rollout servers.
+        tokenizer: the policy's.
+        settings: of `Surroundings`.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        episode: Mapping[str, Any],
-        retriever: Mapping[str, Any],
-        seed: int,
-        reward: str | None = None,
-        concurrency: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.limits = EpisodeLimits(**{k: v for k, v in episode.items() if k != "max_prompt_tokens"})
-        self.max_prompt_tokens = episode["max_prompt_tokens"]
-        self.retriever = RetrieverConfig(**OmegaConf.to_container(OmegaConf.create(dict(retriever))))
-        self.reward = reward
-        self.concurrency = concurrency
-        self.seed = seed
+    def __init__(self, *, server_manager: Any, tokenizer: Any, settings: str, **_: Any) -> None:
+        # Not veRL's: it makes a builder of chats, which would tokenise sampled text, and warns of models new to it.
+        self.server_manager = server_manager
+        self.tokenizer = tokenizer
+        self.shared = surroundings(settings)
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Plays the episode of one data row and scores it.
@@ -120,28 +113,30 @@ class SearchAgentLoop(AgentLoopBase):
     async def _play(self, sampling_params: dict[str, Any], row: Mapping[str, Any]) -> AgentLoopOutput:
         info = row["extra_info"]
         prompt_ids = encode_prompt(self.tokenizer, list(row["raw_prompt"]))
-        if len(prompt_ids) > self.max_prompt_tokens:
+        shared = self.shared
+        if len(prompt_ids) > shared.max_prompt_tokens:
             raise ValueError(
                 f"question {info.get('id')!r} has a prompt of {len(prompt_ids)} tokens, more than "
-                f"episode.max_prompt_tokens={self.max_prompt_tokens}: raise the limit or drop the question"
+                f"episode.max_prompt_tokens={shared.max_prompt_tokens}: raise the limit or drop the question"
             )
         policy = RolloutPolicy(self.server_manager, sampling_params)
-        resources = WorkerResources.get(self.retriever, self.reward, self.concurrency)
-        async with resources.slots:
+        async with shared.slots:
             trajectory = await run_episode(
                 episode_id=str(row["uid"]),
                 prompt_ids=prompt_ids,
                 policy=policy,
-                search=TimedSearch(resources.search, policy.spans),
+                search=TimedSearch(shared.search, policy.spans),
                 tokenizer=self.tokenizer,
-                limits=self.limits,
+                limits=shared.limits,
                 corpus=info.get("corpus"),
-                seed=derive_seed(self.seed, row["global_steps"], info.get("id", info.get("index")), row["session_id"]),
+                seed=derive_seed(
+                    shared.seed, row["global_steps"], info.get("id", info.get("index")), row["session_id"]
+                ),
             )
         golds = list(row["reward_model"]["ground_truth"]["target"])
         started = time.time()
         scores = episode_scores(trajectory, golds)
-        rewards = episode_reward(resources.reward, trajectory, golds, scores)
+        rewards = episode_reward(shared.reward, trajectory, golds, scores)
         policy.spans.append(("score", started, time.time()))
         return self._output(trajectory, policy, scores, *rewards)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,18 @@ def to_verl(config: Config, folder: Path, checkpoint: Path | None = None) -> Dic
 
 
 def _write_agent_loop(config: Config, folder: Path) -> str:
-    retriever = asdict(config.retriever)
-    entry = {
-        "name": AGENT_NAME,
-        "_target_": "dgpo.rl.agent_loop.SearchAgentLoop",
+    settings = {
         "episode": asdict(config.episode),
-        "retriever": retriever,
+        "retriever": asdict(config.retriever),
         "reward": config.train.reward,
         "seed": config.seed,
         "concurrency": config.train.generation_concurrency,
+    }
+    # As one text: veRL makes the agent loop from this entry for every episode, and Hydra copies each node of it.
+    entry = {
+        "name": AGENT_NAME,
+        "_target_": "dgpo.rl.agent_loop.SearchAgentLoop",
+        "settings": json.dumps(settings),
     }
     path = folder / "agent_loop.yaml"
     path.write_text(yaml.safe_dump([entry], sort_keys=False))

@@ -101,7 +101,7 @@ class Slurm:
         deadline = time.monotonic() + timeout_s
         while not holds():
             assert time.monotonic() < deadline, f"not within {timeout_s} s"
-            time.sleep(0.5)
+            time.sleep(0.1)
 
     def kill_node(self, name: str) -> None:
         """As if it lost power: every process of it is killed."""

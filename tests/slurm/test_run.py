@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.engine]
 NUM_STEPS = 5
 SMALL = [
     "collect.max_questions=64",
+    "hardware.engine.concurrency=1",  # slow enough to be requeued in the middle
     "distill.max_steps=20",
     "distill.evaluate_every=10",
     f"train.num_steps={NUM_STEPS}",
