@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -61,4 +62,7 @@ class CpuSampling(DieWithParent):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         if kwargs["vllm_config"].device_config.device_type == "cpu":
             sample_by_one_number()
+            if num_threads := os.environ.get("OMP_NUM_THREADS"):
+                # A forked process has the number of the one that it comes from, which may have read no variable.
+                torch.set_num_threads(int(num_threads))
         return super().__new__(cls, *args, **kwargs)
