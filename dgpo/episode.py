@@ -6,6 +6,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any, Protocol
 
 from dgpo.protocol import (
@@ -305,11 +306,15 @@ def cut_passage(document: dict[str, Any], tokenizer: Tokenizer, max_tokens: int)
     Characters are cut, not ids: decoding cut ids could split a character, or change the spaces.
     """
     text = document["contents"]
+    num_kept = _num_chars_that_fit(text, tokenizer, max_tokens)
+    return document if num_kept == len(text) else {**document, "contents": text[:num_kept]}
 
+
+@lru_cache(maxsize=1 << 14)  # the same passages are found again and again
+def _num_chars_that_fit(text: str, tokenizer: Tokenizer, max_tokens: int) -> int:
     def num_tokens(num_chars: int) -> int:
         return len(tokenizer.encode(text[:num_chars], add_special_tokens=False))
 
     if num_tokens(len(text)) <= max_tokens:
-        return document
-    num_kept = bisect_right(range(len(text)), max_tokens, key=num_tokens) - 1
-    return {**document, "contents": text[:num_kept]}
+        return len(text)
+    return bisect_right(range(len(text)), max_tokens, key=num_tokens) - 1

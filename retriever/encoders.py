@@ -137,6 +137,10 @@ class TransformersEncoder(_PrefixedEncoder):
 
         super().__init__(config, device)
         self._model = _load_model(path, resolve_dtype(config.dtype, device), trust_remote_code).to(device).eval()
+        if device == "cpu":
+            from retriever.packed_linears import pack_linears
+
+            pack_linears(self._model)
         self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         self._pooling: Pooling = config.pooling or "mean"
         self.dimension = self._model.config.hidden_size
