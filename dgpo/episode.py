@@ -62,7 +62,9 @@ class Search(Protocol):
 
 
 class Tokenizer(Protocol):
-    """The policy's tokenizer; Hugging Face's have these two methods."""
+    """The policy's tokenizer; Hugging Face's have these methods. By its hash, lengths of passages are remembered."""
+
+    def __hash__(self) -> int: ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 

@@ -19,6 +19,7 @@ from retriever.encoder_config import (
 # Texts and tokens of one forward pass. A CPU is bound by arithmetic, and beyond about 2k tokens the activations only
 # leave the cache; a GPU wants enough work per launch.
 SUB_BATCH = {"cpu": (64, 2048), "cuda": (512, 65_536)}
+MAX_SHARED_WIDTH, WIDTH_STEP = 32, 8
 
 
 class Encoder(Protocol):
@@ -65,22 +66,29 @@ def load_encoder(
         ) from None
 
 
-def sub_batches(lengths: np.ndarray, device: str) -> Iterator[np.ndarray]:
-    """Row numbers of each sub-batch, longest first.
+def sub_batches(lengths: np.ndarray, device: str) -> Iterator[tuple[np.ndarray, int]]:
+    """Row numbers of each sub-batch, longest first, and its width in tokens.
 
-    On a CPU a sub-batch holds texts of exactly one length: nothing is computed on padding, and an answer does not
-    depend on who else asks. On a GPU sub-batches are padded, because many small launches cost more than padding.
+    On a CPU a sub-batch holds texts of one width, which follows from a text's own length: so an answer does not depend
+    on who else asks, and hardly anything is computed on padding. On a GPU the longest decides, because many small
+    launches cost more than padding.
     """
     max_texts, max_tokens = SUB_BATCH["cpu" if device == "cpu" else "cuda"]
-    order = np.argsort(-lengths, kind="stable")
+    widths = np.array([cpu_width(length) for length in lengths.tolist()]) if device == "cpu" else lengths
+    order = np.argsort(-widths, kind="stable")
     start = 0
     while start < len(order):
-        longest = int(lengths[order[start]])
+        longest = int(widths[order[start]])
         end = start + max(1, min(max_texts, max_tokens // max(1, longest)))
         if device == "cpu":
-            end = min(end, start + int(np.sum(lengths[order[start:end]] == longest)))
-        yield order[start:end]
+            end = min(end, start + int(np.sum(widths[order[start:end]] == longest)))
+        yield order[start:end], longest
         start = end
+
+
+def cpu_width(length: int) -> int:
+    """Tokens to which a text is padded on a CPU: short ones share few widths, as every forward pass has its price."""
+    return length if length > MAX_SHARED_WIDTH else -(-length // WIDTH_STEP) * WIDTH_STEP
 
 
 class _PrefixedEncoder:
@@ -104,22 +112,22 @@ class _PrefixedEncoder:
         encoded = self._tokenize(texts, max_tokens)
         self.num_truncated += sum(bool(encoding.overflowing) for encoding in encoded.encodings or ())
         ids: list[list[int]] = encoded["input_ids"]
-        for rows in sub_batches(np.array([len(row) for row in ids]), self._device):
-            vectors[rows] = self._forward([ids[row] for row in rows])
+        for rows, width in sub_batches(np.array([len(row) for row in ids]), self._device):
+            vectors[rows] = self._forward([ids[row] for row in rows], width)
         return vectors
 
     def _tokenize(self, texts: list[str], max_tokens: int) -> Any:
         raise NotImplementedError
 
-    def _forward(self, ids: list[list[int]]) -> np.ndarray:
-        """Unit vectors `[n, dimension]` of token id lists, the longest first."""
+    def _forward(self, ids: list[list[int]], width: int) -> np.ndarray:
+        """Unit vectors `[n, dimension]` of token id lists of up to `width` ids."""
         raise NotImplementedError
 
-    def _padded(self, ids: list[list[int]], pad_id: int) -> tuple[Any, Any]:
-        """Token ids and attention mask `[n, longest]` on the device."""
+    def _padded(self, ids: list[list[int]], width: int, pad_id: int) -> tuple[Any, Any]:
+        """Token ids and attention mask `[n, width]` on the device."""
         import torch
 
-        tokens = torch.full((len(ids), len(ids[0])), pad_id)
+        tokens = torch.full((len(ids), width), pad_id)
         mask = torch.zeros_like(tokens)
         for row, row_ids in enumerate(ids):
             tokens[row, : len(row_ids)] = torch.tensor(row_ids)
@@ -148,11 +156,12 @@ class TransformersEncoder(_PrefixedEncoder):
     def _tokenize(self, texts: list[str], max_tokens: int) -> Any:
         return self._tokenizer(texts, truncation=True, max_length=max_tokens)
 
-    def _forward(self, ids: list[list[int]]) -> np.ndarray:
+    def _forward(self, ids: list[list[int]], width: int) -> np.ndarray:
         import torch
 
-        tokens, mask = self._padded(ids, self._tokenizer.pad_token_id or 0)
-        padded = len(ids[-1]) != len(ids[0])
+        tokens, mask = self._padded(ids, width, self._tokenizer.pad_token_id or 0)
+        # Of a shared width on a CPU, a batch without padding is computed like one with it, to the same bits
+        padded = width <= MAX_SHARED_WIDTH or any(len(row) != width for row in ids)
         with torch.inference_mode():
             # Without a mask attention takes its faster path
             inputs = {"input_ids": tokens, **({"attention_mask": mask} if padded else {})}
@@ -187,16 +196,16 @@ class SentenceTransformersEncoder(_PrefixedEncoder):
         self._tokenizer = self._model.tokenizer
         if not hasattr(self._tokenizer, "pad_token_id"):
             raise ValueError(f"encoder {path!r} is no text model of tokens; use one with a Hugging Face tokenizer")
-        self.dimension = self._forward([self._tokenizer("a")["input_ids"]]).shape[1]
+        self.dimension = self._forward([ids := self._tokenizer("a")["input_ids"]], len(ids)).shape[1]
 
     def _tokenize(self, texts: list[str], max_tokens: int) -> Any:
         limit = min(max_tokens, self._model.get_max_seq_length() or max_tokens)
         return self._tokenizer(texts, truncation=True, max_length=limit)
 
-    def _forward(self, ids: list[list[int]]) -> np.ndarray:
+    def _forward(self, ids: list[list[int]], width: int) -> np.ndarray:
         import torch
 
-        tokens, mask = self._padded(ids, self._tokenizer.pad_token_id or 0)
+        tokens, mask = self._padded(ids, width, self._tokenizer.pad_token_id or 0)
         with torch.inference_mode():
             embedded = self._model.forward({"input_ids": tokens, "attention_mask": mask})["sentence_embedding"]
             return torch.nn.functional.normalize(embedded.float(), dim=1).cpu().numpy()

@@ -54,8 +54,8 @@ def test_padded_sub_batches_agree_with_exact_ones() -> None:
     """The branch that a GPU takes."""
     encoder = TransformersEncoder(model_path("minilm"), resolve_config(EncoderConfig(dtype="float32")))
     ids = sorted(encoder._tokenizer(TEXTS)["input_ids"], key=len, reverse=True)
-    exact = np.concatenate([encoder._forward([row]) for row in ids])
-    np.testing.assert_allclose(encoder._forward(ids), exact, atol=1e-5)
+    exact = np.concatenate([encoder._forward([row], len(row)) for row in ids])
+    np.testing.assert_allclose(encoder._forward(ids, len(ids[0])), exact, atol=1e-5)
 
 
 def test_prefix_pooling_and_token_limit_reach_the_model() -> None:
