@@ -154,10 +154,9 @@ class EngineConfig:
     turn_timeout_s: float = 3600.0  # outside RL: a turn that takes longer means that the engine hangs
     worker_extension: str | None = None
     sleep: bool = True  # gives its GPU memory back while models are trained
-    in_process: bool = False  # no process for the model beside that of vLLM's scheduler; one GPU per replica
-    # Outside RL: the engine's process begins as a copy of ours, which has imported vLLM already. False: vLLM's choice,
-    # which is the same on a GPU, but a fresh process on a CPU
-    fork: bool = False
+    # The model runs in the process of vLLM's scheduler, which begins as a copy of the one that starts it and so imports
+    # nothing again; one GPU per replica
+    in_process: bool = False
     shutdown_timeout_s: float = 20.0  # after SIGTERM, before SIGKILL: GPU workers free memory and communicators
 
 

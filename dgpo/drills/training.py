@@ -358,4 +358,5 @@ def _all_faults(run: TrainingRun, world: World, disk: Path | None) -> Iterator[O
         run.start(*fault.overrides)
         run.wait_until_it_works()
         yield hit(run, fault)
-    run.end()
+        run.end()  # a run that went on by itself has the settings of this fault
+        run.wait_for_processes()

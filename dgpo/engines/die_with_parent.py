@@ -22,21 +22,3 @@ class DieWithParent:
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         die_with_parent()
         return super().__new__(cls)
-
-
-def bind_engine_cores() -> None:
-    """From now on, engine processes that vLLM starts from this one die with it.
-
-    Their workers do so by a pipe of vLLM's own; the engine process itself has nothing of that kind in vLLM 0.28.
-    """
-    from vllm.v1.engine.core import EngineCoreProc
-
-    EngineCoreProc.run_engine_core = staticmethod(_run_bound_engine_core)
-
-
-def _run_bound_engine_core(*args: Any, **kwargs: Any) -> None:
-    """What the engine process runs: it is a fresh one, where vLLM's own function is in its place."""
-    from vllm.v1.engine.core import EngineCoreProc
-
-    die_with_parent()
-    EngineCoreProc.run_engine_core(*args, **kwargs)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from dgpo.config.schema import HardwareConfig
+from dgpo.engines.engine_process import run_in_process
 from dgpo.engines.environment import export_environment
 from dgpo.episode import Generation
 
@@ -83,17 +83,12 @@ class VllmPolicy:
             return
         export_environment(self.hardware)
         if self.hardware.engine.in_process:
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            run_in_process()
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            arguments = AsyncEngineArgs(**self.engine_arguments())
-            config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
-            if self.hardware.engine.fork:  # after the line above, in which vLLM's CPU platform says "spawn"
-                os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-            self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=arguments.disable_log_stats)
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.engine_arguments()))
         except Exception as error:  # vLLM raises what its parts raise
             reason = " ".join(str(error).split())[:500]
             raise EngineStartError(

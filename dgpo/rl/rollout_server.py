@@ -18,7 +18,7 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from dgpo.engines.die_with_parent import bind_engine_cores
+from dgpo.engines.engine_process import bind_engine_cores, run_in_process
 
 POLL_S = 0.5
 TAKE_WEIGHTS = "update_weights_from_ipc"  # of veRL's worker extension
@@ -28,8 +28,7 @@ class BoundServer(vLLMHttpServer):
     async def run_server(self, args: argparse.Namespace) -> None:
         bind_engine_cores()
         if args.distributed_executor_backend == "uni":
-            # Or vLLM's CPU platform starts a worker process all the same, to set OpenMP variables that are set already.
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            run_in_process()
         await super().run_server(args)
         self._engine_watch = asyncio.create_task(self._end_with_engine())
 
