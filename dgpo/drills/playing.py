@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dgpo.drills.disk import filled, small_disk
-from dgpo.drills.processes import Command, DrillFailedError, Retriever, command_line, descendants, wait_for
+from dgpo.drills.processes import Command, DrillFailedError, Retriever, descendants, is_called, wait_for
 from dgpo.drills.processes import kill as kill_process
 from dgpo.drills.report import Outcome
 from dgpo.drills.world import World
@@ -88,7 +88,7 @@ def kill_engine(playing: Playing) -> Outcome:
     """kill -9 of vLLM's engine process in mid-episode."""
     command = playing.start()
     playing.wait_for_episodes(playing.num_episodes // 4)
-    engines = [pid for pid in descendants(command.process.pid) if command_line(pid).startswith("VLLM::EngineCore")]
+    engines = [pid for pid in descendants(command.process.pid) if is_called(pid, "VLLM::EngineCore")]
     if not engines:
         raise DrillFailedError(f"{playing.stage} has no process called VLLM::EngineCore")
     kill_process(engines[0])

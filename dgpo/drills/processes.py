@@ -37,8 +37,8 @@ def wait_for(condition: Callable[[], bool], *, bound_s: float, what: str) -> flo
 
 
 def find(folder: Path, title: str) -> list[int]:
-    """Pids of the processes of the stage in `folder` whose command line begins with `title`, oldest first."""
-    return [pid for pid in marked_processes(folder) if command_line(pid).startswith(title)]
+    """Pids of the processes of the stage in `folder` that are called `title`, oldest first."""
+    return [pid for pid in marked_processes(folder) if is_called(pid, title)]
 
 
 def descendants(pid: int) -> list[int]:
@@ -48,12 +48,15 @@ def descendants(pid: int) -> list[int]:
     return [each for child in found for each in (child, *descendants(child))]
 
 
-def command_line(pid: int) -> str:
-    """Empty for a process that has ended."""
+def is_called(pid: int, title: str) -> bool:
+    """Whether a process has given itself this name, of which the kernel keeps 15 characters.
+
+    Its command line may be another's: a forked engine has that of its server.
+    """
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return ""
+        return Path(f"/proc/{pid}/comm").read_text().strip() == title[:15]
+    except OSError:  # it has ended
+        return False
 
 
 def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:

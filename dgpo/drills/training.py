@@ -50,7 +50,7 @@ class Fault:
     """A process of the run that is killed or frozen in the middle of a step.
 
     Attributes:
-        title: how its command line begins, as Ray and vLLM set it.
+        title: the name that Ray or vLLM gives it.
         named: what the message must say.
         number: SIGSTOP freezes it.
         restarts: whether the run goes on by itself.
