@@ -7,7 +7,7 @@ import multiprocessing
 import os
 from typing import Any
 
-from dgpo.engines.die_with_parent import die_with_parent
+from dgpo.engines.die_with_parent import die_with_parent, name_process
 
 
 def run_in_process() -> None:
@@ -42,5 +42,6 @@ def _run_bound_engine_core(*args: Any, **kwargs: Any) -> None:
     from vllm.v1.engine.core import EngineCoreProc
 
     die_with_parent()
+    name_process("VLLM::EngineCore")  # vLLM's own attempt has no effect in a process forked from a Ray actor
     run = _vllms_own[0] if _vllms_own else EngineCoreProc.run_engine_core
     run(*args, **kwargs)
