@@ -142,14 +142,18 @@ def _run_verl(config: Config, folder: Path) -> None:
         StoppedOnRequestError: it was asked to.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from dgpo.rl.task_runner import TaskRunner
 
-    checkpoint = _start(folder.resolve() / "checkpoints", config)  # the task runner may start elsewhere
+    checkpoint = _start(folder.resolve() / "checkpoints", config)
     try:
         ray_cluster.connect(config.hardware, token_folder=folder, environment={**VERL_ENVIRONMENT, **mark(folder)})
         with told_by_name(folder), filed_on_request(folder):  # after Ray's start, which sets a handler of its own
-            ray.get(ray.remote(TaskRunner).remote().run.remote(config, folder.resolve(), checkpoint))
+            # With the driver: where another node is lost, the trainer is there to say so.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+            runner = ray.remote(TaskRunner).options(scheduling_strategy=here).remote()
+            ray.get(runner.run.remote(config, folder.resolve(), checkpoint))
     finally:
         ray.shutdown()
         _clear_remains(folder)
