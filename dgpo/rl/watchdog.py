@@ -25,6 +25,9 @@ from dgpo.rl.stops import FaultError, RunStoppedError
 POLL_S = 1.0
 ANSWER_TIMEOUT_S = 60.0  # of an idle actor that is asked who it is
 DEATH_NOTICE_S = 5.0  # after an error, until Ray has told of the death that may be behind it
+NODE_NOTICE_S = 60.0  # the same of a whole node, which Ray gives up after half a minute of silence
+# How gloo and NCCL say that another rank has gone.
+PEER_GONE = ("losed by peer", "reset by peer", "NCCL", "remote worker")
 ON_PURPOSE = ("ray.kill", "INTENDED_")  # Ray's words for an actor that was ended by the run itself
 LOG_TAIL_LINES = 12
 
@@ -90,7 +93,8 @@ class Watchdog:
         """What is behind an error of the trainer: an actor's death where there is one, else the error itself."""
         if isinstance(error, RunStoppedError):
             return error
-        until = time.monotonic() + DEATH_NOTICE_S
+        peer_gone = any(words in str(error) for words in PEER_GONE)
+        until = time.monotonic() + (NODE_NOTICE_S if peer_gone else DEATH_NOTICE_S)
         while self.fault is None and time.monotonic() < until:
             self._look_at_actors()
             time.sleep(0.1)

@@ -145,6 +145,20 @@ def test_an_error_is_explained_by_the_death_behind_it(worker):
         run_watched(work, watchdog)
 
 
+def test_the_death_behind_a_lost_connection_is_waited_for(worker, monkeypatch):
+    """Ray tells of a lost node long after its ranks' connections have closed."""
+    monkeypatch.setattr(watchdogs, "DEATH_NOTICE_S", 0.0)
+    actor, pid = worker
+    watchdog = watched(actor)
+
+    def work() -> None:
+        threading.Timer(2.0, os.kill, (pid, signal.SIGKILL)).start()
+        raise RuntimeError("Connection closed by peer [192.0.2.1]:25828")
+
+    with pytest.raises(FaultError, match="agent-loop worker 0"):
+        run_watched(work, watchdog)
+
+
 def test_an_error_without_a_death_is_itself(worker, monkeypatch):
     monkeypatch.setattr(watchdogs, "DEATH_NOTICE_S", 0.5)
 
