@@ -124,4 +124,4 @@ def test_changed_settings_are_those_that_differ():
 
 
 def test_the_resolved_config_can_be_printed():
-    assert "num_steps: 24" in to_yaml(load_config(["world=tiny"]))
+    assert "num_steps: 20" in to_yaml(load_config(["world=tiny"]))
