@@ -27,7 +27,7 @@ ANSWER_TIMEOUT_S = 60.0  # of an idle actor that is asked who it is
 DEATH_NOTICE_S = 5.0  # after an error, until Ray has told of the death that may be behind it
 NODE_NOTICE_S = 60.0  # the same of a whole node, which Ray gives up after half a minute of silence
 # How gloo and NCCL say that another rank has gone.
-PEER_GONE = ("losed by peer", "reset by peer", "NCCL", "remote worker")
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL")
 ON_PURPOSE = ("ray.kill", "INTENDED_")  # Ray's words for an actor that was ended by the run itself
 LOG_TAIL_LINES = 12
 
