@@ -96,6 +96,7 @@ def make_search(retriever: RetrieverConfig) -> Search:
         max_retries=retriever.max_retries,
         max_outage_s=retriever.max_outage_s,
         max_concurrency=retriever.max_concurrency,
+        max_queries_per_request=retriever.max_queries_per_request,
         token=read_token(retriever.token_file),
     )
 

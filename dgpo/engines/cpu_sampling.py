@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
-
-from dgpo.engines.die_with_parent import DieWithParent
 
 
 def sample_by_one_number() -> None:
@@ -54,15 +51,3 @@ def _forward_cpu(
     elif self.logprobs_mode == "processed_logprobs":
         returned = logits.log_softmax(dim=-1, dtype=torch.float32)
     return draw(logits.softmax(dim=-1, dtype=torch.float32), generators), returned
-
-
-class CpuSampling(DieWithParent):
-    """A vLLM worker extension: as `DieWithParent`, and on a CPU it samples by one number."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        if kwargs["vllm_config"].device_config.device_type == "cpu":
-            sample_by_one_number()
-            if num_threads := os.environ.get("OMP_NUM_THREADS"):
-                # A forked process has the number of the one that it comes from, which may have read no variable.
-                torch.set_num_threads(int(num_threads))
-        return super().__new__(cls, *args, **kwargs)

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
 
 import torch
 
-from dgpo.engines.cpu_sampling import CpuSampling
-from dgpo.engines.plain_linears import keep_plain_linears
+from dgpo.engines.fixed_weights import FixedWeights
 
 
-class ReplaceableWeights(CpuSampling):
+class ReplaceableWeights(FixedWeights):
     """Mixed into vLLM's worker. Its method is called by name, through `collective_rpc`."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        if kwargs["vllm_config"].device_config.device_type == "cpu":
-            keep_plain_linears()
-        return super().__new__(cls, *args, **kwargs)
+    all_linears_plain = True
 
     def load_weights_from(self, folder: str) -> None:
         """Loads the safetensors files of a Hugging Face folder over the present weights."""

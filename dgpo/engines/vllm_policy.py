@@ -14,7 +14,7 @@ from dgpo.engines.environment import export_environment
 from dgpo.episode import Generation
 
 REAP_TIMEOUT_S = 5.0
-FIXED = "dgpo.engines.cpu_sampling.CpuSampling"
+FIXED = "dgpo.engines.fixed_weights.FixedWeights"
 REPLACEABLE = "dgpo.engines.replaceable_weights.ReplaceableWeights"
 
 
@@ -32,7 +32,7 @@ class VllmPolicy:
         temperature: 0 decodes greedily.
         seed: of the engine; a request that brings its own seed does not depend on it.
         log_probs: whether they are wanted; they take a tenth of the time or more with a small model.
-        replaceable_weights: whether `load_weights` will be called; costs CPU engines their packed weights.
+        replaceable_weights: whether `load_weights` will be called; large models on a CPU are slower with it.
 
     Attributes:
         on_text: where it is set, called with (request id, new text) while a turn is being written.

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import FACTS, QUESTIONS, write_corpus
 
 from retriever.build import build_indexes
 from retriever.collection import SearchJob, load_collection
 from retriever.encoder_config import EncoderConfig, model_path, resolve_config
 from retriever.encoders import Encoder, TransformersEncoder, load_encoder
+from retriever.unpadded import UnpaddedModel
 
 TEXTS = [f"{title} {text}" for title, text in FACTS.items()] + ["a", "one two", "one two three"]
 
@@ -50,12 +52,52 @@ def test_a_vector_does_not_depend_on_its_batch(minilm: Encoder) -> None:
     assert np.array_equal(together, alone)
 
 
-def test_padded_sub_batches_agree_with_exact_ones() -> None:
+@pytest.fixture
+def padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoders on a CPU pad their sub-batches, as they do for models that `UnpaddedModel` cannot run."""
+    monkeypatch.setattr(UnpaddedModel, "can_run", lambda model: False)
+
+
+def test_padded_sub_batches_agree_with_exact_ones(padding: None) -> None:
     """The branch that a GPU takes."""
     encoder = TransformersEncoder(model_path("minilm"), resolve_config(EncoderConfig(dtype="float32")))
     ids = sorted(encoder._tokenizer(TEXTS)["input_ids"], key=len, reverse=True)
     exact = np.concatenate([encoder._forward([row], len(row)) for row in ids])
     np.testing.assert_allclose(encoder._forward(ids, len(ids[0])), exact, atol=1e-5)
+
+
+OF_ALL_WIDTHS = [" ".join(["word"] * num_words) for num_words in [*range(1, 60), 3, 3, 30, 40, 40, 180, 300]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_without_padding_vectors_have_the_same_bits(dtype: str, pooling: str, request: pytest.FixtureRequest) -> None:
+    config = EncoderConfig(dtype=dtype, pooling=pooling)
+    unpadded = load_encoder(config).encode_passages(OF_ALL_WIDTHS)
+    request.getfixturevalue("padding")
+    assert np.array_equal(unpadded, load_encoder(config).encode_passages(OF_ALL_WIDTHS))
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "XLMRoberta"])
+def test_models_without_padding_agree_with_their_own_forward(kind: str) -> None:
+    """Whose positions begin at 0, and whose begin after the padding id."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        pad_token_id=1,
+    )
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    ids = [torch.randint(2, 50, (length,)) for length in (40, 34, 34, 18, 9, 5, 3)]
+    with torch.inference_mode():
+        expected = torch.stack([model(row[None]).last_hidden_state[0].mean(dim=0) for row in ids])
+        assert UnpaddedModel.can_run(model)
+        pooled = UnpaddedModel(model).pooled([row.tolist() for row in ids], "mean")
+    torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=0)
 
 
 def test_prefix_pooling_and_token_limit_reach_the_model() -> None:

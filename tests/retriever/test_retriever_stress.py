@@ -63,7 +63,7 @@ async def test_a_replica_killed_under_load_loses_no_search(numbered: Path, tmp_p
         started_server(tmp_path / "a", f"--index={numbered}", "--cache-mb=0") as left,
         started_server(tmp_path / "b", f"--index={numbered}", "--cache-mb=0") as right,
     ):
-        options = {"timeout_s": 20.0, "max_retries": 4, "max_concurrency": 64}
+        options = {"timeout_s": 20.0, "max_retries": 4, "max_concurrency": 64, "max_queries_per_request": 8}
         async with SearchClient(f"{left.url},{right.url}", **options) as client:
             deadline = time.monotonic() + 4
             workers = [asyncio.create_task(search_until(client, deadline, worker)) for worker in range(64)]

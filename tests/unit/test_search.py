@@ -53,6 +53,7 @@ async def serving(*replies, timeout_s=5.0, max_retries=2, max_concurrency=4, bac
     app.router.add_post("/{tail:.*}", server.handle)
     async with TestServer(app) as running:
         options |= {"timeout_s": timeout_s, "max_retries": max_retries, "max_concurrency": max_concurrency}
+        options.setdefault("max_queries_per_request", 1)
         async with SearchClient(str(running.make_url("/")), **options, backoff_s=backoff_s) as client:
             yield server, client
 
@@ -109,7 +110,9 @@ async def test_a_server_that_is_gone_fails_after_the_retries():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    async with SearchClient(url, timeout_s=1, max_retries=1, max_concurrency=1, backoff_s=0.01) as client:
+    async with SearchClient(
+        url, timeout_s=1, max_retries=1, max_concurrency=1, max_queries_per_request=1, backoff_s=0.01
+    ) as client:
         with pytest.raises(SearchFailedError, match=rf"{url}/retrieve failed after 2 attempts.*Connect"):
             await client.search("lyon", topk=1, corpus=None)
 
@@ -119,7 +122,8 @@ async def test_a_server_that_is_gone_is_waited_for():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = {"timeout_s": 1, "max_retries": 1, "max_concurrency": 4, "backoff_s": 0.01, "max_outage_s": 30}
+    options = {"timeout_s": 1, "max_retries": 1, "max_concurrency": 4, "max_queries_per_request": 1}
+    options |= {"backoff_s": 0.01, "max_outage_s": 30}
     async with SearchClient(f"http://127.0.0.1:{port}", **options) as client:
         searches = [asyncio.create_task(client.search("lyon", topk=1, corpus=None)) for _ in range(2)]
         while client.num_retries < 8:
@@ -135,7 +139,8 @@ async def test_the_wait_for_a_server_that_is_gone_has_a_bound():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    options = {"timeout_s": 1, "max_retries": 0, "max_concurrency": 1, "backoff_s": 0.01, "max_outage_s": 0.3}
+    options = {"timeout_s": 1, "max_retries": 0, "max_concurrency": 1, "max_queries_per_request": 1}
+    options |= {"backoff_s": 0.01, "max_outage_s": 0.3}
     started = time.monotonic()
     async with SearchClient(url, **options) as client:
         with pytest.raises(SearchFailedError):
@@ -218,6 +223,39 @@ async def test_searches_in_flight_are_bounded_and_waiting_for_a_slot_is_no_timeo
         assert (server.most_in_flight, client.num_retries) == (2, 0)
 
 
+def answer(queries):
+    """A document per query, with the query as its text."""
+    return {"result": [[{"document": {"id": query, "contents": query}, "score": 1.0}] for query in queries]}
+
+
+async def answer_by_query(request):
+    return web.json_response(answer((await request.json())["queries"]))
+
+
+async def test_searches_of_one_moment_share_requests_and_each_gets_its_own_documents():
+    async with serving(*[answer_by_query] * 9, max_queries_per_request=3) as (server, client):
+        names = [f"q{number}" for number in range(7)]
+        found = await asyncio.gather(*(client.search(name, topk=1, corpus=None) for name in names))
+        assert [document["contents"] for (document,) in found] == names
+    assert [body["queries"] for _, body in server.requests] == [names[:3], names[3:6], names[6:]]
+
+
+async def test_an_answer_for_fewer_queries_than_asked_is_refused():
+    async with serving(web.json_response(answer(["a"])), max_queries_per_request=2) as (_, client):
+        searches = [client.search(name, topk=1, corpus=None) for name in "ab"]
+        errors = await asyncio.gather(*searches, return_exceptions=True)
+        assert [type(error) for error in errors] == [SearchRefusedError] * 2
+
+
+async def test_searches_that_share_a_request_are_tried_again_and_given_up_together():
+    faults = [web.Response(status=500) for _ in range(2)]
+    async with serving(*faults, max_queries_per_request=2, max_retries=1) as (_, client):
+        searches = [client.search(name, topk=1, corpus=None) for name in "ab"]
+        errors = await asyncio.gather(*searches, return_exceptions=True)
+        assert [type(error) for error in errors] == [SearchFailedError] * 2
+        assert (client.num_retries, client.num_failed) == (1, 2)
+
+
 async def test_a_closed_client_can_search_again():
     async with serving() as (_, client):
         await client.search("lyon", topk=1, corpus=None)
@@ -230,6 +268,7 @@ async def replicas(*reply_lists, **options):
     """Several servers with their replies in turn, and one client of all of them."""
     servers = [Server(*replies) for replies in reply_lists]
     defaults = {"timeout_s": 5.0, "max_retries": 2, "max_concurrency": 8, "backoff_s": 0.01}
+    defaults["max_queries_per_request"] = 1
     async with AsyncExitStack() as stack:
         urls = []
         for server in servers:

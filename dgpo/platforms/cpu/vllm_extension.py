@@ -19,6 +19,6 @@ class PlainWeightsWorkerExtension(vLLMColocateWorkerExtension):
     """veRL's own extension (weight loading, sleep) over unpacked CPU linears."""
 
     def __new__(cls, **kwargs: Any) -> PlainWeightsWorkerExtension:
-        keep_plain_linears()
+        keep_plain_linears(all_sizes=True)
         sample_by_one_number()
         return super().__new__(cls, **kwargs)
