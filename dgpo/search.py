@@ -109,7 +109,7 @@ class SearchClient:
         self._headers = _authorization(token)
         # Not the connector's own limit: its queue would count towards the timeout of every request that waits in it.
         self._shared = SharedRequests(
-            self._retrieve, max_concurrency=max_concurrency, max_queries=max_queries_per_request
+            self.retrieve, max_concurrency=max_concurrency, max_queries=max_queries_per_request
         )
         self._session: aiohttp.ClientSession | None = None
         self._in_outage = False
@@ -139,8 +139,8 @@ class SearchClient:
         """
         return await self._shared.search(query, topk=topk, corpus=corpus)
 
-    async def _retrieve(self, queries: list[str], topk: int, corpus: str | None) -> list[list[dict[str, Any]]]:
-        """The documents for each query, with attempts and errors as in `search`."""
+    async def retrieve(self, queries: list[str], topk: int, corpus: str | None) -> list[list[dict[str, Any]]]:
+        """The documents for each query, by one request now; attempts and errors as in `search`."""
         path = f"corpora/{quote(corpus, safe='')}/retrieve" if corpus else "retrieve"
         body = {"queries": queries, "topk": topk, "return_scores": True}
         clock = asyncio.get_running_loop().time

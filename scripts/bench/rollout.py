@@ -9,9 +9,10 @@ engine's prefix cache is emptied before each; a first round, which is not counte
 `world=tiny hardware=cpu` are those of the commands.
 
 The server's answers are held back until a latency is over that is drawn for each query, uniformly between the two
-bounds and always the same for the same query, as if the index were a large one elsewhere. Ours sends each query by
-itself. The lock-step loop sends all queries of a turn in one request, whose answer comes with its slowest query: all of
-them are worked on side by side, which is the best that can be assumed for it.
+bounds and always the same for the same query, as if the index were a large one elsewhere. A request's answer comes with
+its slowest query: all of them are worked on side by side, which is the best that can be assumed. In ours, searches that
+wait at the same time share requests, as they do in the commands; the lock-step loop sends all queries of a turn in one.
+Both send them through the project's client.
 
 Ours seeds every turn, as RL does; the lock-step loop does not, as the release does not: seeds cost time.
 """
@@ -31,22 +32,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import aiohttp
 from evaluation import served
 from lock_step import run_lock_step
 from simulated_engine import query_latency_s
 
 from dgpo.config.load import load_config
-from dgpo.config.schema import Config
+from dgpo.config.schema import Config, RetrieverConfig
 from dgpo.data.rows import read_rows
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
 from dgpo.engines.play import load_tokenizer
 from dgpo.engines.vllm_policy import VllmPolicy
 from dgpo.episode import EpisodeLimits, Search, run_episode
-from dgpo.extensions import open_search
 from dgpo.metrics.exact_match import exact_match
 from dgpo.protocol import STOP_STRINGS
+from dgpo.search import SearchClient
 from dgpo.seeds import derive_seed
+
+REQUESTS_IN_FLIGHT = RetrieverConfig().max_concurrency  # as to any server elsewhere, whatever the world
 
 
 def main() -> None:
@@ -116,7 +118,7 @@ class RolloutBench:
             "ours": {
                 "stop strings": list(STOP_STRINGS),
                 "of these, one token": [tag for tag in STOP_STRINGS if tag in vocabulary],
-                "searches": "one request per query, while other episodes generate",
+                "searches": f"up to {self.config.retriever.max_queries_per_request} share a request; others generate",
                 "tokens per episode": limits.max_response_tokens,
                 "seeded turns": True,
             },
@@ -130,8 +132,7 @@ class RolloutBench:
         }
 
     async def run(self) -> None:
-        async with self.policy, open_search(self.config.retriever) as search, aiohttp.ClientSession() as session:
-            delayed = DelayedSearch(search, session, self.config, self.options.latency_ms)
+        async with self.policy, DelayedClient(self.config.retriever, self.options.latency_ms) as search:
             loops = {"ours": self.ours, "lock-step": self.lock_step}
             gc.collect()
             gc.freeze()
@@ -139,14 +140,14 @@ class RolloutBench:
             rounds: list[dict[str, dict[str, float]]] = []
             for number in range(self.options.rounds + 1):
                 order = list(loops) if number % 2 else list(loops)[::-1]
-                measured = {name: await self._timed(loops[name], number, delayed) for name in order}
+                measured = {name: await self._timed(loops[name], number, search) for name in order}
                 if number == 0:
                     continue
                 rounds.append(measured)
                 print(f"round {number}: {json.dumps(measured)}", flush=True)
         self._report(rounds)
 
-    async def _timed(self, loop: Any, number: int, search: DelayedSearch) -> dict[str, float]:
+    async def _timed(self, loop: Any, number: int, search: DelayedClient) -> dict[str, float]:
         await self.policy.forget()
         first = number * self.options.num_episodes
         chosen = [self.planned[(first + i) % len(self.planned)] for i in range(self.options.num_episodes)]
@@ -181,7 +182,7 @@ class RolloutBench:
             "em": self._exact_match(chosen, [trajectory.answer for trajectory in trajectories]),
         }
 
-    async def lock_step(self, number: int, chosen: Sequence[PlannedEpisode], search: DelayedSearch) -> dict[str, float]:
+    async def lock_step(self, number: int, chosen: Sequence[PlannedEpisode], search: DelayedClient) -> dict[str, float]:
         corpora = {each.corpus for each in chosen}
         if len(corpora) > 1:
             raise ValueError(
@@ -190,7 +191,7 @@ class RolloutBench:
         (corpus,) = corpora
 
         async def search_all(queries: list[str]) -> list[list[dict[str, Any]]]:
-            return await search.search_batch(queries, topk=self.limits.topk, corpus=corpus)
+            return await search.retrieve(queries, self.limits.topk, corpus)
 
         episodes = await run_lock_step(
             {f"{place}/{each.episode_id}": each.prompt_ids for place, each in enumerate(chosen)},
@@ -325,43 +326,27 @@ class EngineCounts:
         }
 
 
-class DelayedSearch:
-    """The retrieval server's answers, held back until the latency of their query is over.
+class DelayedClient(SearchClient):
+    """The project's client, with answers held back until the latency of a request's slowest query is over.
 
     Args:
-        search: the project's client, for single queries.
         latency_ms: bounds of the latency.
     """
 
-    def __init__(
-        self, search: Search, session: aiohttp.ClientSession, config: Config, latency_ms: Sequence[float]
-    ) -> None:
-        self.inner, self.session, self.url = search, session, config.retriever.url
+    def __init__(self, retriever: RetrieverConfig, latency_ms: Sequence[float]) -> None:
+        super().__init__(
+            retriever.url,
+            timeout_s=retriever.timeout_s,
+            max_retries=retriever.max_retries,
+            max_concurrency=REQUESTS_IN_FLIGHT,
+            max_queries_per_request=retriever.max_queries_per_request,
+        )
         self.low, self.high = latency_ms
 
-    def latency_s(self, query: str) -> float:
-        return query_latency_s(query, self.low, self.high)
-
-    async def search(self, query: str, *, topk: int, corpus: str | None) -> list[dict[str, Any]]:
-        documents, _ = await asyncio.gather(
-            self.inner.search(query, topk=topk, corpus=corpus), asyncio.sleep(self.latency_s(query))
-        )
-        return documents
-
-    async def search_batch(
-        self, queries: Sequence[str], *, topk: int, corpus: str | None
-    ) -> list[list[dict[str, Any]]]:
-        """One request for all queries, answered when the slowest is done."""
-        slowest_s = max(map(self.latency_s, queries))
-        found, _ = await asyncio.gather(self._post(list(queries), topk, corpus), asyncio.sleep(slowest_s))
+    async def retrieve(self, queries: list[str], topk: int, corpus: str | None) -> list[list[dict[str, Any]]]:
+        slowest_s = max(query_latency_s(query, self.low, self.high) for query in queries)
+        found, _ = await asyncio.gather(super().retrieve(queries, topk, corpus), asyncio.sleep(slowest_s))
         return found
-
-    async def _post(self, queries: list[str], topk: int, corpus: str | None) -> list[list[dict[str, Any]]]:
-        path = f"corpora/{corpus}/retrieve" if corpus else "retrieve"
-        body = {"queries": queries, "topk": topk, "return_scores": True}
-        async with self.session.post(f"{self.url}/{path}", json=body, raise_for_status=True) as response:
-            result = (await response.json())["result"]
-        return [[entry["document"] for entry in entries] for entries in result]
 
 
 if __name__ == "__main__":
