@@ -62,7 +62,7 @@ class Search(Protocol):
 
 
 class Tokenizer(Protocol):
-    """The policy's tokenizer; Hugging Face's have these methods. By its hash, lengths of passages are remembered."""
+    """The policy's tokenizer; Hugging Face's have these methods. By its hash, token ids of texts are remembered."""
 
     def __hash__(self) -> int: ...
 
@@ -259,8 +259,8 @@ class _Episode:
             corpus=self.corpus,
         )
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return _token_ids(text, self.tokenizer)
 
     def _append_environment(self, text: str, ids: Sequence[int]) -> None:
         self.ids += ids
@@ -310,6 +310,11 @@ def cut_passage(document: dict[str, Any], tokenizer: Tokenizer, max_tokens: int)
     text = document["contents"]
     num_kept = _num_chars_that_fit(text, tokenizer, max_tokens)
     return document if num_kept == len(text) else {**document, "contents": text[:num_kept]}
+
+
+@lru_cache(maxsize=1 << 12)  # episodes of a question often see the same observations
+def _token_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 @lru_cache(maxsize=1 << 14)  # the same passages are found again and again

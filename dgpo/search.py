@@ -295,8 +295,9 @@ def _documents(text: str, url: str, num_queries: int) -> list[list[dict[str, Any
         well_formed = False
     if not well_formed:
         raise SearchRefusedError(
-            f"{url} answers {text[:200]!r}: check retriever.url, expected the format "
-            '{"result": [[{"document": {"id", "contents"}, "score"}, ..]]}'
+            f"{url} answers {num_queries} queries with {text[:200]!r}: check retriever.url, expected the format "
+            '{"result": [[{"document": {"id", "contents"}, "score"}, ..], ..]} with a list for each query; '
+            "retriever.max_queries_per_request=1 is for servers that take one at a time"
         )
     return answers
 

@@ -245,6 +245,7 @@ async def test_an_answer_for_fewer_queries_than_asked_is_refused():
         searches = [client.search(name, topk=1, corpus=None) for name in "ab"]
         errors = await asyncio.gather(*searches, return_exceptions=True)
         assert [type(error) for error in errors] == [SearchRefusedError] * 2
+        assert "answers 2 queries with" in str(errors[0])
 
 
 async def test_searches_that_share_a_request_are_tried_again_and_given_up_together():
