@@ -240,6 +240,10 @@ class FullFile:
         (lambda c: setattr(c.test, "loggers", ["wandbb"]), ("'wandbb'", "did you mean wandb?")),
         (lambda c: setattr(c.test, "compat", "upstream"), ("3 questions", "upstream_batch_size=256")),
         (lambda c: setattr(c.test, "samples", 0), ("test.samples=0", "more than 0")),
+        (
+            lambda c: setattr(c.retriever, "max_queries_per_request", 0),
+            ("retriever.max_queries_per_request=0", "more than 0"),
+        ),
         (lambda c: (setattr(c.test, "samples", 4), setattr(c.test, "temperature", 0.0)), ("above 0",)),
         (lambda c: setattr(c.test, "temperature", -1.0), ("test.temperature=-1.0",)),
         (lambda c: setattr(c.test, "max_questions", 0), ("test.max_questions=0",)),

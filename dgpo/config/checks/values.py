@@ -43,10 +43,13 @@ POSITIVE = {  # section -> the keys whose values must be above 0
     "train": "num_steps batch_size mini_batch_size samples_per_question temperature actor_learning_rate "
     "critic_learning_rate",
     "test": "samples upstream_batch_size",
+    "retriever": "timeout_s max_concurrency max_queries_per_request",
 }
 
 
 def check_values(config: Config, *sections: str) -> None:
+    if "episode" in sections:  # episodes search
+        sections = (*sections, "retriever")
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown or len(set(config.stages)) < len(config.stages):
         raise ConfigError(f"stages={config.stages}: expected each of {', '.join(STAGES)} at most once")
