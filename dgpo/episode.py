@@ -312,7 +312,7 @@ def cut_passage(document: dict[str, Any], tokenizer: Tokenizer, max_tokens: int)
     return document if num_kept == len(text) else {**document, "contents": text[:num_kept]}
 
 
-@lru_cache(maxsize=1 << 12)  # episodes of a question often see the same observations
+@lru_cache(maxsize=1 << 10)  # episodes of a question often see the same observations
 def _token_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 

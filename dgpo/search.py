@@ -9,7 +9,7 @@ import logging
 import random
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,14 @@ class SearchClient:
         max_outage_s: how long a search goes on trying while no server can be reached; those attempts do not count as
             retries. 0: they do.
         max_concurrency: requests in flight, over all servers.
-        max_queries_per_request: searches that wait at the same time share requests of at most so many; a request is
-            answered, tried again and given up as a whole.
+        max_queries_per_request: searches that wait at the same time share requests of at most so many. A request is
+            answered and tried again as a whole; before one is given up, though servers answer, each of its queries is
+            asked by itself.
         backoff_s: the first wait between attempts; it doubles, and is shortened at random so that clients spread out.
         token: sent as `Authorization: Bearer`.
 
     Attributes:
-        num_retries, num_failed: attempts of requests beyond the first, and searches given up, since it was made.
+        num_retries, num_failed: requests beyond a search's first, and searches given up, since the client was made.
     """
 
     def __init__(
@@ -107,12 +108,12 @@ class SearchClient:
         self.num_failed = 0
         self._replicas = [_Replica(one) for one in split_urls(url)]
         self._headers = _authorization(token)
-        # Not the connector's own limit: its queue would count towards the timeout of every request that waits in it.
+        # Not a limit of the connector: its queue would count towards the timeout of every request that waits in it.
         self._shared = SharedRequests(
-            self.retrieve, max_concurrency=max_concurrency, max_queries=max_queries_per_request
+            self._retrieve_together, max_concurrency=max_concurrency, max_queries=max_queries_per_request
         )
         self._session: aiohttp.ClientSession | None = None
-        self._in_outage = False
+        self._in_outage = self._has_split = False
 
     async def __aenter__(self) -> SearchClient:
         return self
@@ -121,7 +122,7 @@ class SearchClient:
         await self.close()
 
     async def close(self) -> None:
-        """Gives up what is in flight and closes the connections. A later search opens new ones."""
+        """Cancels all searches and closes the connections. A later search opens new ones."""
         await self._shared.close()
         session, self._session = self._session, None
         if session is not None:
@@ -135,16 +136,41 @@ class SearchClient:
 
         Raises:
             SearchFailedError: no answer after `max_retries` retries, nor after `max_outage_s` of servers that are gone.
-            SearchRefusedError: another status, or an answer in another format. Not retried.
+            SearchRefusedError: another status, or an answer in another format. Tried again only by itself, where it
+                shared its request.
         """
         return await self._shared.search(query, topk=topk, corpus=corpus)
 
-    async def retrieve(self, queries: list[str], topk: int, corpus: str | None) -> list[list[dict[str, Any]]]:
-        """The documents for each query, by one request now; attempts and errors as in `search`."""
+    async def _retrieve_together(
+        self, queries: list[str], topk: int, corpus: str | None, began: float
+    ) -> Sequence[list[dict[str, Any]] | Exception]:
+        """The outcome of each query: what one of them does to a server is not the others' fault."""
+        try:
+            return await self.retrieve(queries, topk, corpus, began=began)
+        except (SearchFailedError, SearchRefusedError) as error:
+            if len(queries) == 1 or self._in_outage:
+                outcomes: list[Any] = [type(error)(*error.args) for _ in queries]
+            else:
+                self.num_retries += len(queries)
+                self._report_split(error)
+                one_by_one = [self.retrieve([query], topk, corpus, began=began) for query in queries]
+                answers = await asyncio.gather(*one_by_one, return_exceptions=True)
+                outcomes = [each if isinstance(each, BaseException) else each[0] for each in answers]
+        self.num_failed += sum(isinstance(outcome, SearchFailedError) for outcome in outcomes)
+        return outcomes
+
+    async def retrieve(
+        self, queries: list[str], topk: int, corpus: str | None, *, began: float | None = None
+    ) -> list[list[dict[str, Any]]]:
+        """The documents for each query, by one request now; attempts and errors as in `search`.
+
+        Args:
+            began: when waiting for them began, on the loop's clock: an outage may last `max_outage_s` from then on.
+        """
         path = f"corpora/{quote(corpus, safe='')}/retrieve" if corpus else "retrieve"
         body = {"queries": queries, "topk": topk, "return_scores": True}
         clock = asyncio.get_running_loop().time
-        started = clock()
+        began = clock() if began is None else began
         num_attempts = num_counted = num_waits = 0
         while True:
             replica = self._choose(clock())
@@ -172,11 +198,12 @@ class SearchClient:
             num_attempts += 1
             others = [other for other in self._replicas if other is not replica and other.usable(clock())]
             in_outage = gone and all(other.num_faults for other in others)
-            if in_outage and clock() - started < self.max_outage_s:
+            if in_outage and clock() - began < self.max_outage_s:
                 self._report_outage(reason)
             elif num_counted == self.max_retries:
-                self.num_failed += len(queries)
-                raise SearchFailedError(f"search at {url} failed after {num_attempts} attempts, the last with {reason}")
+                raise SearchFailedError(
+                    f"{len(queries)} searches at {url} failed after {num_attempts} attempts, the last with {reason}"
+                )
             else:
                 num_counted += 1
             self.num_retries += 1
@@ -184,6 +211,15 @@ class SearchClient:
                 backoff_s = min(self.backoff_s * 2**num_waits, MAX_BACKOFF_S)
                 num_waits += 1
                 await asyncio.sleep(max(retry_after_s or 0.0, random.uniform(0.5, 1.0) * backoff_s))
+
+    def _report_split(self, error: Exception) -> None:
+        if not self._has_split:
+            self._has_split = True
+            logger.warning(
+                "%s: its searches are sent again one by one; for a server that takes only one query at a time set "
+                "retriever.max_queries_per_request=1",
+                error,
+            )
 
     def _report_outage(self, reason: str) -> None:
         if not self._in_outage:
@@ -200,7 +236,7 @@ class SearchClient:
 
     async def _post(self, replica: _Replica, url: str, body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], str]:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=self.max_concurrency)
+            connector = aiohttp.TCPConnector(limit=0)
             self._session = aiohttp.ClientSession(timeout=self.timeout, connector=connector, headers=self._headers)
         replica.in_flight += 1
         try:

@@ -98,7 +98,8 @@ class UnpaddedModel:
 
     @staticmethod
     def can_run(model: Any) -> bool:
-        return model.config.model_type in POSITIONS_AFTER_PADDING
+        is_known = type(model).__module__.startswith("transformers.models.")  # not a model repository's own code
+        return is_known and model.config.model_type in POSITIONS_AFTER_PADDING and not model.config.is_decoder
 
     def pooled(self, ids: Sequence[Sequence[int]], pooling: str) -> torch.Tensor:
         """float32 [n, dimension]: the mean over each text's tokens, or its first one (`cls`).

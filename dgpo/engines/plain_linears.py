@@ -30,7 +30,8 @@ def keep_plain_linears(*, all_sizes: bool) -> None:
 def _dispatch(
     layer: torch.nn.Module, remove_weight: bool, *, pack: Callable[[torch.nn.Module, bool], None] | None
 ) -> None:
-    if pack is None or layer.weight.numel() < MIN_PACKED_ELEMENTS:
+    is_linear = layer.weight.ndim == 2  # convolutions come here too
+    if pack is None or (is_linear and layer.weight.numel() < MIN_PACKED_ELEMENTS):
         layer.cpu_linear = torch.nn.functional.linear
     else:
         pack(layer, remove_weight)

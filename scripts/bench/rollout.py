@@ -11,8 +11,9 @@ engine's prefix cache is emptied before each; a first round, which is not counte
 The server's answers are held back until a latency is over that is drawn for each query, uniformly between the two
 bounds and always the same for the same query, as if the index were a large one elsewhere. A request's answer comes with
 its slowest query: all of them are worked on side by side, which is the best that can be assumed. In ours, searches that
-wait at the same time share requests, as they do in the commands; the lock-step loop sends all queries of a turn in one.
-Both send them through the project's client.
+wait at the same time share requests, as they do in the commands, with 64 requests in flight whatever the world says
+(the tiny one has 1, for a server nearby); the lock-step loop sends all queries of a turn in one. Both send them through
+the project's client.
 
 Ours seeds every turn, as RL does; the lock-step loop does not, as the release does not: seeds cost time.
 """
@@ -45,7 +46,7 @@ from dgpo.engines.vllm_policy import VllmPolicy
 from dgpo.episode import EpisodeLimits, Search, run_episode
 from dgpo.metrics.exact_match import exact_match
 from dgpo.protocol import STOP_STRINGS
-from dgpo.search import SearchClient
+from dgpo.search import SearchClient, read_token
 from dgpo.seeds import derive_seed
 
 REQUESTS_IN_FLIGHT = RetrieverConfig().max_concurrency  # as to any server elsewhere, whatever the world
@@ -119,6 +120,7 @@ class RolloutBench:
                 "stop strings": list(STOP_STRINGS),
                 "of these, one token": [tag for tag in STOP_STRINGS if tag in vocabulary],
                 "searches": f"up to {self.config.retriever.max_queries_per_request} share a request; others generate",
+                "requests in flight": REQUESTS_IN_FLIGHT,
                 "tokens per episode": limits.max_response_tokens,
                 "seeded turns": True,
             },
@@ -340,12 +342,16 @@ class DelayedClient(SearchClient):
             max_retries=retriever.max_retries,
             max_concurrency=REQUESTS_IN_FLIGHT,
             max_queries_per_request=retriever.max_queries_per_request,
+            max_outage_s=retriever.max_outage_s,
+            token=read_token(retriever.token_file),
         )
         self.low, self.high = latency_ms
 
-    async def retrieve(self, queries: list[str], topk: int, corpus: str | None) -> list[list[dict[str, Any]]]:
+    async def retrieve(
+        self, queries: list[str], topk: int, corpus: str | None, *, began: float | None = None
+    ) -> list[list[dict[str, Any]]]:
         slowest_s = max(query_latency_s(query, self.low, self.high) for query in queries)
-        found, _ = await asyncio.gather(super().retrieve(queries, topk, corpus), asyncio.sleep(slowest_s))
+        found, _ = await asyncio.gather(super().retrieve(queries, topk, corpus, began=began), asyncio.sleep(slowest_s))
         return found
 
 

@@ -66,6 +66,19 @@ def test_padded_sub_batches_agree_with_exact_ones(padding: None) -> None:
     np.testing.assert_allclose(encoder._forward(ids, len(ids[0])), exact, atol=1e-5)
 
 
+def test_models_of_other_code_and_decoders_are_padded() -> None:
+    class OwnModel(transformers.BertModel):
+        """As the code of a model repository that calls itself BERT and is not."""
+
+    config = transformers.BertConfig(
+        vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+    )
+    assert UnpaddedModel.can_run(transformers.BertModel(config))
+    assert not UnpaddedModel.can_run(OwnModel(config))
+    config.is_decoder = True
+    assert not UnpaddedModel.can_run(transformers.BertModel(config))
+
+
 OF_ALL_WIDTHS = [" ".join(["word"] * num_words) for num_words in [*range(1, 60), 3, 3, 30, 40, 40, 180, 300]]
 
 

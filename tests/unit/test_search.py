@@ -237,24 +237,45 @@ async def test_searches_of_one_moment_share_requests_and_each_gets_its_own_docum
         names = [f"q{number}" for number in range(7)]
         found = await asyncio.gather(*(client.search(name, topk=1, corpus=None) for name in names))
         assert [document["contents"] for (document,) in found] == names
-    assert [body["queries"] for _, body in server.requests] == [names[:3], names[3:6], names[6:]]
+    assert sorted(body["queries"] for _, body in server.requests) == [names[:3], names[3:6], names[6:]]
 
 
-async def test_an_answer_for_fewer_queries_than_asked_is_refused():
-    async with serving(web.json_response(answer(["a"])), max_queries_per_request=2) as (_, client):
+async def test_a_server_that_takes_one_query_at_a_time_is_asked_so_and_reported(caplog):
+    async with serving(web.json_response(answer(["a"])), max_queries_per_request=2) as (server, client):
         searches = [client.search(name, topk=1, corpus=None) for name in "ab"]
-        errors = await asyncio.gather(*searches, return_exceptions=True)
-        assert [type(error) for error in errors] == [SearchRefusedError] * 2
-        assert "answers 2 queries with" in str(errors[0])
+        assert await asyncio.gather(*searches) == [[DOCUMENT], [DOCUMENT]]
+        assert [body["queries"] for _, body in server.requests][:1] == [["a", "b"]]
+        assert len(server.requests) == 3
+        assert client.num_retries == 2
+    assert "answers 2 queries with" in caplog.text
+    assert "set retriever.max_queries_per_request=1" in caplog.text
 
 
-async def test_searches_that_share_a_request_are_tried_again_and_given_up_together():
-    faults = [web.Response(status=500) for _ in range(2)]
-    async with serving(*faults, max_queries_per_request=2, max_retries=1) as (_, client):
-        searches = [client.search(name, topk=1, corpus=None) for name in "ab"]
+async def fail_for_bad(request):
+    queries = (await request.json())["queries"]
+    return web.Response(status=500) if "bad" in queries else web.json_response(answer(queries))
+
+
+async def test_a_query_that_a_server_fails_at_fails_alone():
+    async with serving(*[fail_for_bad] * 9, max_queries_per_request=3, max_retries=1) as (_, client):
+        searches = [client.search(name, topk=1, corpus=None) for name in ("a", "bad", "c")]
+        first, second, third = await asyncio.gather(*searches, return_exceptions=True)
+        assert (first[0]["contents"], type(second), third[0]["contents"]) == ("a", SearchFailedError, "c")
+        assert (client.num_retries, client.num_failed) == (1 + 3 + 1, 1)
+
+
+async def test_searches_that_wait_for_a_request_share_its_outage():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    options = {"timeout_s": 1, "max_retries": 0, "max_concurrency": 1, "max_queries_per_request": 2}
+    options |= {"backoff_s": 0.01, "max_outage_s": 0.5}
+    started = time.monotonic()
+    async with SearchClient(f"http://127.0.0.1:{port}", **options) as client:
+        searches = [client.search(str(number), topk=1, corpus=None) for number in range(8)]
         errors = await asyncio.gather(*searches, return_exceptions=True)
-        assert [type(error) for error in errors] == [SearchFailedError] * 2
-        assert (client.num_retries, client.num_failed) == (1, 2)
+        assert [type(error) for error in errors] == [SearchFailedError] * 8
+        assert client.num_failed == 8
+    assert 0.5 <= time.monotonic() - started < 1.5  # four requests, one after the other
 
 
 async def test_a_closed_client_can_search_again():
