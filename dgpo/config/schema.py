@@ -130,7 +130,7 @@ class RetrieverConfig:
     max_retries: int = 4  # of a search that a server refuses or leaves unanswered
     max_outage_s: float = 300.0  # how long searches wait for servers that are gone to come back
     max_concurrency: int = 64  # requests in flight, of each process that plays episodes
-    max_queries_per_request: int = 32  # searches that wait at the same time share requests
+    max_queries_per_request: int = 64  # searches that wait at the same time share requests
     max_failed_share: float = 0.05  # a step with a larger share of failed episodes stops the run, resumable
     # Of a server on our own machine, for dry runs: 65 for a flat index of Wikipedia. None: not counted.
     host_memory_gb: float | None = None
