@@ -54,6 +54,7 @@ def main() -> None:
         for number, file in enumerate(word for word in options.words if "=" not in word)
         for episode in plan_episodes(read_rows(file), tokenizer, config=config, labels={"file": str(number)})
     ][: options.num_questions]
+    print(json.dumps(settings(config, options.model), default=str), flush=True)
     for _ in range(options.repeat):
         with tempfile.TemporaryDirectory() as folder:
             recorded = Path(folder) / "trajectories.jsonl"
@@ -64,6 +65,20 @@ def main() -> None:
             offline = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
         result = {"ours": ours, "offline": offline, "ratio": ours["tokens_per_s"] / offline["tokens_per_s"]}
         print(json.dumps({name: rounded(value) for name, value in result.items()}), flush=True)
+
+
+def settings(config: Config, model: str) -> dict[str, dict[str, object]]:
+    """Of both sides, and what they share."""
+    return {
+        "both": {**greedy_policy(config, model).engine_arguments(), "environment": dict(config.hardware.env)},
+        "ours": {
+            "episodes in flight": config.hardware.engine.concurrency,
+            "requests to the retrieval server": config.retriever.max_concurrency,
+            "searches per request": config.retriever.max_queries_per_request,
+            "engine forked from this process": config.hardware.engine.in_process,
+        },
+        "offline": {"turns": "all at once", "tokens per turn": "as recorded", "processes": "as vLLM starts them"},
+    }
 
 
 @contextlib.contextmanager
