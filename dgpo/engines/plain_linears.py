@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 # Weights with fewer elements are read faster than oneDNN makes a kernel for a new number of tokens: 0.5 ms per layer of
-# 64 x 320, with batches of ever new sizes. From 896 x 1152 on packed weights win.
+# 64 x 320, with batches of ever new sizes. From 896 x 1152 on packing wins in general (scripts/bench/linears.py).
 MIN_PACKED_ELEMENTS = 1 << 18
 
 
