@@ -40,7 +40,7 @@ from retriever.encoding import (
     encode_missing,
     write_texts,
 )
-from retriever.faiss_file import ReadRows, make_index, write_index
+from retriever.faiss_file import ReadRows, make_index, refuse_non_finite, write_index
 from retriever.manifest import (
     BM25_TYPE,
     PROBE_FILE,
@@ -139,6 +139,7 @@ def write_dense(
 
     `existing` is an index file of `index_type` with these very rows; it is linked, or copied, instead of written.
     """
+    refuse_non_finite(read_rows, len(corpus), dimension, existing or folder.name, index_type)
     model = Path(encoder.spec.removeprefix("package:")).name
     index = f"{model}_{index_type.replace(',', '_')}.index"
     if existing:
@@ -163,6 +164,7 @@ def write_dense(
         search_params=search_params,
         encoder=encoder,
         dimension=dimension,
+        is_finite=True,
         num_truncated_passages=num_truncated_passages,
     )
 

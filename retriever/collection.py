@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from retriever.corpus import Corpus, read_offsets, scan_offsets, write_offsets
 from retriever.encoder_config import EncoderConfig
 from retriever.encoders import Encoder, load_encoder
 from retriever.errors import IndexFolderError
-from retriever.faiss_file import ROW_DTYPES, read_header
+from retriever.faiss_file import ROW_DTYPES, read_header, refuse_non_finite, row_reader
 from retriever.index import DenseIndex, SearchIndex
 from retriever.manifest import (
     CORPUS_FILE,
@@ -47,6 +47,10 @@ class Hits:
     scores: tuple[float, ...]
 
 
+UNSEARCHABLE = Hits((), ())
+"""The answer, told by its identity, to a query whose vector is not finite."""
+
+
 @dataclass(frozen=True)
 class SearchJob:
     """The queries of one request: all of one corpus and one `topk`."""
@@ -74,7 +78,7 @@ class Collection:
     encoders: dict[EncoderConfig, Encoder] = field(default_factory=dict)
 
     def search(self, jobs: Sequence[SearchJob]) -> list[list[Hits]]:
-        """The hits of every query of every job, in order."""
+        """The hits of every query of every job, in order; `UNSEARCHABLE` where the encoder fails on a query."""
         vectors = self._encode(jobs)
         groups: dict[tuple[str, int], list[int]] = defaultdict(list)
         for number, job in enumerate(jobs):
@@ -87,9 +91,9 @@ class Collection:
                 continue
             known = vectors.get(id(index.encoder))
             query_vectors = None if known is None else np.stack([known[query] for query in queries])
-            hits = iter(_to_hits(*index.search(queries, topk, query_vectors=query_vectors)))
+            found = _search_finite(index, queries, topk, query_vectors)
             for number in numbers:
-                answers[number] = [next(hits) for _ in jobs[number].queries]
+                answers[number] = [next(found) for _ in jobs[number].queries]
         return answers
 
     def _encode(self, jobs: Sequence[SearchJob]) -> dict[int, dict[str, np.ndarray]]:
@@ -181,6 +185,9 @@ def open_dense(
 ) -> DenseIndex:
     """The index of a dense folder whose files were checked; exact rows, where it has them, score the best again."""
     exact = manifest.index_type in ROW_DTYPES
+    if exact and not manifest.is_finite:  # made before this was looked at
+        read_rows = row_reader(folder / manifest.index, manifest.index_type)
+        refuse_non_finite(read_rows, manifest.num_passages, manifest.dimension or 0, folder / manifest.index)
     scan, rows = open_scan(
         folder / manifest.index,
         manifest.index_type,
@@ -229,9 +236,23 @@ def _check_encoder(folder: Path, manifest: Manifest, encoder: Encoder, corpus: C
         )
 
 
+def _search_finite(index: SearchIndex, queries: Sequence[str], topk: int, vectors: np.ndarray | None) -> Iterator[Hits]:
+    """The hits of each query; one whose vector is not finite is left out of the search, and takes nobody with it."""
+    if vectors is None:
+        return iter(_to_hits(*index.search(queries, topk)))
+    finite = np.isfinite(vectors).all(axis=1)
+    if finite.all():
+        return iter(_to_hits(*index.search(queries, topk, query_vectors=vectors)))
+    logger.warning("the encoder gives %d of %d queries a vector that is not finite", (~finite).sum(), len(queries))
+    good = [query for query, is_good in zip(queries, finite, strict=True) if is_good]
+    hits = iter(_to_hits(*index.search(good, topk, query_vectors=vectors[finite])) if good else ())
+    return (next(hits) if is_good else UNSEARCHABLE for is_good in finite)
+
+
 def _to_hits(rows: np.ndarray, scores: np.ndarray) -> list[Hits]:
     """`[n, topk]` arrays as hits, without the fill of short answers."""
+    found = (rows != NO_ROW) & np.isfinite(scores)
     return [
-        Hits(tuple(row[row != NO_ROW].tolist()), tuple(score[row != NO_ROW].tolist()))
-        for row, score in zip(rows, scores, strict=True)
+        Hits(tuple(row[mine].tolist()), tuple(score[mine].tolist()))
+        for row, score, mine in zip(rows, scores, found, strict=True)
     ]

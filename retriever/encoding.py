@@ -18,6 +18,7 @@ import numpy as np
 from retriever.corpus import Corpus, read_offsets
 from retriever.encoder_config import EncoderConfig
 from retriever.encoders import Encoder, load_encoder
+from retriever.errors import IndexFolderError
 from retriever.manifest import CORPUS_FILE, OFFSETS_FILE
 
 Progress = Callable[[int, int], None]
@@ -74,6 +75,7 @@ class Parts:
         texts = [self._corpora[corpus][int(row)]["contents"] for corpus, row in self._texts[self._span(number)]]
         before = model.num_truncated
         vectors = model.encode_passages(texts)
+        self._check_finite(vectors, number)
         path = self.job.folder / f"part-{number:06d}-{model.num_truncated - before}.npy"
         partial = path.with_suffix(f".{os.getpid()}.partial")
         with open(partial, "wb") as file:
@@ -81,6 +83,16 @@ class Parts:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
+
+    def _check_finite(self, vectors: np.ndarray, number: int) -> None:
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(bad):
+            which, row = self._texts[self._span(number)][bad[0]].tolist()
+            raise IndexFolderError(
+                f"the encoder gives {len(bad)} of {len(vectors)} passages of part {number} a vector that is not finite "
+                f"(NaN or infinite), the first to row {row} (id {self._corpora[which][row]['id']!r}) of corpus "
+                f"{self.job.corpora[which]}: encode with --dtype float32, or with another encoder"
+            )
 
     def vectors(self, numbers: np.ndarray) -> np.ndarray:
         """Vectors `[n, dimension]` of texts by their number."""

@@ -180,6 +180,26 @@ def read_sample(read_rows: ReadRows, num_rows: int, num_wanted: int) -> np.ndarr
     return np.concatenate([read_rows(start, start + length) for start in starts]).astype(np.float32, copy=False)
 
 
+def refuse_non_finite(
+    read_rows: ReadRows, num_rows: int, dimension: int, what: object, index_type: str = "Flat"
+) -> None:
+    """Raise `IndexFolderError`, with count and first row, unless every number is finite where `index_type` keeps it.
+
+    One such row makes a product over all of them answer nonsense, and can itself never be found.
+    """
+    limit = np.finfo(ROW_DTYPES.get(index_type, np.float32)).max
+    bad: list[int] = []
+    for end, block in read_blocks(read_rows, num_rows, dimension):
+        # Not a comparison of infinities: false for NaN too
+        fits = (np.abs(block) <= limit).all(axis=1)
+        bad += (np.flatnonzero(~fits) + (end - len(block))).tolist()
+    if bad:
+        raise IndexFolderError(
+            f"{len(bad)} of {num_rows} vectors of {what} are not finite (NaN, or beyond {limit:.4g}), the first is row "
+            f"{bad[0]}; expected finite numbers: take the file again, or encode again (--dtype float32)"
+        )
+
+
 def faiss_reason(error: RuntimeError) -> str:
     """A FAISS message without its place in the C++ source."""
     return re.sub(r"^Error in .*? at \S+:\d+: (Error: )?", "", str(error).splitlines()[0])

@@ -53,6 +53,8 @@ class Manifest:
     """FAISS's notation, such as `efSearch=128`, for the types that have such parameters."""
     encoder: EncoderConfig | None = None
     dimension: int | None = None
+    is_finite: bool = False
+    """Whether all vectors were seen to be finite when the folder was made; where not, they are looked at on loading."""
     num_truncated_passages: int = 0
     """Passages of this build (over all corpora built together) that were cut to the encoder's limit."""
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -28,6 +28,11 @@ class Metrics:
         self.dropped = Counter(
             "retriever_dropped_queries", "Queries never encoded: their client had gone.", registry=registry
         )
+        self.unsearchable = Counter(
+            "retriever_unsearchable_queries",
+            "Queries whose vector is not finite: answered with no passages, or 500 where a request has no others.",
+            registry=registry,
+        )
         self._batch_queries = Histogram(
             "retriever_batch_queries", "Queries per batch.", buckets=BATCH_BUCKETS, registry=registry
         )

@@ -47,7 +47,10 @@ class Reranker:
 
         pairs = [(query, passage) for passage in passages]
         scores = self._model.predict(pairs, activation_fn=Identity(), show_progress_bar=False)
-        return np.asarray(scores, dtype=np.float32)
+        scores = np.asarray(scores, dtype=np.float32)
+        if not np.isfinite(scores).all():
+            raise FloatingPointError("the reranker gives a score that is not finite (NaN or infinite)")
+        return scores
 
 
 class RerankedIndex:

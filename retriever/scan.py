@@ -90,7 +90,10 @@ class TorchScan:
     """
 
     def __init__(self, rows: np.ndarray, *, device: str = "cpu", dtype: ScanDtype = "auto") -> None:
-        """`rows` `[num_rows, dimension]`, possibly memory-mapped: they are read once, block by block."""
+        """`rows` `[num_rows, dimension]`, possibly memory-mapped: they are read once, block by block.
+
+        Raises `IndexFolderError` when the copy is not finite everywhere: each NaN would be among the best of all.
+        """
         import torch
 
         if dtype == "auto":
@@ -103,13 +106,26 @@ class TorchScan:
             return
         if dtype != "float32":
             step = max(1, len(rows) // NUM_ROWS_FOR_MEAN)
-            self._mean = torch.from_numpy(rows[::step][:NUM_ROWS_FOR_MEAN].astype(np.float32)).mean(dim=0)
+            sample = rows[::step][:NUM_ROWS_FOR_MEAN].astype(np.float32)
+            self._mean = torch.from_numpy(sample[np.isfinite(sample).all(axis=1)].mean(axis=0))
         self._rows = torch.empty(rows.shape, dtype=self._dtype, device=self._device)
         mean = self._mean.to(self._device)
+        num_bad, first_bad = 0, -1
         for start in range(0, len(rows), COPY_ROWS):
             block = _as_tensor(rows[start : start + COPY_ROWS])
-            self._rows[start : start + COPY_ROWS] = (block.to(self._device).float() - mean).to(self._dtype)
+            copied = (block.to(self._device).float() - mean).to(self._dtype)
+            total = copied.sum(dtype=torch.float32)  # one number: finite blocks cost next to nothing
+            if not torch.isfinite(total):
+                bad = (~torch.isfinite(copied)).any(dim=1).nonzero()[:, 0]
+                first_bad = int(bad[0]) + start if len(bad) and not num_bad else first_bad
+                num_bad += len(bad)
+            self._rows[start : start + COPY_ROWS] = copied
             advise(rows, mmap.MADV_DONTNEED)  # the file's pages stay in the kernel's cache, if there is room
+        if num_bad:
+            raise IndexFolderError(
+                f"{num_bad} of {len(rows)} vectors are not finite in {dtype}, the first is row {first_bad}; expected "
+                "finite numbers: copy the index again or make it again"
+            )
         advise(rows, mmap.MADV_RANDOM)  # from now on only rows that are scored again are read
 
     def candidates(self, vectors: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:

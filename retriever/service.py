@@ -10,7 +10,7 @@ from fastapi import Request
 
 from retriever.batcher import Batcher, QueueFullError, SearchFunction
 from retriever.cache import LRUCache
-from retriever.collection import Collection, Hits, LoadProgress, SearchJob
+from retriever.collection import UNSEARCHABLE, Collection, Hits, LoadProgress, SearchJob
 from retriever.front import Service
 from retriever.limits import ServerLimits
 from retriever.protocol import RequestError, RetrieveRequest, parse_request, render_answer
@@ -118,7 +118,12 @@ class RetrievalService(Service):
             found = await self.while_connected(request, future, len(missing))
             for query, hits in zip(missing, found, strict=True):
                 known[query] = hits
+                if hits is UNSEARCHABLE:
+                    self.metrics.unsearchable.inc()
+                    continue
                 self._cache.put((name, query, parsed.topk), hits, value_bytes=HIT_BYTES * len(hits.rows))
+        if known and all(hits is UNSEARCHABLE for hits in known.values()):
+            raise RequestError(500, "the encoder gives no query of this request a finite vector (NaN or infinite)")
         return [known[query] for query in parsed.queries]
 
     def _submit(self, job: SearchJob) -> "asyncio.Future[list[Hits]]":
