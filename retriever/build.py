@@ -50,7 +50,7 @@ from retriever.manifest import (
     seal_files,
 )
 from retriever.sources import find_corpora
-from retriever.work_folder import import_once, link_or_copy, publish, work_folder
+from retriever.work_folder import import_once, link_or_copy, work_folder
 
 
 def build_indexes(
@@ -86,7 +86,9 @@ def build_indexes(
         # Every part in one number format, on whatever machine the build goes on; searching may choose its own.
         encoding = replace(config, dtype=resolve_dtype(config.dtype, device))
         plan |= {"encoder": asdict(encoding), "passages_per_part": passages_per_part}
-    with work_folder(Path(out_root), list(sources), plan, overwrite=overwrite) as work:
+    inputs = list(sources.values())
+    with work_folder(Path(out_root), list(sources), plan, overwrite=overwrite, inputs=inputs) as unfinished:
+        work = unfinished.path
         opened = {name: import_once(source, work / name) for name, source in sources.items()}
         if method == "bm25":
             for name, corpus in opened.items():
@@ -115,7 +117,7 @@ def build_indexes(
                     encoder=config,
                     num_truncated_passages=parts.num_truncated(),
                 )
-        return {name: publish(work / name, Path(out_root) / name) for name in sources}
+        return {name: unfinished.publish(name, Path(out_root) / name) for name in sources}
 
 
 def _rows_of(parts: Parts, numbers: np.ndarray) -> ReadRows:
@@ -250,14 +252,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--passages-per-part", type=int, default=PASSAGES_PER_PART, help="default: %(default)s")
     parser.add_argument("--bm25-k1", type=float, default=BM25_K1)
     parser.add_argument("--bm25-b", type=float, default=BM25_B)
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder when it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder when it is an index")
     add_encoder_arguments(parser)
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     try:
-        corpora, out_root = {options.out.name: options.corpus}, options.out.parent
+        out = options.out.resolve()
+        corpora, out_root = {out.name: options.corpus}, out.parent
         if options.corpus.is_dir():
-            corpora, out_root = find_corpora(options.corpus), options.out
+            corpora, out_root = find_corpora(options.corpus), out
         build_indexes(
             corpora,
             out_root,

@@ -22,7 +22,7 @@ from retriever.encoding import Progress, ProgressPrinter
 from retriever.errors import IndexFolderError
 from retriever.faiss_file import ROW_DTYPES, make_index, map_rows, read_header, row_reader
 from retriever.manifest import CORPUS_FILE, OFFSETS_FILE, read_manifest
-from retriever.work_folder import import_once, link_or_copy, publish, work_folder
+from retriever.work_folder import import_once, link_or_copy, work_folder
 
 
 def convert_folder(
@@ -47,8 +47,9 @@ def convert_folder(
             f"convert from {' or '.join(ROW_DTYPES)}"
         )
     open_corpus(source, manifest)
-    with work_folder(out.parent, [out.name], {"convert": str(source), "to": index_type}, overwrite=overwrite) as work:
-        folder = work / out.name
+    plan = {"convert": str(source), "to": index_type}
+    with work_folder(out.parent, [out.name], plan, overwrite=overwrite, inputs=[source]) as work:
+        folder = work.path / out.name
         folder.mkdir(exist_ok=True)
         for name in (CORPUS_FILE, OFFSETS_FILE):
             link_or_copy(source / name, folder / name)
@@ -65,7 +66,7 @@ def convert_folder(
             num_threads=num_threads,
             progress=progress,
         )
-        publish(folder, out)
+        work.publish(out.name, out)
 
 
 def convert_file(
@@ -90,15 +91,15 @@ def convert_file(
         raise IndexFolderError(f"{index} does not exist; give a FAISS file, or an index folder")
     rows = map_rows(index, from_type)  # refuses a file that is cut off or of another kind
     plan = {"convert": str(index), "corpus": str(corpus), "to": index_type, "encoder": asdict(config)}
-    with work_folder(out.parent, [out.name], plan, overwrite=overwrite) as work:
-        imported = import_once(corpus, work / out.name)
+    with work_folder(out.parent, [out.name], plan, overwrite=overwrite, inputs=[index, corpus]) as work:
+        imported = import_once(corpus, work.path / out.name)
         if len(imported) != len(rows):
             raise IndexFolderError(
                 f"{index} holds {len(rows)} vectors, {corpus} has {len(imported)} passages: they do not belong "
                 "together; take the corpus that the index was built from"
             )
         _write(
-            work / out.name,
+            work.path / out.name,
             imported,
             index,
             from_type,
@@ -108,7 +109,7 @@ def convert_file(
             num_threads=num_threads,
             progress=progress,
         )
-        publish(work / out.name, out)
+        work.publish(out.name, out)
 
 
 def _write(
@@ -156,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--search-params", default="", help="recorded for searching, e.g. efSearch=128 or nprobe=32")
     parser.add_argument("--num-threads", type=int, default=1, help="of training and adding (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder when it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder when it is an index")
     file = parser.add_argument_group("a FAISS file of someone else's (a folder knows these)")
     file.add_argument("--corpus", type=Path, help="what it was built from: .jsonl, .jsonl.gz or .parquet")
     file.add_argument("--from-type", choices=list(ROW_DTYPES), default="Flat", help="default: %(default)s")
@@ -171,15 +172,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "progress": ProgressPrinter("converted"),
     }
     try:
+        out = options.out.resolve()
         if options.index.is_dir():
-            convert_folder(options.index, options.out, **common)
+            convert_folder(options.index, out, **common)
         elif options.corpus is None:
             raise IndexFolderError(f"{options.index} is no index folder; a FAISS file needs --corpus and an encoder")
         else:
             convert_file(
                 options.index,
                 options.corpus,
-                options.out,
+                out,
                 encoder_config(options),
                 from_type=options.from_type,
                 **common,

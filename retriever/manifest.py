@@ -6,6 +6,7 @@ A folder holds `corpus.jsonl`, `corpus.offsets.npy` (a cache), the index (`<enco
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ MANIFEST_FILE = "manifest.json"
 CORPUS_FILE = "corpus.jsonl"
 OFFSETS_FILE = "corpus.offsets.npy"
 PROBE_FILE = "probe.npy"
+RECALL_FILE = "recall.json"  # of retriever.recall
 BM25_TYPE = "BM25"
 NUM_PROBES = 3
 # A seal samples this many blocks, spread evenly, the first and the last included: milliseconds for 64 GB.
@@ -76,10 +78,12 @@ def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of an index folder; raises `IndexFolderError` when it is absent or of another kind."""
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():
-        raise IndexFolderError(
-            f"{folder} is not an index folder (no {MANIFEST_FILE}); "
-            f"make one: python -m retriever.build --corpus <corpus.jsonl> --out {folder}"
-        )
+        way_out = f"python -m retriever.build --corpus CORPUS.jsonl --out {folder}"
+        if os.path.lexists(folder):  # somebody's: it is no place for an index
+            way_out = "python -m retriever.build --corpus CORPUS.jsonl --out NEW_FOLDER"
+        if Path(folder).is_file():
+            way_out = f"python -m retriever.convert --index {folder} --corpus CORPUS.jsonl --out NEW_FOLDER ..."
+        raise IndexFolderError(f"{folder} is not an index folder (no {MANIFEST_FILE}); make one: {way_out}")
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         if content.get("format") != FORMAT:
@@ -98,6 +102,22 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise IndexFolderError(
             f"{path} cannot be read by this version ({error}; expected format {FORMAT}); build it again"
         ) from None
+
+
+def foreign_content(folder: Path) -> str | None:
+    """Why a folder is not an index folder and nothing else, whatever its version; None where it is."""
+    try:
+        content = json.loads((folder / MANIFEST_FILE).read_text())
+    except (OSError, ValueError):
+        return f"it has no {MANIFEST_FILE} of an index"
+    if not isinstance(content, dict) or not {"index", "num_passages", "files"} <= content.keys():
+        return f"its {MANIFEST_FILE} is not that of an index"
+    own = {MANIFEST_FILE, OFFSETS_FILE, RECALL_FILE, *content["files"]}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if (path.is_symlink() or not path.is_dir()) and name not in own:
+            return f"it holds {name}, which is no part of the index"
+    return None
 
 
 def check_files(folder: Path, manifest: Manifest, *, verify: bool = False) -> None:

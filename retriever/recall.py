@@ -25,11 +25,10 @@ from retriever.encoders import load_encoder
 from retriever.errors import IndexFolderError
 from retriever.faiss_file import map_rows
 from retriever.index import DenseIndex
-from retriever.manifest import Manifest, read_manifest
+from retriever.manifest import RECALL_FILE, Manifest, read_manifest
 from retriever.scan import NO_ROW
 from retriever.search_options import SearchOptions
 
-RECALL_FILE = "recall.json"
 CUTOFFS = (1, 3, 10)
 BATCH_SIZE = 64
 SAME_SCORE = 1e-6

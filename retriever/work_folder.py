@@ -6,37 +6,70 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from retriever.corpus import Corpus, read_offsets, write_offsets
 from retriever.errors import IndexFolderError
-from retriever.manifest import CORPUS_FILE, OFFSETS_FILE, sample_sha256
+from retriever.manifest import CORPUS_FILE, OFFSETS_FILE, foreign_content, sample_sha256
+from retriever.replacing import check_target
 from retriever.sources import import_corpus
+
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """Where unfinished index folders lie, and what they may replace when they are complete."""
+
+    path: Path
+    overwrite: bool
+    inputs: tuple[Path, ...]
+
+    def publish(self, name: str, target: Path) -> Path:
+        """Rename a complete folder to its target, and return it.
+
+        Raises `IndexFolderError` when something has come there meanwhile that may not be replaced.
+        """
+        folder = self.path / name
+        if not folder.exists():
+            return target  # an earlier run was killed after this one was renamed
+        check_target(target, overwrite=self.overwrite, inputs=self.inputs, foreign=foreign_content)
+        (self.path / f"{name}.published").touch()
+        if target.exists():  # a server that has the old files mapped keeps them until it closes
+            target.rename(self.path / f"{name}.replaced")
+        folder.rename(target)
+        return target
 
 
 @contextmanager
-def work_folder(out_root: Path, names: Sequence[str], plan: Mapping[str, Any], *, overwrite: bool) -> Iterator[Path]:
+def work_folder(
+    out_root: Path, names: Sequence[str], plan: Mapping[str, Any], *, overwrite: bool, inputs: Sequence[Path]
+) -> Iterator[WorkFolder]:
     """A hidden folder in `out_root` for unfinished work, removed at the end, kept for resuming when parts lie in it.
 
-    Raises `IndexFolderError` when a target exists, when another process builds it, or when the work that lies there
-    has another plan.
+    Raises `IndexFolderError` when a target may not be replaced (see `check_target`), when another process builds it, or
+    when the work that lies there has another plan or is not ours.
     """
     label = names[0] if len(names) == 1 else f"{len(names)}-corpora-{sha256(repr(names).encode()).hexdigest()[:8]}"
     work = out_root / f".{label}.building"
     for name in names:
-        if (out_root / name).exists() and not overwrite and not _is_published(work, name):
-            raise IndexFolderError(
-                f"{out_root / name} exists; choose another folder, or pass --overwrite to replace it"
-            )
+        if not name or name in (".", ".."):
+            raise IndexFolderError(f"--out {out_root / name} has no name of its own; expected a folder to make")
+        if not _is_published(work, name):
+            check_target(out_root / name, overwrite=overwrite, inputs=inputs, foreign=foreign_content)
+    left = {path.name for path in work.iterdir()} if work.is_dir() else set()
+    if left - {"lock"} and PLAN_FILE not in left:
+        raise IndexFolderError(f"{work} is not an unfinished index of ours; move it away, or choose another --out")
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise IndexFolderError(f"{work} is in use: another process builds this index; wait for it") from None
-        plan_file, content = work / "plan.json", json.dumps(plan, indent=2, default=str)
+        plan_file, content = work / PLAN_FILE, json.dumps(plan, indent=2, default=str)
         if plan_file.exists() and plan_file.read_text() != content:
             if not overwrite:
                 raise IndexFolderError(
@@ -48,7 +81,7 @@ def work_folder(out_root: Path, names: Sequence[str], plan: Mapping[str, Any], *
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         plan_file.write_text(content)
         try:
-            yield work
+            yield WorkFolder(work, overwrite, tuple(inputs))
         except BaseException as error:
             if not any(work.glob("part-*.npy")):
                 shutil.rmtree(work)
@@ -81,17 +114,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
         return
     shutil.copyfile(source, target)
-
-
-def publish(folder: Path, target: Path) -> Path:
-    """Rename a complete folder to its target; a target that exists is replaced."""
-    if not folder.exists():
-        return target  # an earlier run was killed after this one was renamed
-    (folder.parent / f"{folder.name}.published").touch()
-    if target.exists():  # a server that has the old files mapped keeps them until it closes
-        target.rename(folder.parent / f"{folder.name}.replaced")
-    folder.rename(target)
-    return target
 
 
 def _is_published(work: Path, name: str) -> bool:

@@ -14,8 +14,8 @@ from retriever.collection import SearchJob, load_collection
 from retriever.convert import convert_file, convert_folder
 from retriever.encoder_config import EncoderConfig
 from retriever.errors import IndexFolderError
-from retriever.manifest import read_manifest
-from retriever.recall import RECALL_FILE, measure_recall, recall_at, title_queries
+from retriever.manifest import RECALL_FILE, read_manifest
+from retriever.recall import measure_recall, recall_at, title_queries
 from retriever.search_options import SearchOptions
 
 STUB = EncoderConfig(spec="models/stub", preset="none", dtype="float32")
