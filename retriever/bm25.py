@@ -27,8 +27,10 @@ class BM25Index:
         import bm25s
 
         try:
-            model = bm25s.BM25.load(str(folder), mmap=True, show_progress=False)
-        except (OSError, ValueError, KeyError) as error:
+            # Whatever its parameters say: no code but NumPy's walks its arrays
+            model = bm25s.BM25.load(str(folder), mmap=True, show_progress=False, backend="numpy")
+            _check_postings(model)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IndexFolderError(f"{folder} cannot be read as a BM25 index ({error}); build it again") from None
         if (seen := model.scores["num_docs"]) != num_passages:
             raise IndexFolderError(f"{folder} indexes {seen} passages, the corpus has {num_passages}; build it again")
@@ -74,6 +76,18 @@ class BM25Index:
             rows = rows[np.lexsort((rows, -scores[rows]))][:topk]
             ids[number, : len(rows)], best_scores[number, : len(rows)] = rows, scores[rows]
         return ids, best_scores
+
+
+def _check_postings(model: Any) -> None:
+    """Raise `ValueError` unless every word's postings lie within the arrays."""
+    starts, num_postings = model.scores["indptr"], len(model.scores["data"])
+    if starts.ndim != 1 or len(model.scores["indices"]) != num_postings or len(starts) < 2:
+        raise ValueError(f"{num_postings} scores for {len(model.scores['indices'])} passages")
+    if starts[0] != 0 or starts[-1] != num_postings or (starts[1:] < starts[:-1]).any():
+        raise ValueError(f"its words' postings do not end at {num_postings}, their number")
+    numbers = (number for word, number in model.vocab_dict.items() if word)  # bm25s adds an empty one
+    if not all(isinstance(number, int) and 0 <= number < len(starts) - 1 for number in numbers):
+        raise ValueError(f"a word has no postings among {len(starts) - 1}")
 
 
 def split_words(text: str) -> list[str]:

@@ -223,8 +223,8 @@ def _check_encoder(folder: Path, manifest: Manifest, encoder: Encoder, corpus: C
             f"{folder} holds vectors of {manifest.dimension} dimensions, the encoder makes {encoder.dimension}; "
             "build it again with this encoder, or serve it with the encoder that it was built with"
         )
-    probes = np.load(folder / PROBE_FILE, allow_pickle=False)
     rows = probe_rows(len(corpus))
+    probes = _read_probes(folder / PROBE_FILE, (len(rows), encoder.dimension))
     again = encoder.encode_passages([corpus[row]["contents"] for row in rows])
     cosines = (again * probes).sum(axis=1)
     worst = int(cosines.argmin())
@@ -234,6 +234,16 @@ def _check_encoder(folder: Path, manifest: Manifest, encoder: Encoder, corpus: C
             f"{cosines[worst]:.3f}, expected at least {MIN_PROBE_COSINE}): the index was made by another encoder or "
             "prefix; build it again"
         )
+
+
+def _read_probes(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    try:
+        probes = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: no more is allocated than the file holds
+    except (OSError, ValueError, EOFError) as error:
+        raise IndexFolderError(f"{path} cannot be read ({error}); copy it again, or build it again") from None
+    if probes.shape != shape or probes.dtype != np.float32:
+        raise IndexFolderError(f"{path} holds {probes.dtype} {probes.shape}; expected float32 {shape}: build it again")
+    return probes
 
 
 def _search_finite(index: SearchIndex, queries: Sequence[str], topk: int, vectors: np.ndarray | None) -> Iterator[Hits]:

@@ -42,6 +42,8 @@ def read_offsets(path: Path, corpus_path: Path) -> np.ndarray | None:
         return None
     if offsets.dtype != np.int64 or offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0:
         return None
+    if (offsets[1:] <= offsets[:-1]).any():
+        return None
     if offsets[-1] != corpus_path.stat().st_size:
         return None
     rows = np.unique(np.linspace(1, len(offsets) - 2, NUM_CHECKED_ROWS).astype(np.int64))

@@ -37,7 +37,11 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """The header of a FAISS file; raises `IndexFolderError` when there is none, or it is not of an inner product."""
+    """The header of a FAISS file; raises `IndexFolderError` when there is none that this file can be of.
+
+    Nothing is allocated by what a header says before it is compared with the size of its file.
+    """
+    size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(_HEADER.size)
     if len(start) < _HEADER.size or not start[:1] == b"I" or not start[:4].isalnum():
@@ -48,7 +52,32 @@ def read_header(path: Path) -> Header:
             f"{path} has metric {metric}, {dimension} dimensions, {num_rows} rows, trained: {is_trained}; expected a "
             "trained index of inner products (metric 0): build it again"
         )
+    if num_rows > size or dimension > size:  # every row and every dimension takes a byte at least
+        raise IndexFolderError(
+            f"{path} has {size} bytes, its header promises {num_rows} rows of {dimension} dimensions: it is cut off or "
+            "damaged; copy it again, or build it again"
+        )
     return Header(dimension, num_rows)
+
+
+def open_index(path: Path, *, is_ivf: bool) -> Any:
+    """A FAISS index with its arrays in a memory map; raises `IndexFolderError` when the file is damaged."""
+    import faiss
+
+    read_header(path)
+    # No array of a file is larger than the file: sizes in it are compared with this before memory is taken
+    usual = faiss.get_deserialization_vector_byte_limit()
+    faiss.set_deserialization_vector_byte_limit(path.stat().st_size)
+    # Inverted lists have a memory map of their own; the other kinds share their arrays with the mapped file.
+    flag = faiss.IO_FLAG_MMAP if is_ivf else faiss.IO_FLAG_MMAP_IFC
+    try:
+        return faiss.read_index(str(path), flag)
+    except (RuntimeError, MemoryError) as error:
+        raise IndexFolderError(
+            f"{path} cannot be read as a FAISS index ({faiss_reason(error)}); build it again"
+        ) from None
+    finally:
+        faiss.set_deserialization_vector_byte_limit(usual)
 
 
 def map_rows(path: Path, index_type: str) -> np.memmap:
@@ -200,9 +229,9 @@ def refuse_non_finite(
         )
 
 
-def faiss_reason(error: RuntimeError) -> str:
+def faiss_reason(error: Exception) -> str:
     """A FAISS message without its place in the C++ source."""
-    return re.sub(r"^Error in .*? at \S+:\d+: (Error: )?", "", str(error).splitlines()[0])
+    return re.sub(r"^Error in .*? at \S+:\d+: (Error: )?", "", (str(error) or type(error).__name__).splitlines()[0])
 
 
 def _num_training_rows(index: Any) -> int:

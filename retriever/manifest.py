@@ -27,6 +27,7 @@ PROBE_FILE = "probe.npy"
 RECALL_FILE = "recall.json"  # of retriever.recall
 BM25_TYPE = "BM25"
 NUM_PROBES = 3
+MAX_MANIFEST_BYTES = 1 << 24
 # A seal samples this many blocks, spread evenly, the first and the last included: milliseconds for 64 GB.
 NUM_SAMPLE_BLOCKS, SAMPLE_BLOCK_BYTES = 64, 1 << 16
 
@@ -70,6 +71,10 @@ class Manifest:
     def corpus_sha256(self) -> str:
         return self.files[CORPUS_FILE].sha256
 
+    def is_sealed(self, name: str) -> bool:
+        """Whether a file, or something in a folder, of this name is among the files."""
+        return any(file == name or file.startswith(f"{name}/") for file in self.files)
+
     def write(self, folder: Path) -> None:
         (folder / MANIFEST_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
@@ -85,6 +90,8 @@ def read_manifest(folder: str | Path) -> Manifest:
             way_out = f"python -m retriever.convert --index {folder} --corpus CORPUS.jsonl --out NEW_FOLDER ..."
         raise IndexFolderError(f"{folder} is not an index folder (no {MANIFEST_FILE}); make one: {way_out}")
     try:
+        if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
+            raise ValueError(f"{size} bytes")
         content: dict[str, Any] = json.loads(path.read_text())
         if content.get("format") != FORMAT:
             raise ValueError(f"format {content.get('format')!r}")
@@ -94,11 +101,13 @@ def read_manifest(folder: str | Path) -> Manifest:
         if manifest.method == "dense" and (manifest.encoder is None or manifest.dimension is None):
             raise ValueError("a dense index without encoder or dimension")
         if outside := [name for name in [*files, manifest.index] if not _is_inside(name)]:
-            raise ValueError(f"it names {outside[0]}, outside its folder")
+            raise ValueError(f"it names {outside[0]!r}, outside its folder")
         if CORPUS_FILE not in files:
             raise ValueError(f"no {CORPUS_FILE} among its files")
+        if not manifest.is_sealed(manifest.index):
+            raise ValueError(f"{manifest.index!r}, its index, is not among its files")
         return manifest
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IndexFolderError(
             f"{path} cannot be read by this version ({error}; expected format {FORMAT}); build it again"
         ) from None

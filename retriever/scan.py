@@ -11,7 +11,7 @@ import numpy as np
 
 from retriever.encoder_config import has_native_bfloat16
 from retriever.errors import IndexFolderError
-from retriever.faiss_file import ROW_DTYPES, faiss_reason, map_rows, set_search_params
+from retriever.faiss_file import ROW_DTYPES, faiss_reason, map_rows, open_index, set_search_params
 from retriever.search_options import Engine, ScanDtype
 
 NO_ROW = -1
@@ -52,14 +52,7 @@ class FaissScan:
 
         faiss.cvar.distance_compute_blas_threshold = BLAS_THRESHOLD
         faiss.omp_set_num_threads(num_threads)
-        # Inverted lists have a memory map of their own; the other kinds share their arrays with the mapped file.
-        flag = faiss.IO_FLAG_MMAP if "IVF" in index_type else faiss.IO_FLAG_MMAP_IFC
-        try:
-            index = faiss.read_index(str(path), flag)
-        except RuntimeError as error:
-            raise IndexFolderError(
-                f"{path} cannot be read as a FAISS index ({faiss_reason(error)}); build it again"
-            ) from None
+        index = open_index(path, is_ivf="IVF" in index_type)
         self._mapped, self._dtype = index, ROW_DTYPES.get(index_type)
         self._index = index if gpu is None else _on_gpu(index, path, gpu)
         set_search_params(self._index, search_params)

@@ -1,9 +1,11 @@
 """Corpora as people have them, brought into the one form that is served: a jsonl file and its offset table."""
 
 import gzip
+import zlib
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import orjson
@@ -13,6 +15,7 @@ from retriever.errors import CorpusError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 PARQUET_ROWS_PER_BATCH = 4096
+MAX_ROW_BYTES = 1 << 27
 
 
 def import_corpus(source: Path, destination: Path) -> np.ndarray:
@@ -43,14 +46,24 @@ def read_lines(source: Path) -> Iterator[bytes]:
     elif source.name.endswith(".jsonl.gz"):
         try:
             with gzip.open(source, "rb") as lines:
-                yield from lines
-        except (gzip.BadGzipFile, EOFError) as error:
+                yield from _bounded(lines, source)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise CorpusError(f"{source} is not a whole gzip file ({error}); download it again") from None
     elif source.name.endswith(".jsonl"):
         with open(source, "rb") as lines:
-            yield from lines
+            yield from _bounded(lines, source)
     else:
         raise CorpusError(f"{source} has an unknown ending; expected {', '.join(SUFFIXES)}")
+
+
+def _bounded(lines: IO[bytes] | gzip.GzipFile, source: Path) -> Iterator[bytes]:
+    """The lines of a file, none longer than memory can take: a small gzip file may unpack to one of any length."""
+    row = 0
+    while line := lines.readline(MAX_ROW_BYTES + 1):
+        if len(line) > MAX_ROW_BYTES:
+            raise CorpusError(f"{source} row {row} has more than {MAX_ROW_BYTES} bytes; expected one passage a line")
+        yield line
+        row += 1
 
 
 def corpus_name(source: Path) -> str:
