@@ -1,5 +1,7 @@
 """BM25 over words, by bm25s."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from retriever.encoders import Encoder
-from retriever.errors import IndexFolderError
+from retriever.errors import RetrieverError
 from retriever.scan import NO_ROW
 
 BM25_K1, BM25_B = 1.2, 0.3  # short passages differ little in length, so length counts little
@@ -22,8 +24,8 @@ class BM25Index:
         self._model, self._num_passages = model, num_passages
 
     @classmethod
-    def load(cls, folder: Path, *, num_passages: int) -> "BM25Index":
-        """Map a folder that `write` made; raises `IndexFolderError` when it is damaged or of another corpus."""
+    def load(cls, folder: Path, *, num_passages: int) -> BM25Index:
+        """Map a folder that `write` made; raises `RetrieverError` when it is damaged or of another corpus."""
         import bm25s
 
         try:
@@ -31,9 +33,9 @@ class BM25Index:
             model = bm25s.BM25.load(str(folder), mmap=True, show_progress=False, backend="numpy")
             _check_postings(model)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise IndexFolderError(f"{folder} cannot be read as a BM25 index ({error}); build it again") from None
+            raise RetrieverError(f"{folder} cannot be read as a BM25 index ({error}); build it again") from None
         if (seen := model.scores["num_docs"]) != num_passages:
-            raise IndexFolderError(f"{folder} indexes {seen} passages, the corpus has {num_passages}; build it again")
+            raise RetrieverError(f"{folder} indexes {seen} passages, the corpus has {num_passages}; build it again")
         return cls(model, num_passages)
 
     @staticmethod

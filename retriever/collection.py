@@ -1,5 +1,7 @@
 """Named corpora served together: one encoder instance per configuration, one encoding pass per batch of queries."""
 
+from __future__ import annotations
+
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,9 +13,9 @@ import numpy as np
 
 from retriever.bm25 import BM25Index
 from retriever.corpus import Corpus, read_offsets, scan_offsets, write_offsets
-from retriever.encoder_config import EncoderConfig
+from retriever.encoder_config import EncoderConfig, check_device
 from retriever.encoders import Encoder, load_encoder
-from retriever.errors import IndexFolderError
+from retriever.errors import RetrieverError
 from retriever.faiss_file import ROW_DTYPES, read_header, refuse_non_finite, row_reader
 from retriever.index import DenseIndex, SearchIndex
 from retriever.manifest import (
@@ -25,9 +27,9 @@ from retriever.manifest import (
     probe_rows,
     read_manifest,
 )
+from retriever.options import SearchOptions
 from retriever.rerank import RerankedIndex, Reranker
 from retriever.scan import NO_ROW, open_scan
-from retriever.search_options import SearchOptions
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +122,13 @@ def load_collection(
     options: SearchOptions | None = None,
     progress: LoadProgress | None = None,
 ) -> Collection:
-    """Load index folders by name; raises `IndexFolderError` (one line, with the fix) if one is not consistent.
+    """Load index folders by name; raises `RetrieverError` (one line, with the fix) if one is not consistent.
 
     What is cheap to check is checked for every folder before the first encoder is loaded, and encoders before the
     first index is.
     """
     options = options or SearchOptions()
+    check_device(device)
     manifests = {name: read_manifest(folder) for name, folder in folders.items()}
     opened = {name: open_corpus(Path(folder), manifests[name], verify=verify) for name, folder in folders.items()}
     encoders: dict[EncoderConfig, Encoder] = {}
@@ -174,7 +177,7 @@ def open_corpus(folder: Path, manifest: Manifest, *, verify: bool = False) -> Co
         with suppress(OSError):  # a folder that we may only read
             write_offsets(table, offsets)
     if len(offsets) - 1 != manifest.num_passages:
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{path} has {len(offsets) - 1} passages, the index was built from {manifest.num_passages}; build it again"
         )
     return Corpus(path, offsets)
@@ -203,14 +206,14 @@ def open_dense(
 def _check_header(folder: Path, manifest: Manifest) -> None:
     path = folder / manifest.index
     if not path.is_file():
-        raise IndexFolderError(f"{folder} lacks {manifest.index}, which its manifest promises; build it again")
+        raise RetrieverError(f"{folder} lacks {manifest.index}, which its manifest promises; build it again")
     header = read_header(path)
     if header.num_rows != manifest.num_passages:
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{path} holds {header.num_rows} vectors, the corpus has {manifest.num_passages} passages; build it again"
         )
     if header.dimension != manifest.dimension:
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{path} holds vectors of {header.dimension} dimensions, its manifest was written for "
             f"{manifest.dimension}; build it again"
         )
@@ -219,7 +222,7 @@ def _check_header(folder: Path, manifest: Manifest) -> None:
 def _check_encoder(folder: Path, manifest: Manifest, encoder: Encoder, corpus: Corpus) -> None:
     """Encode a few passages again: catches another model, prefix or pooling behind the same name."""
     if encoder.dimension != manifest.dimension:
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{folder} holds vectors of {manifest.dimension} dimensions, the encoder makes {encoder.dimension}; "
             "build it again with this encoder, or serve it with the encoder that it was built with"
         )
@@ -229,7 +232,7 @@ def _check_encoder(folder: Path, manifest: Manifest, encoder: Encoder, corpus: C
     cosines = (again * probes).sum(axis=1)
     worst = int(cosines.argmin())
     if not cosines[worst] >= MIN_PROBE_COSINE:
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{folder}: the encoder does not reproduce the stored vector of passage {rows[worst]} (cosine "
             f"{cosines[worst]:.3f}, expected at least {MIN_PROBE_COSINE}): the index was made by another encoder or "
             "prefix; build it again"
@@ -240,9 +243,9 @@ def _read_probes(path: Path, shape: tuple[int, int]) -> np.ndarray:
     try:
         probes = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: no more is allocated than the file holds
     except (OSError, ValueError, EOFError) as error:
-        raise IndexFolderError(f"{path} cannot be read ({error}); copy it again, or build it again") from None
+        raise RetrieverError(f"{path} cannot be read ({error}); copy it again, or build it again") from None
     if probes.shape != shape or probes.dtype != np.float32:
-        raise IndexFolderError(f"{path} holds {probes.dtype} {probes.shape}; expected float32 {shape}: build it again")
+        raise RetrieverError(f"{path} holds {probes.dtype} {probes.shape}; expected float32 {shape}: build it again")
     return probes
 
 

@@ -4,6 +4,8 @@ Every kind begins with the same header, so a wrong or cut-off file is noticed wi
 and `SQfp16` (float16) files the rows themselves come last: they serve FAISS, the torch scan and the rescoring alike.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import struct
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from retriever.errors import IndexFolderError
+from retriever.errors import RetrieverError
 
 # Index types (FAISS factory strings) whose files end in plain rows.
 ROW_DTYPES: dict[str, type[np.floating]] = {"Flat": np.float32, "SQfp16": np.float16}
@@ -37,7 +39,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """The header of a FAISS file; raises `IndexFolderError` when there is none that this file can be of.
+    """The header of a FAISS file; raises `RetrieverError` when there is none that this file can be of.
 
     Nothing is allocated by what a header says before it is compared with the size of its file.
     """
@@ -45,15 +47,15 @@ def read_header(path: Path) -> Header:
     with open(path, "rb") as file:
         start = file.read(_HEADER.size)
     if len(start) < _HEADER.size or not start[:1] == b"I" or not start[:4].isalnum():
-        raise IndexFolderError(f"{path} is not a FAISS index file (it begins with {start[:4]!r}); build it again")
+        raise RetrieverError(f"{path} is not a FAISS index file (it begins with {start[:4]!r}); build it again")
     _, dimension, num_rows, _, _, is_trained, metric = _HEADER.unpack(start)
     if metric != _INNER_PRODUCT or not is_trained or dimension <= 0 or num_rows < 0:
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{path} has metric {metric}, {dimension} dimensions, {num_rows} rows, trained: {is_trained}; expected a "
             "trained index of inner products (metric 0): build it again"
         )
     if num_rows > size or dimension > size:  # every row and every dimension takes a byte at least
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{path} has {size} bytes, its header promises {num_rows} rows of {dimension} dimensions: it is cut off or "
             "damaged; copy it again, or build it again"
         )
@@ -61,7 +63,7 @@ def read_header(path: Path) -> Header:
 
 
 def open_index(path: Path, *, is_ivf: bool) -> Any:
-    """A FAISS index with its arrays in a memory map; raises `IndexFolderError` when the file is damaged."""
+    """A FAISS index with its arrays in a memory map; raises `RetrieverError` when the file is damaged."""
     import faiss
 
     read_header(path)
@@ -73,7 +75,7 @@ def open_index(path: Path, *, is_ivf: bool) -> Any:
     try:
         return faiss.read_index(str(path), flag)
     except (RuntimeError, MemoryError) as error:
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{path} cannot be read as a FAISS index ({faiss_reason(error)}); build it again"
         ) from None
     finally:
@@ -83,7 +85,7 @@ def open_index(path: Path, *, is_ivf: bool) -> Any:
 def map_rows(path: Path, index_type: str) -> np.memmap:
     """The rows of a `Flat` or `SQfp16` file, memory-mapped: `[num_rows, dimension]`, float32 or float16.
 
-    Raises `IndexFolderError` when the file is cut off, or of another kind.
+    Raises `RetrieverError` when the file is cut off, or of another kind.
     """
     header, dtype = read_header(path), np.dtype(ROW_DTYPES[index_type])
     num_values = header.num_rows * header.dimension
@@ -96,7 +98,7 @@ def map_rows(path: Path, index_type: str) -> np.memmap:
             stored = int.from_bytes(file.read(8), "little")
     # FAISS counts Flat's rows in floats, a quantizer's in bytes
     if stored != (num_values if index_type == "Flat" else expected):
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{path} has {size} bytes; expected a {index_type} index of {header.num_rows} rows of {header.dimension} "
             f"dimensions, at least {expected} bytes: it is cut off or of another kind; copy it again, or build it again"
         )
@@ -133,7 +135,7 @@ def write_index(
     """Write the rows that `read_rows` gives as an index of `index_type` (a FAISS factory string), inner product.
 
     Flat and scalar-quantised rows go straight to the file, in constant memory; the other kinds (HNSW, IVF, ..) are
-    built in memory, because FAISS has to. Raises `ValueError` for a factory string that FAISS refuses.
+    built in memory, because FAISS has to. Raises `RetrieverError` for a factory string that FAISS refuses.
     """
     import faiss
 
@@ -161,13 +163,13 @@ def write_index(
 
 
 def make_index(index_type: str, dimension: int, search_params: str = "") -> Any:
-    """An empty FAISS index; raises `ValueError` when FAISS does not know the type or the parameters."""
+    """An empty FAISS index; raises `RetrieverError` when FAISS does not know the type or the parameters."""
     import faiss
 
     try:
         index = faiss.index_factory(dimension, index_type, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise ValueError(
+        raise RetrieverError(
             f"index type {index_type!r} is refused by FAISS for {dimension} dimensions ({faiss_reason(error)}); "
             "expected a factory string such as Flat, SQfp16, SQ8, HNSW32_SQ8 or IVF4096,PQ64"
         ) from None
@@ -176,7 +178,7 @@ def make_index(index_type: str, dimension: int, search_params: str = "") -> Any:
 
 
 def set_search_params(index: Any, search_params: str) -> None:
-    """Apply FAISS's own notation, such as `efSearch=128` or `nprobe=32`; raises `ValueError` when it does not fit."""
+    """Apply FAISS's notation, such as `efSearch=128` or `nprobe=32`; raises `RetrieverError` when it does not fit."""
     import faiss
 
     if not search_params:
@@ -185,7 +187,7 @@ def set_search_params(index: Any, search_params: str) -> None:
     try:
         space.set_index_parameters(index, search_params)
     except RuntimeError as error:
-        raise ValueError(
+        raise RetrieverError(
             f"search parameters {search_params!r} do not fit a {type(index).__name__} ({faiss_reason(error)}); "
             "HNSW takes efSearch=N, IVF nprobe=N, Flat none"
         ) from None
@@ -212,7 +214,7 @@ def read_sample(read_rows: ReadRows, num_rows: int, num_wanted: int) -> np.ndarr
 def refuse_non_finite(
     read_rows: ReadRows, num_rows: int, dimension: int, what: object, index_type: str = "Flat"
 ) -> None:
-    """Raise `IndexFolderError`, with count and first row, unless every number is finite where `index_type` keeps it.
+    """Raise `RetrieverError`, with count and first row, unless every number is finite where `index_type` keeps it.
 
     One such row makes a product over all of them answer nonsense, and can itself never be found.
     """
@@ -223,7 +225,7 @@ def refuse_non_finite(
         fits = (np.abs(block) <= limit).all(axis=1)
         bad += (np.flatnonzero(~fits) + (end - len(block))).tolist()
     if bad:
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{len(bad)} of {num_rows} vectors of {what} are not finite (NaN, or beyond {limit:.4g}), the first is row "
             f"{bad[0]}; expected finite numbers: take the file again, or encode again (--dtype float32)"
         )

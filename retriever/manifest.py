@@ -4,6 +4,8 @@ A folder holds `corpus.jsonl`, `corpus.offsets.npy` (a cache), the index (`<enco
 `probe.npy` (vectors of a few passages) and `manifest.json`.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -15,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from retriever.encoder_config import EncoderConfig
-from retriever.errors import IndexFolderError
+from retriever.errors import RetrieverError
 
 Method = Literal["dense", "bm25"]
 
@@ -80,7 +82,7 @@ class Manifest:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of an index folder; raises `IndexFolderError` when it is absent or of another kind."""
+    """The manifest of an index folder; raises `RetrieverError` when it is absent or of another kind."""
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():
         way_out = f"python -m retriever.build --corpus CORPUS.jsonl --out {folder}"
@@ -88,7 +90,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             way_out = "python -m retriever.build --corpus CORPUS.jsonl --out NEW_FOLDER"
         if Path(folder).is_file():
             way_out = f"python -m retriever.convert --index {folder} --corpus CORPUS.jsonl --out NEW_FOLDER ..."
-        raise IndexFolderError(f"{folder} is not an index folder (no {MANIFEST_FILE}); make one: {way_out}")
+        raise RetrieverError(f"{folder} is not an index folder (no {MANIFEST_FILE}); make one: {way_out}")
     try:
         if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
             raise ValueError(f"{size} bytes")
@@ -108,7 +110,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             raise ValueError(f"{manifest.index!r}, its index, is not among its files")
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{path} cannot be read by this version ({error}; expected format {FORMAT}); build it again"
         ) from None
 
@@ -130,24 +132,22 @@ def foreign_content(folder: Path) -> str | None:
 
 
 def check_files(folder: Path, manifest: Manifest, *, verify: bool = False) -> None:
-    """Raise `IndexFolderError` unless the files of a folder are those that the manifest was written for.
+    """Raise `RetrieverError` unless the files of a folder are those that the manifest was written for.
 
     Sizes and samples are compared, which takes milliseconds; with `verify` every byte is, a minute per 64 GB or more.
     """
     for name, seal in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise IndexFolderError(
-                f"{folder} lacks {name}, which its manifest promises; copy it again or build it again"
-            )
+            raise RetrieverError(f"{folder} lacks {name}, which its manifest promises; copy it again or build it again")
         if (size := path.stat().st_size) != seal.bytes:
-            raise IndexFolderError(
+            raise RetrieverError(
                 f"{path} has {size} bytes, the manifest was written for {seal.bytes}: it is cut off or was changed; "
                 "copy it again, or build it again"
             )
         changed = sample_sha256(path) != seal.sample_sha256
         if changed or (verify and sha256_of(path) != seal.sha256):
-            raise IndexFolderError(
+            raise RetrieverError(
                 f"{path} is not the file that the manifest was written for (another sha256): it was changed after the "
                 "index was built; copy it again, or build it again"
             )

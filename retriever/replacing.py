@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from retriever.errors import IndexFolderError
+from retriever.errors import RetrieverError
 
 
 def check_target(
@@ -20,25 +20,25 @@ def check_target(
         foreign: why a folder is not, or not only, what this program made; None where it is.
 
     Raises:
-        IndexFolderError: something else is there, or an input is `target`, lies in it, or holds it.
+        RetrieverError: something else is there, or an input is `target`, lies in it, or holds it.
     """
     if not os.path.lexists(target):
         return
     if not target.is_dir():
-        raise IndexFolderError(f"{target} is not a folder, and only index folders are replaced; choose another --out")
+        raise RetrieverError(f"{target} is not a folder, and only index folders are replaced; choose another --out")
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise IndexFolderError(f"{target} exists; choose another folder, or pass --overwrite to replace it")
+        raise RetrieverError(f"{target} exists; choose another folder, or pass --overwrite to replace it")
     if reason := foreign(target):
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{target} is not replaced: {reason}; --overwrite replaces index folders only: choose another --out, or "
             "move it away"
         )
     place = target.resolve()
     for source in inputs:
         if (real := source.resolve()).is_relative_to(place) or place.is_relative_to(real):
-            raise IndexFolderError(
+            raise RetrieverError(
                 f"{target} is not replaced: the new index is made from {source}, which would go with it; choose "
                 "another --out"
             )

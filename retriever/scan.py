@@ -3,6 +3,8 @@
 A scan is used by one thread at a time: FAISS on a GPU is not thread-safe.
 """
 
+from __future__ import annotations
+
 import mmap
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from retriever.encoder_config import has_native_bfloat16
-from retriever.errors import IndexFolderError
+from retriever.errors import RetrieverError
 from retriever.faiss_file import ROW_DTYPES, faiss_reason, map_rows, open_index, set_search_params
-from retriever.search_options import Engine, ScanDtype
+from retriever.options import Engine, ScanDtype
 
 NO_ROW = -1
 """The id, with score -inf, that fills an answer that has fewer than `topk` passages."""
@@ -85,7 +87,7 @@ class TorchScan:
     def __init__(self, rows: np.ndarray, *, device: str = "cpu", dtype: ScanDtype = "auto") -> None:
         """`rows` `[num_rows, dimension]`, possibly memory-mapped: they are read once, block by block.
 
-        Raises `IndexFolderError` when the copy is not finite everywhere: each NaN would be among the best of all.
+        Raises `RetrieverError` when the copy is not finite everywhere: each NaN would be among the best of all.
         """
         import torch
 
@@ -115,7 +117,7 @@ class TorchScan:
             self._rows[start : start + COPY_ROWS] = copied
             advise(rows, mmap.MADV_DONTNEED)  # the file's pages stay in the kernel's cache, if there is room
         if num_bad:
-            raise IndexFolderError(
+            raise RetrieverError(
                 f"{num_bad} of {len(rows)} vectors are not finite in {dtype}, the first is row {first_bad}; expected "
                 "finite numbers: copy the index again or make it again"
             )
@@ -181,7 +183,7 @@ def open_scan(
 ) -> tuple[Scan, np.ndarray | None]:
     """The scan of an index file, and the file's exact rows (memory-mapped) where it has them.
 
-    Raises `IndexFolderError` when `engine` cannot search this type.
+    Raises `RetrieverError` when `engine` cannot search this type.
     """
     if engine == "auto":
         engine = "torch" if device != "cpu" and index_type in ROW_DTYPES else "faiss"
@@ -190,7 +192,7 @@ def open_scan(
         scan = FaissScan(path, index_type, num_threads=num_threads, gpu=gpu, search_params=search_params)
         return scan, scan.rows()
     if index_type not in ROW_DTYPES:
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{path} is a {index_type} index, which the torch engine cannot scan; expected {' or '.join(ROW_DTYPES)}: "
             "use --engine faiss, or make one with python -m retriever.convert --to SQfp16"
         )
@@ -219,11 +221,11 @@ def _as_tensor(rows: np.ndarray) -> Any:
 
 
 def _on_gpu(index: Any, path: Path, gpu: int) -> Any:
-    """`index` copied to a GPU, float16 where FAISS can; raises `IndexFolderError` where FAISS cannot."""
+    """`index` copied to a GPU, float16 where FAISS can; raises `RetrieverError` where FAISS cannot."""
     import faiss
 
     if not hasattr(faiss, "StandardGpuResources"):
-        raise IndexFolderError(
+        raise RetrieverError(
             "--engine faiss-gpu needs a FAISS with CUDA: pip install 'dgpo[retriever-gpu]', or use --engine torch"
         )
     options = faiss.GpuClonerOptions()
@@ -233,7 +235,7 @@ def _on_gpu(index: Any, path: Path, gpu: int) -> Any:
         resources = faiss.StandardGpuResources()
         copied: Any = faiss.index_cpu_to_gpu(resources, gpu, index, options)
     except RuntimeError as error:
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{path} cannot be copied to the GPU ({faiss_reason(error)}); use --engine faiss"
         ) from None
     copied.referenced_objects = [resources]

@@ -15,7 +15,7 @@ from retriever.build import build_indexes
 from retriever.collection import load_collection
 from retriever.convert import convert_file
 from retriever.encoder_config import EncoderConfig
-from retriever.errors import CorpusError, IndexFolderError
+from retriever.errors import RetrieverError
 from retriever.faiss_file import open_index, read_header
 from retriever.manifest import MANIFEST_FILE, OFFSETS_FILE, PROBE_FILE, read_manifest, seal_files
 from retriever.sources import import_corpus
@@ -73,14 +73,14 @@ def test_no_pickle_of_a_dense_folder_is_loaded(dense: Path, name: str, as_array:
     if name == OFFSETS_FILE:  # a cache, made again
         assert len(load_collection({"x": dense}).corpora["x"].corpus) == len(FACTS)
     else:
-        with pytest.raises(IndexFolderError, match=name):
+        with pytest.raises(RetrieverError, match=name):
             load_collection({"x": dense})
 
 
 @pytest.mark.parametrize("name", ["data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"])
 def test_no_pickle_of_a_bm25_folder_is_loaded(words: Path, name: str) -> None:
     planted(words / "bm25" / name, as_array=True)
-    with pytest.raises(IndexFolderError, match="cannot be read as a BM25 index"):
+    with pytest.raises(RetrieverError, match="cannot be read as a BM25 index"):
         BM25Index.load(words / "bm25", num_passages=len(FACTS))
 
 
@@ -99,7 +99,7 @@ def test_a_manifest_names_nothing_outside_its_folder(words: Path, name: str) -> 
     files = json.loads((words / MANIFEST_FILE).read_text())["files"]
     for changes in ({"index": name}, {"files": files | {name: next(iter(files.values()))}}):
         edit_manifest(words, **({"index": "bm25", "files": files} | changes))
-        with pytest.raises(IndexFolderError, match="outside its folder"):
+        with pytest.raises(RetrieverError, match="outside its folder"):
             read_manifest(words)
 
 
@@ -107,7 +107,7 @@ def test_a_manifest_names_nothing_outside_its_folder(words: Path, name: str) -> 
 def test_an_index_that_is_not_sealed_is_refused(dense: Path, index: str) -> None:
     (dense / "other.index").write_bytes(b"IxFI")
     edit_manifest(dense, index=index)
-    with pytest.raises(IndexFolderError, match="its index, is not among its files"):
+    with pytest.raises(RetrieverError, match="its index, is not among its files"):
         read_manifest(dense)
 
 
@@ -118,7 +118,7 @@ def test_an_index_that_is_not_sealed_is_refused(dense: Path, index: str) -> None
 )
 def test_a_manifest_of_any_content_is_refused_in_words(dense: Path, content: bytes) -> None:
     (dense / MANIFEST_FILE).write_bytes(content)
-    with pytest.raises(IndexFolderError, match="cannot be read by this version"):
+    with pytest.raises(RetrieverError, match="cannot be read by this version"):
         read_manifest(dense)
 
 
@@ -132,17 +132,17 @@ def absurd_array(path: Path, num: int) -> None:
 def test_an_array_is_no_larger_than_its_file(dense: Path, words: Path) -> None:
     absurd_array(dense / PROBE_FILE, 10**14)
     seal_again(dense)
-    with pytest.raises(IndexFolderError, match=f"{PROBE_FILE} cannot be read"):
+    with pytest.raises(RetrieverError, match=f"{PROBE_FILE} cannot be read"):
         load_collection({"x": dense})
     absurd_array(words / "bm25" / "data.csc.index.npy", 10**14)
-    with pytest.raises(IndexFolderError, match="cannot be read as a BM25 index"):
+    with pytest.raises(RetrieverError, match="cannot be read as a BM25 index"):
         BM25Index.load(words / "bm25", num_passages=len(FACTS))
 
 
 def test_probes_of_another_shape_are_refused(dense: Path) -> None:
     np.save(dense / PROBE_FILE, np.zeros((1, 3), dtype=np.float32))
     seal_again(dense)
-    with pytest.raises(IndexFolderError, match=r"holds float32 \(1, 3\); expected float32 \(3, 64\)"):
+    with pytest.raises(RetrieverError, match=r"holds float32 \(1, 3\); expected float32 \(3, 64\)"):
         load_collection({"x": dense})
 
 
@@ -154,9 +154,9 @@ def test_a_faiss_header_is_compared_with_the_size_of_its_file(
     content[field : field + (4 if field == 4 else 8)] = value.to_bytes(4 if field == 4 else 8, "little")
     path = tmp_path / "absurd.index"
     path.write_bytes(content)
-    with pytest.raises(IndexFolderError, match=r"has 3117 bytes, its header promises"):
+    with pytest.raises(RetrieverError, match=r"has 3117 bytes, its header promises"):
         read_header(path)
-    with pytest.raises(IndexFolderError, match=r"has 3117 bytes, its header promises"):
+    with pytest.raises(RetrieverError, match=r"has 3117 bytes, its header promises"):
         convert_file(path, facts, tmp_path / "out", STUB)
 
 
@@ -174,7 +174,7 @@ def test_no_size_within_a_faiss_file_is_believed(tmp_path: Path, index_type: str
         path.write_bytes(content[:offset] + (1 << 38).to_bytes(8, "little") + content[offset + 8 :])
         try:
             open_index(path, is_ivf="IVF" in index_type)
-        except IndexFolderError:
+        except RetrieverError:
             refused += 1
     assert refused > 0
 
@@ -184,7 +184,7 @@ def test_postings_that_lie_outside_their_arrays_are_refused(words: Path) -> None
     starts = np.load(path)
     for damaged in (starts[:-1], starts[::-1], starts + 1):
         np.save(path, damaged)
-        with pytest.raises(IndexFolderError, match="cannot be read as a BM25 index"):
+        with pytest.raises(RetrieverError, match="cannot be read as a BM25 index"):
             BM25Index.load(words / "bm25", num_passages=len(FACTS))
 
 
@@ -203,7 +203,7 @@ def test_a_line_of_any_length_is_not_read(tmp_path: Path, suffix: str, monkeypat
     content = b'{"id": "0", "contents": "x"}\n' + b" " * 5000
     source = tmp_path / f"c{suffix}"
     source.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
-    with pytest.raises(CorpusError, match="row 1 has more than 1000 bytes"):
+    with pytest.raises(RetrieverError, match="row 1 has more than 1000 bytes"):
         import_corpus(source, tmp_path / "out.jsonl")
 
 
@@ -213,5 +213,5 @@ def test_a_gzip_file_damaged_inside_is_named(tmp_path: Path) -> None:
     for place in range(2000, 2100):
         content[place] ^= 0xFF
     (tmp_path / "c.jsonl.gz").write_bytes(content)
-    with pytest.raises(CorpusError, match=r"not a whole gzip file|is not valid JSON"):
+    with pytest.raises(RetrieverError, match=r"not a whole gzip file|is not valid JSON"):
         import_corpus(tmp_path / "c.jsonl.gz", tmp_path / "out.jsonl")

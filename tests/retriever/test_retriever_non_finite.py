@@ -13,11 +13,10 @@ from retriever.build import build_indexes
 from retriever.collection import SearchJob, load_collection
 from retriever.convert import convert_file, convert_folder
 from retriever.encoder_config import EncoderConfig
-from retriever.errors import IndexFolderError
-from retriever.limits import ServerLimits
+from retriever.errors import RetrieverError
 from retriever.manifest import MANIFEST_FILE, read_manifest, seal_file
+from retriever.options import SearchOptions, ServerLimits
 from retriever.scan import TorchScan
-from retriever.search_options import SearchOptions
 
 STUB = EncoderConfig(spec="models/stub", preset="none", dtype="float32")
 INDEX_FILE = "stub_Flat.index"
@@ -53,14 +52,14 @@ def test_convert_names_count_and_row(
     tmp_path: Path, facts: Path, word_hash_encoder: WordHashEncoder, value: float, index_type: str
 ) -> None:
     published = write_flat(tmp_path / "e5_Flat.index", rows_with(value))
-    with pytest.raises(IndexFolderError, match=r"1 of 12 vectors of .* are not finite .* the first is row 7"):
+    with pytest.raises(RetrieverError, match=r"1 of 12 vectors of .* are not finite .* the first is row 7"):
         convert_file(published, facts, tmp_path / "out", STUB, index_type=index_type)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_16_bits_cannot_hold_is_named(tmp_path: Path, facts: Path, word_hash_encoder: WordHashEncoder) -> None:
     published = write_flat(tmp_path / "e5_Flat.index", rows_with(70_000))
-    with pytest.raises(IndexFolderError, match=r"1 of 12 vectors of out are not finite \(NaN, or beyond 6.55e\+04\)"):
+    with pytest.raises(RetrieverError, match=r"1 of 12 vectors of out are not finite \(NaN, or beyond 6.55e\+04\)"):
         convert_file(published, facts, tmp_path / "out", STUB, index_type="SQfp16")
 
 
@@ -73,7 +72,7 @@ def test_a_build_names_the_passage_and_keeps_no_such_part(
         return vectors
 
     monkeypatch.setattr(word_hash_encoder, "encode_passages", encode)
-    with pytest.raises(IndexFolderError, match=r"1 of 2 passages of part 3 .* row 7 \(id '7'\) of corpus facts"):
+    with pytest.raises(RetrieverError, match=r"1 of 2 passages of part 3 .* row 7 \(id '7'\) of corpus facts"):
         build_indexes({"facts": facts}, facts.parent / "out", STUB, passages_per_part=2)
     assert not (facts.parent / "out" / "facts").exists()
 
@@ -96,20 +95,20 @@ def test_a_folder_that_nobody_looked_at_is_looked_at_on_loading(
     assert read_manifest(folder).is_finite
     monkeypatch.setattr("retriever.collection._check_encoder", lambda *_: None)
     replace_row(folder, is_finite=None)
-    with pytest.raises(IndexFolderError, match=r"1 of 12 vectors of .*stub_Flat.index are not finite .* row 7"):
+    with pytest.raises(RetrieverError, match=r"1 of 12 vectors of .*stub_Flat.index are not finite .* row 7"):
         load_collection({"facts": folder}, options=SearchOptions(engine=engine))
 
 
 def test_the_16_bit_copy_refuses_what_changed_since(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retriever.collection._check_encoder", lambda *_: None)
     replace_row(folder, is_finite=True)
-    with pytest.raises(IndexFolderError, match=r"1 of 12 vectors are not finite in bfloat16, the first is row 7"):
+    with pytest.raises(RetrieverError, match=r"1 of 12 vectors are not finite in bfloat16, the first is row 7"):
         load_collection({"facts": folder}, options=SearchOptions(engine="torch", scan_dtype="bfloat16"))
 
 
 def test_one_row_does_not_make_the_mean_of_all_useless() -> None:
     """With a NaN in the mean, every row of the copy would be called not finite."""
-    with pytest.raises(IndexFolderError, match="1 of 500 vectors"):
+    with pytest.raises(RetrieverError, match="1 of 500 vectors"):
         TorchScan(rows_with(np.inf, num=500), dtype="float16")
 
 

@@ -11,7 +11,7 @@ from conftest import FACTS, WordHashEncoder, run_module, write_corpus
 from retriever.build import build_indexes
 from retriever.convert import convert_file, convert_folder
 from retriever.encoder_config import EncoderConfig
-from retriever.errors import IndexFolderError
+from retriever.errors import RetrieverError
 from retriever.manifest import RECALL_FILE, read_manifest
 
 STUB = EncoderConfig(spec="models/stub", preset="none", dtype="float32")
@@ -96,7 +96,7 @@ def test_what_is_not_ours_or_is_read_stays(
 ) -> None:
     corpus = prepare(tmp_path / "out", facts)
     before = tree(tmp_path)
-    with pytest.raises(IndexFolderError, match=message):
+    with pytest.raises(RetrieverError, match=message):
         build(corpus, tmp_path / "out")
     assert tree(tmp_path) == before
 
@@ -109,10 +109,10 @@ def test_a_folder_is_not_converted_onto_itself_or_into_itself(
     for out in (flat, flat / "inner"):
         if out != flat:
             convert_folder(flat, out, index_type="SQfp16")  # a new folder there harms nothing
-        with pytest.raises(IndexFolderError, match="is not replaced"):
+        with pytest.raises(RetrieverError, match="is not replaced"):
             convert_folder(flat, out, index_type="SQfp16", overwrite=True)
     index = flat / "stub_Flat.index"
-    with pytest.raises(IndexFolderError, match="is not a folder"):
+    with pytest.raises(RetrieverError, match="is not a folder"):
         convert_file(index, facts, index, STUB, overwrite=True)
     shutil.rmtree(flat / "inner")
     assert tree(flat) == before
@@ -139,7 +139,7 @@ def test_what_comes_to_the_place_during_a_build_stays(
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "thesis.txt").write_text("years of work")
 
-    with pytest.raises(IndexFolderError, match="out exists"):
+    with pytest.raises(RetrieverError, match="out exists"):
         build_indexes({"out": facts}, tmp_path, STUB, progress=somebody_comes)
     assert (tmp_path / "out" / "thesis.txt").exists()
 
@@ -147,7 +147,7 @@ def test_what_comes_to_the_place_during_a_build_stays(
 def test_a_hidden_folder_of_somebody_else_is_no_work_folder(facts: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.building").mkdir()
     (tmp_path / ".out.building" / "thesis.txt").write_text("years of work")
-    with pytest.raises(IndexFolderError, match=r"\.out\.building is not an unfinished index of ours"):
+    with pytest.raises(RetrieverError, match=r"\.out\.building is not an unfinished index of ours"):
         build(facts, tmp_path / "out")
     assert (tmp_path / ".out.building" / "thesis.txt").exists()
 
@@ -166,9 +166,9 @@ def test_the_server_names_no_file_or_folder_of_a_user_as_the_place_for_an_index(
     (tmp_path / "e5_Flat.index").write_bytes(b"IxFI")
     (tmp_path / "lucene").mkdir()
     for name in ("e5_Flat.index", "lucene"):
-        with pytest.raises(IndexFolderError, match=r"is not an index folder .*--out NEW_FOLDER"):
+        with pytest.raises(RetrieverError, match=r"is not an index folder .*--out NEW_FOLDER"):
             read_manifest(tmp_path / name)
-    with pytest.raises(IndexFolderError, match=r"retriever\.convert --index .*e5_Flat.index"):
+    with pytest.raises(RetrieverError, match=r"retriever\.convert --index .*e5_Flat.index"):
         read_manifest(tmp_path / "e5_Flat.index")
-    with pytest.raises(IndexFolderError, match=r"retriever\.build .*--out .*/absent"):
+    with pytest.raises(RetrieverError, match=r"retriever\.build .*--out .*/absent"):
         read_manifest(tmp_path / "absent")
