@@ -44,9 +44,11 @@ from retriever.encoding import (
     ProgressPrinter,
     write_texts,
 )
+from retriever.errors import RetrieverError
 from retriever.faiss_file import ReadRows, make_index, refuse_non_finite, write_index
 from retriever.manifest import (
     BM25_TYPE,
+    NUM_PROBES,
     PROBE_FILE,
     Manifest,
     Method,
@@ -203,7 +205,7 @@ def write_dense(
             search_params=search_params,
             progress=progress,
         )
-    probes = np.concatenate([read_rows(row, row + 1) for row in probe_rows(len(corpus))])
+    probes = np.concatenate([read_rows(row, row + 1) for row in probe_rows(len(corpus), NUM_PROBES)])
     np.save(folder / PROBE_FILE, probes.astype(np.float32), allow_pickle=False)
     write_manifest(
         folder,
@@ -219,15 +221,21 @@ def write_dense(
 
 
 def write_manifest(folder: Path, corpus: Corpus, *, index: str, index_type: str, **rest: Any) -> None:
+    """Seals what is in `folder`; raises `RetrieverError` where the index is not among it."""
     packages = ["bm25s"] if index_type == BM25_TYPE else ["faiss-cpu", "faiss-gpu", "torch", "transformers"]
-    Manifest(
+    manifest = Manifest(
         index=index,
         index_type=index_type,
         num_passages=len(corpus),
         files=seal_files(folder),
         versions=_installed_versions(packages),
         **rest,
-    ).write(folder)
+    )
+    if not manifest.is_sealed(index):
+        raise RetrieverError(
+            f"{folder / index} is not there to be sealed: the index was not written, or a link leads away"
+        )
+    manifest.write(folder)
 
 
 def _installed_versions(packages: Sequence[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from retriever.corpus import Corpus, read_offsets, scan_offsets, write_offsets
 from retriever.encoder_config import EncoderConfig, check_device
 from retriever.encoders import Encoder, load_encoder
 from retriever.errors import RetrieverError
-from retriever.faiss_file import ROW_DTYPES, read_header, refuse_non_finite, row_reader
+from retriever.faiss_file import ROW_DTYPES, file_type, read_header, refuse_non_finite, row_reader
 from retriever.index import DenseIndex, SearchIndex
 from retriever.manifest import (
     CORPUS_FILE,
@@ -35,6 +35,11 @@ logger = logging.getLogger(__name__)
 
 # bfloat16 on another processor moves a vector by about 1e-4; a wrong prefix or model by far more than this.
 MIN_PROBE_COSINE = 0.99
+# Vectors that come from a product quantiser have lost more
+MIN_PROBE_COSINE_OF_PQ = 0.7
+MAX_PROBES = 64
+# Where all passages have cosines like that, their order still tells: no probe is nearer to another's vector than this
+MAX_PROBE_EXCESS = 0.001
 
 
 LoadProgress = Callable[[str, int, int], None]
@@ -70,6 +75,21 @@ class ServedCorpus:
     manifest: Manifest
     corpus: Corpus
     index: SearchIndex
+    stamps: Mapping[Path, tuple[int, int, int]]
+    """Inode, size and time of change of what is mapped, when it was loaded."""
+
+    def check_unchanged(self) -> None:
+        """Raise `RetrieverError` when a file was rewritten in place, on which what is mapped is no longer the index.
+
+        One that was replaced, as `--overwrite` does it, stays as it is for those who have it open.
+        """
+        for path, (inode, *rest) in self.stamps.items():
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                if status.st_ino == inode and [status.st_size, status.st_mtime_ns] != rest:
+                    raise RetrieverError(
+                        f"{path} was rewritten while it is served: its answers would be wrong; restart the server"
+                    )
 
 
 @dataclass
@@ -80,7 +100,13 @@ class Collection:
     encoders: dict[EncoderConfig, Encoder] = field(default_factory=dict)
 
     def search(self, jobs: Sequence[SearchJob]) -> list[list[Hits]]:
-        """The hits of every query of every job, in order; `UNSEARCHABLE` where the encoder fails on a query."""
+        """The hits of every query of every job, in order; `UNSEARCHABLE` where the encoder fails on a query.
+
+        Raises:
+            RetrieverError: a file of one of these corpora was rewritten.
+        """
+        for name in {job.corpus for job in jobs}:
+            self.corpora[name].check_unchanged()
         vectors = self._encode(jobs)
         groups: dict[tuple[str, int], list[int]] = defaultdict(list)
         for number, job in enumerate(jobs):
@@ -131,6 +157,7 @@ def load_collection(
     check_device(device)
     manifests = {name: read_manifest(folder) for name, folder in folders.items()}
     opened = {name: open_corpus(Path(folder), manifests[name], verify=verify) for name, folder in folders.items()}
+    stamps = {name: _stamps(Path(folder), manifests[name]) for name, folder in folders.items()}
     encoders: dict[EncoderConfig, Encoder] = {}
     for name, manifest in manifests.items():
         config = manifest.encoder
@@ -160,14 +187,20 @@ def load_collection(
             )
         if reranker:
             index = RerankedIndex(index, reranker, corpus, num_candidates=options.num_reranked)
-        collection.corpora[name] = ServedCorpus(folder, manifest, corpus, index)
+        collection.corpora[name] = ServedCorpus(folder, manifest, corpus, index, stamps[name])
     return collection
+
+
+def _stamps(folder: Path, manifest: Manifest) -> dict[Path, tuple[int, int, int]]:
+    statuses = {folder / name: (folder / name).stat() for name in manifest.files if name != PROBE_FILE}
+    return {path: (status.st_ino, status.st_size, status.st_mtime_ns) for path, status in statuses.items()}
 
 
 def open_corpus(folder: Path, manifest: Manifest, *, verify: bool = False) -> Corpus:
     """The corpus of an index folder, after all the checks that need neither encoder nor index."""
     if manifest.method == "dense":
         _check_header(folder, manifest)
+        _check_kind(folder, manifest)
     check_files(folder, manifest, verify=verify)
     path, table = folder / CORPUS_FILE, folder / OFFSETS_FILE
     offsets = read_offsets(table, path)
@@ -219,6 +252,14 @@ def _check_header(folder: Path, manifest: Manifest) -> None:
         )
 
 
+def _check_kind(folder: Path, manifest: Manifest) -> None:
+    """Rows are read where they are said to lie, so a file that is something else must not pass for them."""
+    if manifest.index_type in ROW_DTYPES and (kind := file_type(folder / manifest.index)) != manifest.index_type:
+        raise RetrieverError(
+            f"{folder / manifest.index} is a {kind} index, its manifest says {manifest.index_type}; convert it again"
+        )
+
+
 def _check_encoder(folder: Path, manifest: Manifest, encoder: Encoder, corpus: Corpus) -> None:
     """Encode a few passages again: catches another model, prefix or pooling behind the same name."""
     if encoder.dimension != manifest.dimension:
@@ -226,26 +267,44 @@ def _check_encoder(folder: Path, manifest: Manifest, encoder: Encoder, corpus: C
             f"{folder} holds vectors of {manifest.dimension} dimensions, the encoder makes {encoder.dimension}; "
             "build it again with this encoder, or serve it with the encoder that it was built with"
         )
-    rows = probe_rows(len(corpus))
-    probes = _read_probes(folder / PROBE_FILE, (len(rows), encoder.dimension))
+    probes = _read_probes(folder / PROBE_FILE, encoder.dimension)
+    rows = probe_rows(len(corpus), len(probes))
+    if len(rows) != len(probes):
+        raise RetrieverError(f"{folder} has {len(probes)} probes for {len(rows)} passages; build it again")
     again = encoder.encode_passages([corpus[row]["contents"] for row in rows])
-    cosines = (again * probes).sum(axis=1)
-    worst = int(cosines.argmin())
-    if not cosines[worst] >= MIN_PROBE_COSINE:
+    cosines = _unit(again) @ _unit(probes).T  # [encoded, stored]: whatever length an index gave its vectors
+    own = cosines.diagonal()
+    worst = int(own.argmin())
+    least = MIN_PROBE_COSINE_OF_PQ if "PQ" in manifest.index_type else MIN_PROBE_COSINE
+    if not own[worst] >= least:
         raise RetrieverError(
             f"{folder}: the encoder does not reproduce the stored vector of passage {rows[worst]} (cosine "
-            f"{cosines[worst]:.3f}, expected at least {MIN_PROBE_COSINE}): the index was made by another encoder or "
+            f"{own[worst]:.3f}, expected at least {least}): the index was made by another encoder or "
             "prefix; build it again"
+        )
+    nearest = cosines.argmax(axis=1)
+    lost = np.flatnonzero(cosines.max(axis=1) > own + MAX_PROBE_EXCESS)
+    if len(lost):
+        raise RetrieverError(
+            f"{folder}: passage {rows[lost[0]]} is nearer to that of passage {rows[nearest[lost[0]]]} than to its own "
+            "vector: corpus and index are in different orders, or of another encoder; build it again"
         )
 
 
-def _read_probes(path: Path, shape: tuple[int, int]) -> np.ndarray:
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def _read_probes(path: Path, dimension: int) -> np.ndarray:
     try:
         probes = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: no more is allocated than the file holds
     except (OSError, ValueError, EOFError) as error:
         raise RetrieverError(f"{path} cannot be read ({error}); copy it again, or build it again") from None
-    if probes.shape != shape or probes.dtype != np.float32:
-        raise RetrieverError(f"{path} holds {probes.dtype} {probes.shape}; expected float32 {shape}: build it again")
+    fits = probes.ndim == 2 and probes.shape[1] == dimension and 0 < len(probes) <= MAX_PROBES
+    if not fits or probes.dtype != np.float32:
+        raise RetrieverError(
+            f"{path} holds {probes.dtype} {probes.shape}; expected float32 (rows, {dimension}): build it again"
+        )
     return probes
 
 

@@ -23,7 +23,7 @@ from retriever.corpus import Corpus, read_offsets
 from retriever.encoder_config import EncoderConfig, resolve_config
 from retriever.encoding import Progress, ProgressPrinter
 from retriever.errors import RetrieverError
-from retriever.faiss_file import ROW_DTYPES, make_index, map_rows, read_header, row_reader
+from retriever.faiss_file import ROW_DTYPES, ReadRows, file_type, make_index, open_rows, read_header
 from retriever.manifest import CORPUS_FILE, OFFSETS_FILE, read_manifest
 from retriever.options import MAX_THREADS
 from retriever.work_folder import import_once, link_or_copy, work_folder
@@ -33,7 +33,7 @@ def convert_folder(
     source: Path,
     out: Path,
     *,
-    index_type: str,
+    index_type: str | None = None,
     search_params: str = "",
     num_threads: int = 1,
     overwrite: bool = False,
@@ -41,10 +41,16 @@ def convert_folder(
 ) -> None:
     """Make `out` from the index folder `source`, which must hold plain rows (`Flat` or `SQfp16`).
 
-    The corpus is shared by a hard link where the file system can. Raises `RetrieverError` when `source` is of
-    another type, or `out` exists, and `RetrieverError` for an index type that FAISS refuses.
+    The corpus is shared by a hard link where the file system can.
+
+    Args:
+        index_type: FAISS's factory string; None = that of `source`.
+
+    Raises:
+        RetrieverError: `source` is of another type, `out` may not be replaced, or FAISS refuses the index type.
     """
     manifest = read_manifest(source)
+    index_type = index_type or manifest.index_type
     if manifest.index_type not in ROW_DTYPES or manifest.encoder is None:
         raise RetrieverError(
             f"{source} is a {manifest.index_type} index, which does not hold the vectors; "
@@ -63,6 +69,7 @@ def convert_folder(
             corpus,
             source / manifest.index,
             manifest.index_type,
+            open_rows(source / manifest.index, manifest.index_type),
             index_type=index_type,
             search_params=search_params,
             encoder=manifest.encoder,
@@ -79,34 +86,51 @@ def convert_file(
     out: Path,
     encoder: EncoderConfig,
     *,
-    from_type: str = "Flat",
-    index_type: str = "Flat",
+    from_type: str | None = None,
+    index_type: str | None = None,
     search_params: str = "",
     num_threads: int = 1,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Make `out` from a FAISS file that someone else wrote (`from_type`: `Flat` or `SQfp16`), and its corpus.
+    """Make `out` from a FAISS file that someone else wrote, and its corpus.
 
-    Raises `RetrieverError` when the two have different numbers of rows, before anything is converted.
+    Args:
+        from_type: what the file must be; None = what its header says.
+        index_type: FAISS's factory string; None = the file's, which is linked, or copied, as it is.
+
+    Raises:
+        RetrieverError: the two have different numbers of rows, or the file cannot become that, before anything is
+            converted.
     """
     config = resolve_config(encoder)
     if not index.is_file():
         raise RetrieverError(f"{index} does not exist; give a FAISS file, or an index folder")
-    rows = map_rows(index, from_type)  # refuses a file that is cut off or of another kind
+    kind = file_type(index)
+    if from_type not in (None, kind):
+        raise RetrieverError(f"{index} is a {kind} index, not {from_type} as --from-type says; leave it out")
+    index_type = index_type or kind
+    if index_type != kind and kind not in ROW_DTYPES:
+        raise RetrieverError(
+            f"{index} is a {kind} index, which does not hold the vectors as they were; leave out --to to take it as it "
+            f"is, or convert from {' or '.join(ROW_DTYPES)}"
+        )
+    read_rows = open_rows(index, kind)  # refuses a file that is cut off
+    num_rows = read_header(index).num_rows
     plan = {"convert": str(index), "corpus": str(corpus), "to": index_type, "encoder": asdict(config)}
     with work_folder(out.parent, [out.name], plan, overwrite=overwrite, inputs=[index, corpus]) as work:
         imported = import_once([corpus], work.path / out.name)
-        if len(imported) != len(rows):
+        if len(imported) != num_rows:
             raise RetrieverError(
-                f"{index} holds {len(rows)} vectors, {corpus} has {len(imported)} passages: they do not belong "
+                f"{index} holds {num_rows} vectors, {corpus} has {len(imported)} passages: they do not belong "
                 "together; take the corpus that the index was built from"
             )
         _write(
             work.path / out.name,
             imported,
             index,
-            from_type,
+            kind,
+            read_rows,
             index_type=index_type,
             search_params=search_params,
             encoder=config,
@@ -121,6 +145,7 @@ def _write(
     corpus: Corpus,
     source: Path,
     source_type: str,
+    read_rows: ReadRows,
     *,
     index_type: str,
     search_params: str,
@@ -133,13 +158,14 @@ def _write(
 
     faiss.omp_set_num_threads(num_threads)
     dimension = read_header(source).dimension
-    make_index(index_type, dimension, search_params)
+    if source_type != index_type or search_params:
+        make_index(index_type, dimension, search_params)
     if progress:
         progress(0, len(corpus))
     write_dense(
         folder,
         corpus,
-        row_reader(source, source_type),
+        read_rows,
         dimension=dimension,
         index_type=index_type,
         search_params=search_params,

@@ -25,6 +25,8 @@ BLOCK_BYTES = 1 << 25
 
 # fourcc, dimension, rows, two unused, is_trained, metric (faiss/impl/index_write.cpp: write_index_header)
 _HEADER = struct.Struct("<4siqqq?i")
+# HNSW over plain, scalar and product quantised rows, and inverted lists of each
+GRAPHS_AND_LISTS = (b"IHNf", b"IHNs", b"IHNp", b"IwFl", b"IwSq", b"IwPQ")
 _ROWS_OFFSET, _INNER_PRODUCT = 8, 0
 
 ReadRows = Callable[[int, int], np.ndarray]
@@ -80,6 +82,69 @@ def open_index(path: Path, *, is_ivf: bool) -> Any:
         ) from None
     finally:
         faiss.set_deserialization_vector_byte_limit(usual)
+
+
+def file_type(path: Path) -> str:
+    """The factory string of a FAISS file, by what stands in it rather than by its name.
+
+    Raises:
+        RetrieverError: it is none, or of a kind whose rows are not numbered as the corpus is.
+    """
+    import faiss
+
+    read_header(path)
+    with open(path, "rb") as file:
+        kind = file.read(4)
+        file.seek(_HEADER.size)
+        quantizer = int.from_bytes(file.read(4), "little")
+    if kind == b"IxFI":
+        return "Flat"
+    if kind == b"IxSQ":
+        return _quantizer_name(path, quantizer)
+    if kind not in GRAPHS_AND_LISTS:
+        raise RetrieverError(
+            f"{path} is a FAISS file of the kind {kind.decode(errors='replace')}; expected Flat, a scalar quantizer, "
+            "HNSW or IVF: take the vectors as a Flat file, or build the index again"
+        )
+    index: Any = open_index(path, is_ivf=kind.startswith(b"Iw"))
+    codes: Any = faiss.downcast_index(index.storage) if kind.startswith(b"IHN") else index
+    name = "Flat"
+    if hasattr(codes, "pq"):
+        name = f"PQ{codes.pq.M}x{codes.pq.nbits}"
+    elif hasattr(codes, "sq"):
+        name = _quantizer_name(path, codes.sq.qtype)
+    if kind.startswith(b"Iw"):
+        return f"IVF{index.nlist},{name}"
+    return f"HNSW{index.hnsw.nb_neighbors(1)}" + ("" if name == "Flat" else f"_{name}")
+
+
+def _quantizer_name(path: Path, number: int) -> str:
+    import faiss
+
+    kinds: Any = faiss.ScalarQuantizer
+    names = {"SQ4": kinds.QT_4bit, "SQ6": kinds.QT_6bit, "SQ8": kinds.QT_8bit}
+    names |= {"SQfp16": kinds.QT_fp16, "SQbf16": kinds.QT_bf16}
+    for name, known in names.items():
+        if number == known:
+            return name
+    raise RetrieverError(f"{path} has the scalar quantizer {number}; expected one of {', '.join(names)}")
+
+
+def open_rows(path: Path, index_type: str) -> ReadRows:
+    """Reads the vectors of a file of any type that `file_type` gives, decoded where they are quantised."""
+    if index_type in ROW_DTYPES:
+        return row_reader(path, index_type)
+    import faiss
+
+    index: Any = open_index(path, is_ivf="IVF" in index_type)
+    if lists := faiss.try_extract_index_ivf(index):
+        try:
+            lists.make_direct_map()
+        except RuntimeError as error:
+            raise RetrieverError(
+                f"{path} has row numbers of its own ({faiss_reason(error)}); expected those of the corpus, from 0 on"
+            ) from None
+    return lambda start, end: index.reconstruct_n(start, end - start)
 
 
 def map_rows(path: Path, index_type: str) -> np.memmap:

@@ -28,7 +28,7 @@ OFFSETS_FILE = "corpus.offsets.npy"
 PROBE_FILE = "probe.npy"
 RECALL_FILE = "recall.json"  # of retriever.recall
 BM25_TYPE = "BM25"
-NUM_PROBES = 3
+NUM_PROBES = 16
 MAX_MANIFEST_BYTES = 1 << 24
 # A seal samples this many blocks, spread evenly, the first and the last included: milliseconds for 64 GB.
 NUM_SAMPLE_BLOCKS, SAMPLE_BLOCK_BYTES = 64, 1 << 16
@@ -182,9 +182,9 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def probe_rows(num_passages: int) -> list[int]:
+def probe_rows(num_passages: int, num_probes: int) -> list[int]:
     """Rows whose vectors a server compares with its encoder: spread, so that a shifted corpus shows too."""
-    return np.unique(np.linspace(0, num_passages - 1, NUM_PROBES).astype(int)).tolist()
+    return np.linspace(0, num_passages - 1, min(num_probes, num_passages)).astype(int).tolist()
 
 
 def _is_inside(name: str) -> bool:

@@ -101,7 +101,7 @@ def ready_responses() -> dict[int | str, dict[str, Any]]:
         "type": "object",
         "required": ["status", "loaded", "parts"],
         "properties": {
-            "status": {"enum": ["ready", "loading"]},
+            "status": {"enum": ["ready", "loading", "rewritten"]},
             "detail": {"type": "string"},
             "loaded": {"type": "integer"},
             "parts": {"type": "integer", "description": "corpora"},

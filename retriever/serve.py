@@ -8,6 +8,7 @@ See: GET /health (alive), /ready (loaded), /info (what is served), /metrics (Pro
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import resource
@@ -61,6 +62,7 @@ def _serve(options: ServeOptions) -> None:
     # Read by OpenMP and the tokenizer when they load, which is below.
     os.environ["OMP_NUM_THREADS"] = str(options.num_threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    faulthandler.enable()  # a mapped file that is cut short ends the process: not without a word
     _raise_file_limit()
     listener = listen(options.host, options.port)
     port = listener.getsockname()[1]

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from retriever.batcher import Batcher, SearchFunction
 from retriever.cache import LRUCache
 from retriever.collection import UNSEARCHABLE, Collection, Hits, LoadProgress, SearchJob
+from retriever.errors import RetrieverError
 from retriever.metrics import Metrics
 from retriever.options import ServerLimits
 from retriever.protocol import RequestError, RetrieveRequest, parse_request, render_answer
@@ -143,7 +144,10 @@ class Service:
         """200 once searches can be answered; until then 503 with the progress."""
         content: dict[str, Any] = {"loaded": self._progress.num_loaded, "parts": self._progress.num_corpora}
         try:
-            self._loaded()
+            for served in self._loaded().corpora.values():
+                served.check_unchanged()
+        except RetrieverError as error:
+            return json_response(503, {"status": "rewritten", "detail": str(error), **content})
         except RequestError as error:
             return json_response(503, {"status": "loading", "detail": str(error), **content}, dict(error.headers or {}))
         return json_response(200, {"status": "ready", **content})
@@ -245,6 +249,9 @@ class Service:
             raise RequestError(503, "the server is stopping", self._retry_after()) from None
         except RequestError:
             raise
+        except RetrieverError as error:  # of files that changed: the same for every search to come
+            logger.error("%s", error)
+            raise RequestError(503, str(error), self._retry_after()) from None
         except Exception as error:
             logger.exception("a search failed")
             raise RequestError(500, f"the search failed ({type(error).__name__}); the server's log says why") from None
