@@ -44,7 +44,7 @@ def request_body(limits: ServerLimits) -> JsonSchema:
             "description": f"at most {limits.max_topk} are given; 0 gives empty lists, null {limits.default_topk}",
             "anyOf": [
                 {"type": "integer", "minimum": 0},
-                {"type": "string", "pattern": TOPK_AS_TEXT},
+                {"type": "string", "pattern": f"^{TOPK_AS_TEXT}$"},
                 {"type": "null"},
             ],
         },

@@ -23,7 +23,7 @@ from retriever.corpus import Corpus
 from retriever.options import ServerLimits
 
 FIELDS = ("queries", "query", "topk", "return_scores")
-TOPK_AS_TEXT = r"^[0-9]{1,18}$"
+TOPK_AS_TEXT = r"[0-9]{1,18}"
 FLAGS: dict[Any, bool] = {"true": True, "True": True, "1": True, 1: True}
 FLAGS |= {"false": False, "False": False, "0": False, 0: False}
 """What `return_scores` may be; JSON's true and false are 1 and 0 here, and 1.0 is 1."""
@@ -145,7 +145,7 @@ def _topk(topk: Any, limits: ServerLimits, leniencies: Counter[str]) -> int:
         return limits.default_topk
     number = topk
     is_decimal = isinstance(topk, float) and topk.is_integer()  # JSON does not tell 3.0 from 3
-    if is_decimal or (isinstance(topk, str) and re.search(TOPK_AS_TEXT, topk)):
+    if is_decimal or (isinstance(topk, str) and re.fullmatch(TOPK_AS_TEXT, topk)):
         number = int(topk)
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         shown = topk if isinstance(topk, int | float) else f"a JSON {_kind(topk)}"

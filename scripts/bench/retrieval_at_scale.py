@@ -20,8 +20,8 @@ MAX_BATCH = 256  # retriever/options.py
 SIMULATED_MS = 10_000.0
 
 # Measured in CPU time on one core of an AVX512 EPYC (2 contended cores), by the scripts in brackets.
-LOOP_MS_PER_REQUEST = 0.35  # what one query a request costs beyond 512 queries a request (retriever.py)
-RENDER_MS_PER_QUERY = 0.05  # cache, rows, json of a query (retriever.py)
+LOOP_MS_PER_REQUEST = 0.35  # what one query a request costs beyond 512 queries a request (retrieval.py)
+RENDER_MS_PER_QUERY = 0.05  # cache, rows, json of a query (retrieval.py)
 RESCORE_MS_PER_QUERY = 0.012  # 16 mapped rows of 768 float32 (index_types.py, the part beyond the product)
 START_CPU_S = 6.2  # libraries, encoder, checks of a million passages (index_start.py)
 PRIVATE_GB, PRIVATE_GB_PER_MILLION = 0.42, 0.009  # without and per million passages (index_start.py)
