@@ -1,12 +1,13 @@
 """Records what runs of the tiny world compute, and compares two recordings: a refactoring must change nothing.
 
-    python tests/baselines.py world   --world DIR                          # the inputs, made once, by the older code
-    python tests/baselines.py record  --world DIR --out A [--only NAME,..]  # `NAME.json` per run; goes on where it stopped
-    python tests/baselines.py compare A B [--only NAME,..]                  # exit status 1 where they differ
+    python tests/baselines.py world --world DIR                            # the inputs: once, by the code before
+    python tests/baselines.py record --world DIR --out A [--only NAME,..]  # goes on where it was stopped
+    python tests/baselines.py compare A B [--only NAME,..]                 # exit status 1 where they differ
 
-The code under test is the one that `python -m dgpo` finds: record with PYTHONPATH set to its checkout, and from there.
-Only commands, configuration keys and files of run folders are used. One episode and one search at a time, because sums
-over batches whose make-up depends on timing differ in their last digits.
+Records the code that `python -m dgpo` finds: call it in the root of a checkout, with PYTHONPATH set to that. Only
+commands, configuration keys and files of run folders are used, so that a recording does not depend on where code lives.
+One episode and one search at a time, because sums over batches whose make-up depends on timing differ in their last
+digits. `A/NAME.json` holds the SHA-256 of every weight and of every file of episodes, and every metric of every step.
 """
 
 from __future__ import annotations
@@ -22,53 +23,59 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-REPEATABLE = ["train.generation_concurrency=1", "hardware.engine.concurrency=1", "retriever.max_queries_per_request=1"]
+import pyarrow.parquet as parquet
+import torch
+from safetensors.torch import load_file
+
+COMMON = [
+    *("world=tiny", "hardware=cpu", "run_dir={out}/{unit}", "retriever.url={url}"),
+    *("train.generation_concurrency=1", "hardware.engine.concurrency=1", "retriever.max_queries_per_request=1"),
+    *("student.path={models}/student_untrained", "teacher.path={models}/teacher", "train.init={models}/student"),
+    *("data.collect_file={data}/collect.parquet", "data.train_file={data}/train.parquet"),
+]
 STEPS = [
     *("train.num_steps=6", "train.batch_size=16", "train.mini_batch_size=8", "train.save_every=3"),
     *("train.log_episodes_every=1", "train.num_logged_episodes=16"),
 ]
 FEWER_QUESTIONS = ["train.batch_size=4", "train.mini_batch_size=2", "train.samples_per_question=4"]
+VALIDATED = ["data.validation_file={data}/validation_32.parquet", "train.validate_every=3"]
+TESTED = ["data.test_files.real={data}/test.parquet", "test.max_questions=100"]
 UNITS: dict[str, tuple[str, list[str]]] = {  # name -> (command, overrides)
     "collect": ("collect", ["collect.max_questions=64"]),
     "distill": ("distill", ["distill.episodes={out}/collect/collect"]),
     "ppo-reward": ("train", [*STEPS, "train.teacher_term.form=reward", "train.init_kl_coef=0.001"]),
     "ppo-token": ("train", [*STEPS, "train.teacher_term.form=token", "train.reuse_log_probs_within=0.001"]),
-    "ppo-exact": (
-        "train",
-        [*STEPS, "train.teacher_term.form=exact", "data.validation_file={validation}", "train.validate_every=3"],
-    ),
+    "ppo-exact": ("train", [*STEPS, "train.teacher_term.form=exact", *VALIDATED]),
     "grpo": ("train", ["experiment=dgpo_grpo", *STEPS, *FEWER_QUESTIONS, "train.teacher_term.form=reward"]),
     "gkd-token": ("train", ["experiment=kd_gkd", *STEPS, "train.teacher_term.form=token"]),
     "gkd-exact": ("train", ["experiment=kd_gkd", *STEPS, "train.teacher_term.form=exact"]),
-    "test": ("test", ["test.models.teacher={teacher}", "test.models.student={student}", "test.max_questions=100"]),
+    "test": ("test", [*TESTED, "test.models.teacher={models}/teacher", "test.models.student={models}/student"]),
 }
-# Of the moment: their names are compared, their values are not.
-TIMED = re.compile(r"^timing|^perf/|/perf/|/mfu|memory|^step_s$|^tokens_per_s$|^train_")
-NUM_VALIDATED = 32
+# Of the moment: recorded as null, so that their names are compared and their values are not.
+TIMED = re.compile(r"^timing|(^|/)perf/|memory|^step_s$|^tokens_per_s$")
 MAX_RELATIVE_DIFFERENCE = 1e-12
 TIMEOUT_S = 900.0
 
 
 def make_world(folder: Path) -> None:
-    """World, indexes and teacher as the quickstart makes them, a student that has begun to search; skips what is there."""
-    import pyarrow.parquet as parquet
-
+    """What the quickstart's commands make, and a student that has begun to search; keeps what is there."""
     world, models = folder / "world", folder / "world" / "models"
     begun = Path(__file__).parent / "engine" / "begun_student.py"
-    for made, arguments in {
+    steps: dict[Path, list[object]] = {
         world / "manifest.json": ["-m", "dgpo.tinyworld", "build", "--out", world],
         folder / "indexes": ["-m", "retriever.build", "--corpus", world / "corpora", "--out", folder / "indexes"],
         models / "teacher" / "manifest.json": ["-m", "dgpo.tinyworld", "teacher", "--out", world],
         models / "student" / "model.safetensors": [begun, world],
-    }.items():
+    }
+    for made, step in steps.items():
         if not made.exists():
-            subprocess.run([sys.executable, *map(str, arguments)], check=True)
+            subprocess.run([sys.executable, *map(str, step)], check=True)
     questions = parquet.read_table(world / "data" / "validation.parquet")
-    parquet.write_table(questions.slice(0, NUM_VALIDATED), folder / "validation.parquet")
+    parquet.write_table(questions.slice(0, 32), world / "data" / "validation_32.parquet")
 
 
 def record(world: Path, out: Path, names: Sequence[str]) -> None:
@@ -77,17 +84,16 @@ def record(world: Path, out: Path, names: Sequence[str]) -> None:
     if not missing:
         return
     out.mkdir(parents=True, exist_ok=True)
-    code = subprocess.run([sys.executable, "-c", "import dgpo; print(dgpo.__file__)"], capture_output=True, text=True)
-    print(f"code under test: {code.stdout.strip()}", flush=True)
+    code = subprocess.check_output([sys.executable, "-c", "import dgpo; print(dgpo.__file__)"], text=True)
+    print(f"code under test: {code.strip()}", flush=True)
     with retrieval_server(world / "indexes", out) as url:
         for name in missing:
             started = time.monotonic()
             shutil.rmtree(out / name, ignore_errors=True)  # of a recording that was stopped
             command = [sys.executable, "-m", "dgpo", *arguments(name, world=world, out=out, url=url)]
             with process(command, out / f"{name}.log") as child:
-                code = child.wait(TIMEOUT_S)
-            if code != 0:
-                raise SystemExit(f"{name}: exit status {code}, see {out / name}.log")
+                if status := child.wait(TIMEOUT_S):
+                    raise SystemExit(f"{name}: exit status {status}, see {out / name}.log")
             temporary = out / f".{name}.tmp"
             temporary.write_text(json.dumps(read_run(out / name / UNITS[name][0]), indent=1, sort_keys=True) + "\n")
             temporary.rename(out / f"{name}.json")
@@ -96,21 +102,9 @@ def record(world: Path, out: Path, names: Sequence[str]) -> None:
 
 def arguments(name: str, *, world: Path, out: Path, url: str) -> list[str]:
     """The command of a unit, with its overrides."""
-    stage, overrides = UNITS[name]
-    data, models = world / "world" / "data", world / "world" / "models"
-    teacher, student, validation = models / "teacher", models / "student", world / "validation.parquet"
-    inputs = [
-        f"student.path={models / 'student_untrained'}",
-        f"teacher.path={teacher}",
-        f"train.init={student}",
-        f"data.collect_file={data / 'collect.parquet'}",
-        f"data.train_file={data / 'train.parquet'}",
-        f"data.test_files.real={data / 'test.parquet'}",
-        f"retriever.url={url}",
-        f"run_dir={out / name}",
-    ]
-    own = [each.format(out=out, teacher=teacher, student=student, validation=validation) for each in overrides]
-    return [stage, "world=tiny", "hardware=cpu", *inputs, *REPEATABLE, *own]
+    command, overrides = UNITS[name]
+    values = {"unit": name, "out": out, "url": url, "data": world / "world/data", "models": world / "world/models"}
+    return [command, *(each.format_map(values) for each in [*COMMON, *overrides])]
 
 
 @contextlib.contextmanager
@@ -145,96 +139,70 @@ def retrieval_server(indexes: Path, out: Path) -> Iterator[str]:
 
 
 def read_run(stage: Path) -> dict[str, Any]:
-    """What a stage's folder says that it computed: checksums of weights and episodes, and metrics per step."""
-    records = read_metrics(stage)
+    """What a stage's folder says that it computed: name -> checksum, or the value of a metric, or null."""
+    episodes = [path for path in sorted(stage.rglob("*.jsonl")) if path.name != "metrics.jsonl"]
     return {
-        "weights": read_weights(stage),
-        "episodes": {
-            str(path.relative_to(stage)): episodes_sha256(path)
-            for path in sorted(stage.rglob("*.jsonl"))
-            if path.name != "metrics.jsonl"
+        **{f"weights/{name}": _tensor_sha256(tensor) for name, tensor in _weights(stage).items()},
+        **{f"episodes/{path.relative_to(stage)}": _episodes_sha256(path) for path in episodes},
+        **{
+            f"metrics/{number}/{name}": None if TIMED.search(name) else value
+            for number, metrics in enumerate(_metrics(stage), start=1)
+            for name, value in metrics.items()
         },
-        "metrics": [{name: value for name, value in each.items() if not TIMED.search(name)} for each in records],
-        "metric_names": sorted(set().union(*records)),
     }
 
 
-def read_metrics(stage: Path) -> list[dict[str, float]]:
-    """Of every step (distill, train), of all models in one record (test), or the counts (collect)."""
+def _metrics(stage: Path) -> list[dict[str, Any]]:
+    """The records of distill and train, one of all models of test, or the counts of collect."""
     if (stage / "metrics.jsonl").exists():
         return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
     if (stage / "results.json").exists():
         models = json.loads((stage / "results.json").read_text())["models"]
-        return [{f"{name}/{key}": value for name, each in models.items() for key, value in each["metrics"].items()}]
+        return [{f"{model}/{name}": value for model in models for name, value in models[model]["metrics"].items()}]
     return [json.loads((stage / "manifest.json").read_text())["counts"]]
 
 
-def read_weights(stage: Path) -> dict[str, str]:
-    """Checksums of the tensors of the stage's model and, where there is one, of the last checkpoint's critic."""
-    import torch
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Any] = {}
-    for path in sorted((stage / "model").glob("*.safetensors")):
+def _weights(stage: Path) -> dict[str, torch.Tensor]:
+    """Of the stage's model and, where there is one, of the last checkpoint's critic."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(stage.glob("model/*.safetensors")):
         tensors |= {f"model/{name}": tensor for name, tensor in load_file(path).items()}
     critics = stage.glob("checkpoints/global_step_*/critic/model_world_size_1_rank_0.pt")
     for path in sorted(critics, key=lambda path: int(path.parts[-3].rpartition("_")[2]))[-1:]:
         state = torch.load(path, map_location="cpu", weights_only=False)
         tensors |= {f"critic/{name}": getattr(tensor, "_local_tensor", tensor) for name, tensor in state.items()}
-    return {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
+    return tensors
 
 
-def tensor_sha256(tensor: Any) -> str:
-    """Of type, shape and bits."""
-    import torch
-
+def _tensor_sha256(tensor: torch.Tensor) -> str:
     bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode() + bits).hexdigest()
 
 
-def episodes_sha256(path: Path) -> str:
-    """Of the file's records in their order, with sorted keys and without how long a search took."""
+def _episodes_sha256(path: Path) -> str:
+    """Of the records in their order, their keys sorted, without how long searches took."""
+    lines = [json.loads(line, object_hook=_timeless) for line in path.read_text(encoding="utf-8").splitlines()]
+    return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
 
-    def timeless(record: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in record.items() if key != "latency_s"}
 
-    lines = [json.loads(line, object_hook=timeless) for line in path.read_text(encoding="utf-8").splitlines()]
-    return hashlib.sha256("\n".join(json.dumps(line, sort_keys=True) for line in lines).encode()).hexdigest()
+def _timeless(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "latency_s"}
 
 
 def compare(a: Path, b: Path, names: Sequence[str]) -> list[str]:
-    """The differences between two recordings, one line each."""
+    """The differences between two recordings, one line each; a unit that one of them lacks is one."""
     differences = []
     for name in names:
-        paths = [folder / f"{name}.json" for folder in (a, b)]
-        absent = [str(path) for path in paths if not path.exists()]
+        absent = [str(path) for folder in (a, b) if not (path := folder / f"{name}.json").exists()]
         if absent:
             differences.append(f"{name}: not recorded: {', '.join(absent)}")
-        else:
-            ours, theirs = (json.loads(path.read_text()) for path in paths)
-            differences += [f"{name}: {each}" for each in compare_runs(ours, theirs)]
+            continue
+        ours, theirs = (json.loads((folder / f"{name}.json").read_text()) for folder in (a, b))
+        for key in sorted(ours.keys() | theirs.keys()):
+            one, other = ours.get(key, "absent"), theirs.get(key, "absent")
+            if not _same(one, other):
+                differences.append(f"{name}: {key}: {one} and {other}")
     return differences
-
-
-def compare_runs(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
-    """The differences between what two runs computed."""
-    for kind in ("weights", "episodes"):
-        yield from _compare_names(kind, a[kind], b[kind])
-        yield from (f"{kind}: {key} differs" for key in a[kind] if key in b[kind] and a[kind][key] != b[kind][key])
-    yield from _compare_names("metric", a["metric_names"], b["metric_names"])
-    if len(a["metrics"]) != len(b["metrics"]):
-        yield f"metrics: {len(a['metrics'])} records and {len(b['metrics'])}"
-    for number, (ours, theirs) in enumerate(zip(a["metrics"], b["metrics"], strict=False), start=1):
-        for name in ours.keys() | theirs.keys():
-            if not _same(ours.get(name), theirs.get(name)):
-                yield f"metrics: record {number}: {name} is {ours.get(name)} and {theirs.get(name)}"
-
-
-def _compare_names(
-    kind: str, a: Sequence[str] | Mapping[str, str], b: Sequence[str] | Mapping[str, str]
-) -> Iterator[str]:
-    for name in sorted(set(a) ^ set(b)):
-        yield f"{kind}: {name} is only in the {'first' if name in a else 'second'}"
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -263,7 +231,8 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the children are ended too
         record(options.world.resolve(), options.out.resolve(), names)
         return 0
-    differences = compare(*options.recordings, names)
+    a, b = options.recordings
+    differences = compare(a, b, names)
     print("\n".join(differences) or f"equal: {', '.join(names)}")
     return 1 if differences else 0
 
