@@ -68,8 +68,8 @@ def play_model(
     path: Path,
     name: str,
     stop: Sequence[str] = STOP_STRINGS,
+    settings: Mapping[str, Any],
     log_probs: bool = False,
-    settings: Mapping[str, Any] | None = None,
 ) -> list[Trajectory]:
     """Starts an engine with `model`, plays every episode that `path`'s partial file lacks, and ends the engine.
 
@@ -77,8 +77,7 @@ def play_model(
 
     Args:
         log_probs: whether the trajectories hold them.
-        settings: what the episodes depend on beside the model, its temperature and the rules of the episode.
-        path, name, stop: of `dgpo.engines.episode_runner.play_episodes`; what it raises is raised here.
+        path, settings, name, stop: of `dgpo.engines.episode_runner.play_episodes`; what it raises is raised here.
     """
 
     place = absolute(model)
@@ -99,7 +98,7 @@ def play_model(
                     tokenizer=tokenizer,
                     config=config,
                     path=path,
-                    settings={"model": model, "temperature": temperature, **(settings or {})},
+                    settings=settings,
                     stop=stop,
                     name=name,
                     concurrency=size * config.hardware.engine.concurrency,

@@ -15,6 +15,7 @@ from dgpo.config.schema import DEFAULT_TEACHER_COEF
 from dgpo.data.rows import DataError, read_rows, row_question
 from dgpo.models.licences import HUB_LICENCES, inherited, licence_of
 from dgpo.runs.artifacts import MANIFEST
+from dgpo.runs.identity import model_identity
 from dgpo.runs.summary import protocol_note, read_results
 
 PAPER = "https://arxiv.org/abs/2508.20324"
@@ -142,15 +143,15 @@ def _facts(stage: str, manifest: Mapping[str, Any], config: Mapping[str, Any], s
 
 
 def _results(run: Path, stage: str) -> str:
-    """Of this very checkpoint, from the run's test stage."""
+    """Of these very weights, from the run's test stage, whatever the folder was called that it tested."""
     try:
         results = read_results(run)
     except FileNotFoundError:
         return "Not evaluated in its run."
-    model = (run / stage / "model").resolve()
-    rows = [each for each in results["models"].values() if Path(each["checkpoint"]).resolve() == model]
+    weights = model_identity(str(run / stage / "model"))
+    rows = [each for each in results["models"].values() if each.get("weights") == weights]
     if not rows:
-        return "Not evaluated in its run."
+        return "These weights were not evaluated in their run."
     (scores, *_) = rows
     lines = ["| test set | questions | exact match | 95% interval | F1 | searches |", "|---|---|---|---|---|---|"]
     sets = {**scores["sets"], "average": {**scores["average"], "num_questions": scores["num_questions"]}}

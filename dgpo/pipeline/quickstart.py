@@ -40,6 +40,7 @@ def quickstart(overrides: Sequence[str] = ()) -> Path:
     if config.dry_run:
         print(f"dry run: {folder} would hold world, indexes, teacher, {', '.join(config.stages)}, test and report")
         return folder
+    folder.mkdir(parents=True)  # of two at the same time, one finds it there
     stages = Stages(folder)
     print(f"run folder: {folder}   (logs: {stages.logs})", flush=True)
     with PeakMemory() as memory:
