@@ -47,17 +47,25 @@ def model_card(run: Path, stage: str, manifest: Mapping[str, Any], *, name: str,
 
 
 def lineage(manifest: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The model that the first of the stages began with, and the teachers of all of them, through their manifests."""
+    """The model that the first of the stages began with, and the teachers of all of them, through their manifests.
+
+    A stage that was made again since, so that its model is no longer the one that was gone on with, is not followed.
+    """
     inputs = manifest["inputs"]
     start = inputs.get("init") or inputs.get("student") or ""
     teacher = teacher_of(manifest)
     teachers = [teacher] if teacher else []
     for folder in (Path(start), Path(start).parent):  # train writes its manifest into the model, distill beside it
         before = _manifest(folder)
-        if before.get("stage") in ("train", "distill"):
+        if before.get("stage") in ("train", "distill") and _is_still(start, manifest):
             student, earlier = lineage(before)
             return student, [*teachers, *(name for name in earlier if name not in teachers)]
     return start, teachers
+
+
+def _is_still(start: str, manifest: Mapping[str, Any]) -> bool:
+    recorded = manifest.get("settings", {}).get("weights at the start")
+    return recorded is None or recorded == model_identity(start)
 
 
 def teacher_of(manifest: Mapping[str, Any]) -> str | None:

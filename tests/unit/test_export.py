@@ -215,6 +215,8 @@ def test_student_and_teachers_are_found_through_the_stages(run):
     config = to_yaml(load_config(["train.teacher_term.gate=none"]))
     inputs = {"init": str(run / "distill" / "model"), "teacher": TEACHER}
     assert lineage({"stage": "train", "inputs": inputs, "config": config}) == (STUDENT, ["my/teacher"])
+    redone = {"stage": "train", "inputs": inputs, "config": config, "settings": {"weights at the start": "f" * 64}}
+    assert lineage(redone) == (inputs["init"], []), "the cold start was made again since"
     assert lineage({"stage": "distill", "inputs": {"student": "s", "teacher": "t"}}) == ("s", ["t"])
 
 
@@ -277,6 +279,18 @@ def test_a_push_that_failed_is_repeated(run, tmp_path, hub, capsys):
     hub.token = "secret"
     assert push(run, tmp_path / "out", hub) == 0
     assert "model.safetensors" in hub.models["me/agent"]
+
+
+def test_a_folder_of_other_weights_than_the_run_has_now_is_not_pushed(run, tmp_path, hub, capsys):
+    export(run, tmp_path / "out")
+    manifest = json.loads((run / "train" / "model" / "manifest.json").read_text())
+    weights = run / "train" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    manifest["sha256"]["model.safetensors"] = file_sha256(weights)
+    (run / "train" / "model" / "manifest.json").write_text(json.dumps(manifest))
+    assert push(run, tmp_path / "out", hub) == 2
+    assert "out was made with other settings (weights was" in capsys.readouterr().err
+    assert "me/agent" not in hub.models
 
 
 def test_a_server_that_is_not_there_is_told(run, tmp_path, hub, capsys):

@@ -59,7 +59,10 @@ def other_weights(path):
     ("change", "named"),
     [
         (lambda c: setattr(c.train, "batch_size", c.train.batch_size // 2), "train.batch_size was"),
-        (lambda c: vars(c.train).update(algorithm="grpo", samples_per_question=4), 'train.algorithm was "ppo", now "grpo"'),
+        (
+            lambda c: vars(c.train).update(algorithm="grpo", samples_per_question=4),
+            'train.algorithm was "ppo", now "grpo"',
+        ),
         (lambda c: setattr(c.train, "actor_learning_rate", 0.5), "train.actor_learning_rate was"),
         (lambda c: setattr(c.train, "clip_ratio", 0.5), "train.clip_ratio was 0.2, now 0.5"),
         (lambda c: setattr(c.train.teacher_term, "gate", "all"), 'train.teacher_term.gate was "failed", now "all"'),
