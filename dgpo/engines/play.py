@@ -15,6 +15,7 @@ from dgpo.config.stages import absolute
 from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
 from dgpo.engines.policy_pool import PolicyPool, num_engines
 from dgpo.engines.vllm_policy import VllmPolicy
+from dgpo.runs.identity import model_identity
 from dgpo.runs.stopping import cancelled_on_request
 
 
@@ -77,7 +78,11 @@ def play_model(
 
     Args:
         log_probs: whether the trajectories hold them.
-        path, settings, name, stop: of `dgpo.engines.episode_runner.play_episodes`; what it raises is raised here.
+        settings: of `dgpo.runs.settings.episode_settings`.
+        path, name, stop: of `dgpo.engines.episode_runner.play_episodes`; what it raises is raised here.
+
+    Raises:
+        ConfigError: the model is no longer the one that the settings name.
     """
 
     place = absolute(model)
@@ -104,4 +109,7 @@ def play_model(
                     concurrency=size * config.hardware.engine.concurrency,
                 )
 
-    return asyncio.run(play())
+    trajectories = asyncio.run(play())
+    if model_identity(model) != settings["weights"]:
+        raise ConfigError(f"{model} was changed while its episodes were played: repeat the command with resume=true")
+    return trajectories

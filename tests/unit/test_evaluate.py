@@ -202,6 +202,24 @@ def test_results_of_anything_else_are_played_again_and_that_is_said(model, tmp_p
     assert model.num_turns == 0, "and only once"
 
 
+def test_weights_that_change_while_they_are_played_give_no_result(model, tmp_path):
+    """A training that goes on writes its model again while the engine starts."""
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    play = model.reply
+
+    def changing(text, seed):
+        swap_weights(config)
+        return play(text, seed)
+
+    model.reply = changing
+    with pytest.raises(ConfigError, match="was changed while its episodes were played"):
+        evaluate(config)
+    assert not (Path(config.run_dir) / "test" / "results.json").exists()
+    config.resume, model.reply, model.num_turns = True, play, 0
+    evaluate(config)
+    assert model.num_turns == 8
+
+
 def test_only_the_model_that_changed_is_played_again(model, tmp_path):
     config = fake_config(tmp_path, {"own": questions()}, SHELF)
     config.test.models["other"] = make_model(tmp_path / "other", weights=b"other")
