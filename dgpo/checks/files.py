@@ -10,10 +10,12 @@ from dgpo.config.schema import Config
 from dgpo.config.stages import collection
 from dgpo.data.rows import DataError, read_rows
 from dgpo.runs.artifacts import RunFolderExistsError
+from dgpo.runs.owner import refuse_if_owned
 
 
 def check_stage_folder(config: Config, stage: str) -> None:
     folder = Path(config.run_dir) / stage
+    refuse_if_owned(folder)
     if not config.resume and folder.is_dir() and any(folder.iterdir()):
         raise RunFolderExistsError(f"{folder} exists: continue it with resume=true, or choose another run_dir")
 

@@ -20,6 +20,7 @@ from rich.table import Table as RichTable
 
 from dgpo.evaluation.curves import RunCurves, read_curves, read_lines, series
 from dgpo.evaluation.scores import Score, average_samples, group_by, mean_of_sets
+from dgpo.evaluation.stale import stale_models
 from dgpo.files import atomic_write_text
 from dgpo.metrics.intervals import paired_bootstrap
 from dgpo.metrics.mcnemar import mcnemar_exact
@@ -193,6 +194,8 @@ def _tests(a: Path, b: Path) -> Table:
         f"Difference: {a.name} minus {b.name}, 95% interval by paired bootstrap over questions. Only {a.name}, only "
         f"{b.name}: questions that one run alone got right; p: McNemar's exact test on them."
     )
+    for folder, result in zip((a, b), results, strict=True):
+        note += "".join(f" {line}." for line in stale_models(folder / "test", result["models"]))
     if left_out:
         note += f" {left_out} episodes have no partner with the same question in the other run and are left out."
     head = ("models", "set", "questions", f"EM {a.name}", f"EM {b.name}", "difference", "95% interval")

@@ -40,6 +40,10 @@ def quickstart(overrides: Sequence[str] = ()) -> Path:
     if config.dry_run:
         print(f"dry run: {folder} would hold world, indexes, teacher, {', '.join(config.stages)}, test and report")
         return folder
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:  # another quickstart was quicker
+        raise FileExistsError(f"{folder} exists: choose another run_dir") from None
     stages = Stages(folder)
     print(f"run folder: {folder}   (logs: {stages.logs})", flush=True)
     with PeakMemory() as memory:

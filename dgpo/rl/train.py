@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dgpo.checks import check_train
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model, with_absolute_paths
+from dgpo.data.rows import read_rows
 from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
@@ -23,8 +26,11 @@ from dgpo.models.model_folders import state_dtype, write_generation_config
 from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
 from dgpo.runs.checkpoints import checkpoint_steps, newest_whole, read_seal, set_aside_later
 from dgpo.runs.faults import forget_failure, told_by_name, write_failure
+from dgpo.runs.identity import file_identity, model_identity, retriever_identity
+from dgpo.runs.owner import owned
 from dgpo.runs.processes import end_processes, mark, mark_processes
 from dgpo.runs.rollback import CHECKPOINT, EVENTS, TRACKER, after_rollbacks, num_rollbacks, roll_back
+from dgpo.runs.settings import fixed_settings, record_or_check
 from dgpo.runs.shared_memory import remove_abandoned_segments
 from dgpo.runs.stopping import filed_on_request
 from dgpo.runs.stops import CollapseError, FaultError, RunStoppedError
@@ -54,7 +60,8 @@ def train(config: Config) -> Path | None:
         The folder of the final Hugging Face checkpoint, or None for a dry run.
 
     Raises:
-        ConfigError: from the checks, before Ray starts.
+        ConfigError: from the checks, before Ray starts; or `resume=true` under other settings.
+        RunFolderExistsError: another command works in the folder.
         TrainingFailedError: the run stopped; it can be resumed from its last checkpoint.
         StoppedOnRequestError: on a signal (`dgpo.runs.stopping`); the step in progress was finished and saved.
     """
@@ -63,10 +70,30 @@ def train(config: Config) -> Path | None:
         print_dry_run(config, "train", _plan(config), notes)
         return None
     folder = Path(config.run_dir) / "train"
+    with owned(folder):
+        return _train(config, folder)
+
+
+def train_settings(config: Config) -> dict[str, Any]:
+    """What a run of RL depends on. Changes of `MAY_CHANGE` apart, it is continued under no others."""
+    alone = config.train.teacher_term.gate == "none"
+    questions = config.data.train_file or ""
+    return {
+        **fixed_settings(config, "episode", "train", "hardware.dtype", "hardware.engine.dtype", "hardware.verl"),
+        "weights at the start": model_identity(initial_model(config, "train")[1]),
+        "weights of the teacher": None if alone else model_identity(config.teacher.path or ""),
+        "data.train_file": file_identity(questions),
+        "retriever": retriever_identity(config.retriever, read_rows(questions)),
+    }
+
+
+def _train(config: Config, folder: Path) -> Path:
+    settings = train_settings(config)
+    prepare_run_folder(folder, resume=config.resume)
+    record_or_check(folder, settings)
     if config.resume and _is_finished(folder / "model", config):
         print(f"train: {folder} is finished already; to repeat it, delete the folder", file=sys.stderr)
         return folder / "model"
-    prepare_run_folder(folder, resume=config.resume)
     (folder / "config.yaml").write_text(to_yaml(config))
     export_environment(config.hardware)
     ray_cluster.use_token(folder)
@@ -75,7 +102,7 @@ def train(config: Config) -> Path | None:
     forget_failure(folder)
     try:
         _run_with_restarts(config, folder)
-        return _export(config, folder)
+        return _export(config, folder, settings)
     except TrainingFailedError as error:
         write_failure(folder, error)
         raise
@@ -174,7 +201,7 @@ def _start(checkpoints: Path, config: Config) -> Path | None:
     return checkpoint
 
 
-def _export(config: Config, folder: Path) -> Path:
+def _export(config: Config, folder: Path, settings: Mapping[str, Any]) -> Path:
     """The last checkpoint as `train/model`: a Hugging Face folder whose generation config carries the stop strings."""
     checkpoints = folder / "checkpoints"
     step = int((checkpoints / TRACKER).read_text())
@@ -193,6 +220,7 @@ def _export(config: Config, folder: Path) -> Path:
         config=to_yaml(config),
         counts={"steps": step, "rollbacks": num_rollbacks(folder)},
         seed=config.seed,
+        settings=settings,
     )
     print(f"checkpoint after step {step}: {target}", file=sys.stderr)
     return target
