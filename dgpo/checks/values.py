@@ -15,9 +15,9 @@ CHOICES = {
     "hardware.platform": ("cuda", "cpu"),
     "hardware.dtype": ("bfloat16", "float32", "float16"),
     "hardware.offload": ("none", "idle", "full"),
-    "train.algorithm": ALGORITHMS,
-    "train.teacher_term.form": TEACHER_FORMS,
-    "train.teacher_term.gate": GATES,
+    "train.algorithm": tuple(ALGORITHMS),
+    "train.teacher_term.form": tuple(TEACHER_FORMS),
+    "train.teacher_term.gate": tuple(GATES),
     "train.stability.action": ("warn", "stop", "rollback"),
     "distill.loss": (
         "kd",
