@@ -46,7 +46,7 @@ def test_every_method_of_verls_trainer_that_the_loop_calls_is_listed():
 def test_each_change_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(contract, "NAMES", {"verl": {"a.py": {"called by us": "kept changed signed gone"}}})
     source = "def kept(x):\n    {kept}\n    return x\n"
-        "def changed(x):\n    return {changed}\ndef signed({signed}):\n    pass\n"
+    source += "def changed(x):\n    return {changed}\ndef signed({signed}):\n    pass\n"
     (tmp_path / "a.py").write_text(
         source.format(kept='"""A docstring."""', changed="x", signed="x") + "def gone(): ..."
     )
