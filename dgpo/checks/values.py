@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from dgpo.config.load import ConfigError
@@ -11,7 +11,7 @@ from dgpo.config.methods import ALGORITHMS, GATES, TEACHER_FORMS
 from dgpo.config.schema import Config
 from dgpo.config.stages import STAGES
 
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {
     "hardware.platform": ("cuda", "cpu"),
     "hardware.dtype": ("bfloat16", "float32", "float16"),
     "hardware.offload": ("none", "idle", "full"),

@@ -12,7 +12,6 @@ from typing import Any
 # Coefficient of the teacher term when `train.teacher_term.coef` is not set. The paper's beta for `reward`; for `token`,
 # beside whitened advantages, and for `exact`, where the KL is averaged over all policy tokens, values that learned in
 # the tiny world.
-DEFAULT_TEACHER_COEF = {"reward": 0.001, "token": 0.3, "exact": 1.0}
 
 
 @dataclass

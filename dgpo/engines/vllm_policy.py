@@ -10,12 +10,12 @@ from typing import Any
 
 from dgpo.agent.episode import Generation
 from dgpo.config.schema import HardwareConfig
-from dgpo.engines.engine_process import run_in_process
 from dgpo.engines.environment import export_environment
+from dgpo.engines.vllm_patches import run_in_process
 
 REAP_TIMEOUT_S = 5.0
-FIXED = "dgpo.engines.fixed_weights.FixedWeights"
-REPLACEABLE = "dgpo.engines.replaceable_weights.ReplaceableWeights"
+FIXED = "dgpo.engines.vllm_patches.FixedWeights"
+REPLACEABLE = "dgpo.engines.vllm_patches.ReplaceableWeights"
 
 
 class EngineStartError(RuntimeError):

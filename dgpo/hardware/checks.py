@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dgpo.config.load import ConfigError
+from dgpo.config.methods import has_exact_teacher
 from dgpo.config.schema import Config
 from dgpo.hardware.known_gpus import KNOWN_GPUS
 
@@ -63,7 +64,7 @@ def _check_ulysses(config: Config) -> None:
     size = config.hardware.ulysses_size
     if not config.hardware.remove_padding:
         raise ConfigError(f"hardware.ulysses_size={size} cuts packed sequences: set hardware.remove_padding=true")
-    if config.train.teacher_term.form == "exact" and config.train.teacher_term.gate != "none":
+    if has_exact_teacher(config):
         raise ConfigError(
             f"hardware.ulysses_size={size} with train.teacher_term.form=exact: each GPU has a part of a sequence's "
             "logits, and the term reads whole episodes; set hardware.ulysses_size=1"

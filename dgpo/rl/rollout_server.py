@@ -18,7 +18,7 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from dgpo.engines.engine_process import bind_engine_cores, run_in_process
+from dgpo.engines.vllm_patches import bind_engine_cores, run_in_process
 
 POLL_S = 0.5
 TAKE_WEIGHTS = "update_weights_from_ipc"  # of veRL's worker extension

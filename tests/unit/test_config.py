@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from dgpo.algorithms.selective_kl import TEACHER_FORMS
 from dgpo.config.load import (
     CONFIG_DIR,
     GROUPS,
@@ -12,7 +13,7 @@ from dgpo.config.load import (
     load_config,
     to_yaml,
 )
-from dgpo.config.schema import DEFAULT_TEACHER_COEF
+from dgpo.config.methods import teacher_coef
 
 PRESETS = [(group, choice) for group in GROUPS for choice in group_choices(group)]
 LEFT_TO_THE_USER = {"h200x8xN": ["hardware.num_nodes=2"]}
@@ -31,7 +32,7 @@ def test_every_fit_belongs_to_a_world_and_an_experiment():
 @pytest.mark.parametrize(("group", "choice"), PRESETS)
 def test_every_preset_composes(group, choice):
     config = load_config([f"{group}={choice}", *LEFT_TO_THE_USER.get(choice, [])])
-    assert config.train.teacher_term.form in DEFAULT_TEACHER_COEF
+    assert config.train.teacher_term.form in TEACHER_FORMS
 
 
 def test_the_paper_preset_has_the_papers_numbers():
@@ -39,7 +40,7 @@ def test_the_paper_preset_has_the_papers_numbers():
     assert (train.num_steps, train.batch_size, train.mini_batch_size) == (1000, 512, 256)
     assert (train.actor_learning_rate, train.critic_learning_rate) == (1e-6, 1e-5)
     assert (train.teacher_term.form, train.teacher_term.gate) == ("reward", "failed")
-    assert DEFAULT_TEACHER_COEF["reward"] == 0.001
+    assert teacher_coef(train.teacher_term) == 0.001
 
 
 def test_cpu_and_gpu_differ_in_the_hardware_section_only():
