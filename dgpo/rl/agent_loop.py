@@ -36,14 +36,8 @@ class RolloutPolicy:
     async def generate(
         self, token_ids: list[int], *, max_tokens: int, stop: Sequence[str], seed: int | None, request_id: str
     ) -> Generation:
-        params = dict(
-            self.sampling_params,
-            max_tokens=max_tokens,
-            stop=list(stop),
-            include_stop_str_in_output=True,
-            detokenize=True,
-            seed=seed,
-        )
+        # `BoundServer` makes the rest of the turn's sampling parameters, with the engine's tokenizer.
+        params = {**self.sampling_params, "max_tokens": max_tokens, "stop": list(stop), "seed": seed}
         started = time.time()
         output = await self.server.generate(request_id=request_id, prompt_ids=token_ids, sampling_params=params)
         self.spans.append(("generate", started, time.time()))

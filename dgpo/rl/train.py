@@ -24,8 +24,8 @@ from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest, wri
 from dgpo.runs.checkpoints import checkpoint_steps, newest_whole, read_seal, set_aside_later
 from dgpo.runs.faults import forget_failure, told_by_name, write_failure
 from dgpo.runs.processes import end_processes, mark, mark_processes
+from dgpo.runs.remains import remove_remains
 from dgpo.runs.rollback import CHECKPOINT, EVENTS, TRACKER, after_rollbacks, num_rollbacks, roll_back
-from dgpo.runs.shared_memory import remove_abandoned_segments
 from dgpo.runs.stopping import filed_on_request
 from dgpo.runs.stops import CollapseError, FaultError, RunStoppedError
 
@@ -36,7 +36,6 @@ VERL_ENVIRONMENT = {
     for name, value in {
         "NCCL_DEBUG": "WARN",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true",
-        "VLLM_DISABLE_COMPILE_CACHE": "1",  # it has been found corrupt (vllm issue 31199)
         "TRANSFER_QUEUE_ENABLE": "1",
     }.items()
 }
@@ -84,7 +83,7 @@ def train(config: Config) -> Path | None:
 def _clear_remains(folder: Path) -> None:
     """What a run in this folder that has ended, or was killed, left behind on this machine."""
     end_processes(folder, grace_s=EXIT_GRACE_S)
-    remove_abandoned_segments()
+    remove_remains()
 
 
 def _plan(config: Config) -> str:
@@ -148,7 +147,9 @@ def _run_verl(config: Config, folder: Path) -> None:
 
     checkpoint = _start(folder.resolve() / "checkpoints", config)
     try:
-        ray_cluster.connect(config.hardware, token_folder=folder, environment={**VERL_ENVIRONMENT, **mark(folder)})
+        environment = {**VERL_ENVIRONMENT, **_logger_folders(folder.resolve()), **mark(folder)}
+        ray_cluster.connect(config.hardware, token_folder=folder, environment=environment)
+        ray_cluster.claim()
         with told_by_name(folder), filed_on_request(folder):  # after Ray's start, which sets a handler of its own
             # With the driver: where another node is lost, the trainer is there to say so.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
@@ -157,6 +158,12 @@ def _run_verl(config: Config, folder: Path) -> None:
     finally:
         ray.shutdown()
         _clear_remains(folder)
+
+
+def _logger_folders(folder: Path) -> dict[str, str]:
+    """Where veRL's loggers write, unless the shell says otherwise: theirs are shared by runs whose names are equal."""
+    folders = {"TENSORBOARD_DIR": folder / "tensorboard", "WANDB_DIR": folder}
+    return {name: os.environ.get(name, str(place)) for name, place in folders.items()}
 
 
 def _start(checkpoints: Path, config: Config) -> Path | None:

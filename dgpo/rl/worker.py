@@ -33,6 +33,11 @@ class TeacherGuidedWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
+        from verl.workers.rollout.vllm_rollout import vllm_rollout
+
+        from dgpo.rl.weight_sync import TaggedSender
+
+        vllm_rollout.BucketedWeightSender = TaggedSender
         self.ref_worker_cls = self._build_frozen_models
         super().init_model()
         term = self.config.teacher

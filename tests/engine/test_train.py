@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dgpo.engines.environment import DEFAULTS
 from dgpo.rl.train import VERL_ENVIRONMENT
 from tests.conftest import ROOT, TinyWorld, read_metrics, retriever_process, run_command
 from tests.engine.killing import has_step, start_and_kill
@@ -102,9 +103,12 @@ def test_ray_gets_the_variables_that_verl_expects():
     )
     expected = json.loads(run_command("-c", script).stdout.splitlines()[-1])
     others = {"TOKENIZERS_PARALLELISM", "VLLM_LOGGING_LEVEL"}
+    given = {**DEFAULTS, **VERL_ENVIRONMENT}
+    given = {name: value for name, value in given.items() if name not in others}
     assert {
         name: value for name, value in expected.items() if not name.startswith(("HCCL_", "HSA_")) and name not in others
-    } == {name: value for name, value in VERL_ENVIRONMENT.items() if name != "TRANSFER_QUEUE_ENABLE"}
+    } == {name: value for name, value in given.items() if name in expected}
+    assert VERL_ENVIRONMENT.keys() - expected.keys() == {"TRANSFER_QUEUE_ENABLE"}
 
 
 def test_a_retriever_killed_in_mid_run_stops_it_resumably(
