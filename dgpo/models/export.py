@@ -15,8 +15,9 @@ from dgpo.config.model_files import check_model_folder
 from dgpo.config.schema import Config
 from dgpo.files import atomic_write_text
 from dgpo.models.card import model_card
-from dgpo.runs.artifacts import MANIFEST, RunFolderExistsError, read_manifest, write_manifest
+from dgpo.runs.artifacts import MANIFEST, read_manifest, write_manifest
 from dgpo.runs.checkpoints import writing
+from dgpo.runs.replacing import check_target
 
 DTYPES = ("float32", "bfloat16", "float16")
 CARD = "README.md"
@@ -40,11 +41,10 @@ def export(config: Config) -> Path:
     if settings.dtype is not None and settings.dtype not in DTYPES:
         raise ConfigError(f"export.dtype={settings.dtype}: expected one of {', '.join(DTYPES)}, or null to keep it")
     out = Path(settings.out)
-    if out.exists():
-        if not settings.push:
-            raise RunFolderExistsError(f"{out} exists: choose another export.out")
+    if settings.push and out.exists():
         read_manifest(out, stage="export")
     else:
+        check_target(out, key="export.out", stage="export", replace=False)
         _write(config, out)
     if settings.push:
         from dgpo.models.push import push

@@ -21,10 +21,11 @@ from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.models.model_folders import state_dtype, write_generation_config
 from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
-from dgpo.runs.checkpoints import checkpoint_steps, newest_whole, read_seal, set_aside_later
+from dgpo.runs.checkpoints import checkpoint_steps, newest_whole, read_seal, set_aside_later, writing
 from dgpo.runs.faults import forget_failure, told_by_name, write_failure
 from dgpo.runs.processes import end_processes, mark, mark_processes
 from dgpo.runs.remains import remove_remains
+from dgpo.runs.replacing import check_target
 from dgpo.runs.rollback import CHECKPOINT, EVENTS, TRACKER, after_rollbacks, num_rollbacks, roll_back
 from dgpo.runs.stopping import filed_on_request
 from dgpo.runs.stops import CollapseError, FaultError, RunStoppedError
@@ -66,6 +67,7 @@ def train(config: Config) -> Path | None:
         print(f"train: {folder} is finished already; to repeat it, delete the folder", file=sys.stderr)
         return folder / "model"
     prepare_run_folder(folder, resume=config.resume)
+    check_target(folder / "model", key="run_dir", stage="train", replace=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     export_environment(config.hardware)
     ray_cluster.use_token(folder)
@@ -186,20 +188,17 @@ def _export(config: Config, folder: Path) -> Path:
     checkpoints = folder / "checkpoints"
     step = int((checkpoints / TRACKER).read_text())
     target = folder / "model"
-    temporary = folder / "model.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoints / f"{CHECKPOINT}{step}" / "actor" / "huggingface", temporary)
-    state_dtype(temporary)
-    write_generation_config(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    write_manifest(
-        target,
-        stage="train",
-        inputs={"init": initial_model(config, "train")[1], "teacher": config.teacher.path},
-        config=to_yaml(config),
-        counts={"steps": step, "rollbacks": num_rollbacks(folder)},
-        seed=config.seed,
-    )
+    with writing(target) as temporary:
+        shutil.copytree(checkpoints / f"{CHECKPOINT}{step}" / "actor" / "huggingface", temporary, dirs_exist_ok=True)
+        state_dtype(temporary)
+        write_generation_config(temporary)
+        write_manifest(
+            temporary,
+            stage="train",
+            inputs={"init": initial_model(config, "train")[1], "teacher": config.teacher.path},
+            config=to_yaml(config),
+            counts={"steps": step, "rollbacks": num_rollbacks(folder)},
+            seed=config.seed,
+        )
     print(f"checkpoint after step {step}: {target}", file=sys.stderr)
     return target

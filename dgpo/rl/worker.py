@@ -17,6 +17,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from dgpo.rl.exact_loss import ExactTeacherLoss
+from dgpo.rl.frozen import FrozenWorker
 from dgpo.rl.rank_checkpoints import load_rank, own_entries
 from dgpo.rl.updates import num_skipped, set_learning_rate
 from dgpo.runs.checkpoints import FileEntries
@@ -52,13 +53,13 @@ class TeacherGuidedWorker(ActorRolloutRefWorker):
         """Builds the teacher, and returns the model that veRL is to use as its reference policy."""
         term = self.config.teacher
         if term.path is not None:
-            self.teacher = TrainingWorker(
+            self.teacher = FrozenWorker(
                 config=dataclasses.replace(config, model_config=_teacher_model(self.config.model, term))
             )
             if not term.needs_initial_policy:
                 return self.teacher
             self.teacher.reset()
-        return TrainingWorker(config=config)
+        return FrozenWorker(config=config)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="ref"))
     def compute_teacher_log_prob(self, data: Any) -> Any:
