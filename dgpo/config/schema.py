@@ -189,9 +189,7 @@ class HardwareConfig:
     logical_gpus: int | None = None  # GPUs announced to Ray; None: Ray counts them
     object_store_gb: float | None = None  # Ray's shared memory on a node; None: 30% of its memory
     replay_poll_s: float = 0.05  # how often the trainer looks for finished episodes
-    # Exported before any engine is imported. vLLM chooses its model runner by architecture: V2 for Llama, V1 for Qwen2.
-    # One for all, on both platforms the one that the tests run, so that pairs sample by the same code.
-    env: dict[str, str] = field(default_factory=lambda: {"VLLM_USE_V2_MODEL_RUNNER": "0"})
+    env: dict[str, str] = field(default_factory=dict)  # exported before any engine is imported
     verl: dict[str, Any] = field(default_factory=dict)  # raw veRL keys ("a.b.c": value), laid over everything else
     engine: EngineConfig = field(default_factory=EngineConfig)
 

@@ -5,6 +5,7 @@ python -m dgpo compare runs/dgpo runs/ppo [out=comparison.md]
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,7 +108,11 @@ def write_comparison(a: Path, b: Path, out: Path | None = None) -> Path:
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;") for cell in cells) + " |"
+    return (
+        "| "
+        + " | ".join(html.escape(cell, quote=False).replace("|", "\\|").replace("\n", " ") for cell in cells)
+        + " |"
+    )
 
 
 def _configurations(a: Path, b: Path) -> Table:
