@@ -68,8 +68,6 @@ def _quickstart(overrides: Sequence[str]) -> None:
     try:
         with stopped_by_sigterm():
             quickstart(overrides)
-    except FileExistsError as error:
-        raise ConfigError(str(error)) from error
     except StageFailedError as error:
         raise CommandFailedError(str(error)) from error
 

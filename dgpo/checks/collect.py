@@ -17,7 +17,7 @@ def check_collect(config: Config) -> list[str]:
     check_values(config, "hardware", "episode", "collect")
     check_engine(config)
     check_stage_folder(config, "collect")
-    rows = check_rows(config.data.collect_file, key="data.collect_file")
+    rows = check_rows(config.data.collect_file, key="data.collect_file", named=True)
     if check_model(config, config.teacher.path, key="teacher.path", notes=notes):
         check_lengths(config, "teacher.path", config.teacher.path)
     if config.collect.samples_per_question > 1 and config.collect.temperature <= 0:

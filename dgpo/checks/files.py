@@ -8,7 +8,7 @@ from typing import Any
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import collection
-from dgpo.data.rows import DataError, read_rows
+from dgpo.data.rows import DataError, check_ids, read_rows
 from dgpo.runs.artifacts import RunFolderExistsError
 from dgpo.runs.owner import refuse_if_owned
 
@@ -20,11 +20,15 @@ def check_stage_folder(config: Config, stage: str) -> None:
         raise RunFolderExistsError(f"{folder} exists: continue it with resume=true, or choose another run_dir")
 
 
-def check_rows(file: str | None, *, key: str) -> list[dict[str, Any]]:
+def check_rows(file: str | None, *, key: str, named: bool = False) -> list[dict[str, Any]]:
+    """The rows. `named`: each needs an id of its own."""
     if not file:
         raise ConfigError(f"{key} is not set: name a parquet file of questions")
     try:
-        return read_rows(file)
+        rows = read_rows(file)
+        if named:
+            check_ids(rows, file)
+        return rows
     except DataError as error:
         raise ConfigError(f"{key}: {error}") from None
 

@@ -12,7 +12,6 @@ from dgpo.checks.values import check_values, nearest
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.data.benchmarks import BENCHMARKS
-from dgpo.data.rows import row_id
 from dgpo.hardware.checks import check_engine
 
 LOGGERS = ("console", "tensorboard", "wandb")  # of the test
@@ -77,15 +76,7 @@ def _check_test_values(config: Config) -> None:
 def _check_test_set(name: str, file: str) -> list[dict[str, Any]]:
     """The rows, each with an id of its own, and of the benchmark that the set is named after, if it is one."""
     key = f"data.test_files.{name}"
-    rows = check_rows(file, key=key)
-    seen: dict[str, int] = {}
-    for index, row in enumerate(rows):
-        first = seen.setdefault(row_id(row), index)
-        if first != index:
-            raise ConfigError(
-                f"{key}: {file}, rows {first} and {index} have the id {row_id(row)!r}: give each an extra_info.id of "
-                "its own"
-            )
+    rows = check_rows(file, key=key, named=True)
     sources = {row["data_source"] for row in rows}
     if name in BENCHMARKS and sources & set(BENCHMARKS) - {name}:
         raise ConfigError(f"{key}={file}: its rows are of {', '.join(sorted(sources))}: name the set after them")

@@ -8,7 +8,13 @@ import sys
 from dgpo.config.schema import HardwareConfig
 
 # Quiet and private unless the user's shell says otherwise.
-DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+DEFAULTS = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    # One folder for all engines of a user: it has been found corrupt where several start at once (vllm issue 31199).
+    "VLLM_DISABLE_COMPILE_CACHE": "1",
+}
 
 
 def export_environment(hardware: HardwareConfig) -> None:

@@ -18,6 +18,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from dgpo.algorithms.selective_kl import TEACHER_FORMS
 from dgpo.rl.exact_loss import ExactTeacherLoss
+from dgpo.rl.frozen import FrozenWorker
 from dgpo.rl.rank_checkpoints import load_rank, own_entries
 from dgpo.rl.updates import num_skipped, set_learning_rate
 from dgpo.runs.checkpoints import FileEntries
@@ -34,6 +35,11 @@ class TeacherGuidedWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
+        from verl.workers.rollout.vllm_rollout import vllm_rollout
+
+        from dgpo.rl.weight_sync import TaggedSender
+
+        vllm_rollout.BucketedWeightSender = TaggedSender
         self.ref_worker_cls = self._build_frozen_models
         super().init_model()
         term = self.config.teacher
@@ -48,13 +54,13 @@ class TeacherGuidedWorker(ActorRolloutRefWorker):
         """Builds the teacher, and returns the model that veRL is to use as its reference policy."""
         term = self.config.teacher
         if term.path is not None:
-            self.teacher = TrainingWorker(
+            self.teacher = FrozenWorker(
                 config=dataclasses.replace(config, model_config=_teacher_model(self.config.model, term))
             )
             if not term.needs_initial_policy:
                 return self.teacher
             self.teacher.reset()
-        return TrainingWorker(config=config)
+        return FrozenWorker(config=config)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="ref"))
     def compute_teacher_log_prob(self, data: Any) -> Any:

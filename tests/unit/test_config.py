@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dgpo.algorithms.selective_kl import TEACHER_FORMS
 from dgpo.config.load import (
@@ -108,6 +109,15 @@ def test_free_mappings_take_any_key():
     config = load_config(["test.models.mine=runs/a/train/model", "data.test_files.nq=nq.parquet"])
     assert config.test.models == {"mine": "runs/a/train/model"}
     assert config.data.test_files == {"nq": "nq.parquet"}
+
+
+@pytest.mark.parametrize("hardware", group_choices("hardware"))
+def test_the_hardware_says_which_runner_of_vllm_it_uses_and_the_manifest_will(hardware, monkeypatch):
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    config = load_config([f"hardware={hardware}"])
+    assert yaml.safe_load(to_yaml(config))["hardware"]["env"]["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    other = load_config([f"hardware={hardware}", "hardware.env.VLLM_USE_V2_MODEL_RUNNER='1'"])
+    assert other.hardware.env["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 
 
 def test_every_schema_key_is_read_somewhere():
