@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 the run stopped, 2 the command or configuration is wrong, 75 stopped on request
-        (`dgpo.stopping`), 130 interrupted.
+        (`dgpo.runs.stopping`), 130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(overrides):
         print(_help(name, summary))
         return 0
-    from dgpo.artifacts import ManifestError, RunFolderExistsError
     from dgpo.data.rows import DataError
-    from dgpo.stopping import EXIT_STATUS, StoppedOnRequestError, StopRequested
+    from dgpo.runs.artifacts import ManifestError, RunFolderExistsError
+    from dgpo.runs.stopping import EXIT_STATUS, StoppedOnRequestError, StopRequested
 
     try:
         run(overrides)
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _quickstart(overrides: Sequence[str]) -> None:
     from dgpo.pipeline.processes import StageFailedError, stopped_by_sigterm
-    from dgpo.quickstart import quickstart
+    from dgpo.pipeline.quickstart import quickstart
 
     try:
         with stopped_by_sigterm():
@@ -122,7 +122,7 @@ def _distill(overrides: Sequence[str]) -> None:
 
 def _train(overrides: Sequence[str]) -> None:
     from dgpo.rl.train import TrainingFailedError, train
-    from dgpo.stopping import raised_on_request
+    from dgpo.runs.stopping import raised_on_request
 
     try:
         with raised_on_request():
@@ -188,14 +188,14 @@ def _compare(arguments: Sequence[str]) -> None:
 
 
 def _import(arguments: Sequence[str]) -> None:
-    from dgpo.checkpoints.importing import import_checkpoint
+    from dgpo.models.importing import import_checkpoint
 
     import_checkpoint(dict(argument.split("=", 1) if "=" in argument else (argument, "") for argument in arguments))
 
 
 def _export(overrides: Sequence[str]) -> None:
-    from dgpo.export.export import export
-    from dgpo.export.push import PushError
+    from dgpo.models.export import export
+    from dgpo.models.push import PushError
 
     try:
         export(load_config(overrides))
@@ -219,7 +219,7 @@ def _play(stage: Callable[[Config], object], config: Config) -> None:
     from dgpo.engines.bounded_policy import EngineLostError
     from dgpo.engines.episode_runner import ResumeMismatchError, SearchOutageError
     from dgpo.engines.vllm_policy import EngineStartError
-    from dgpo.stopping import raised_on_request
+    from dgpo.runs.stopping import raised_on_request
 
     try:
         with raised_on_request():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dgpo.trajectory import Trajectory
+from dgpo.agent.trajectory import Trajectory
 
 FORMAT_BONUS = 0.1  # well below 1: a wrong answer in good form must never beat a right one
 SEARCH_COST = 0.01  # per search beyond the first
@@ -19,7 +19,7 @@ def reward(trajectory: Trajectory, golds: Sequence[str], scores: Mapping[str, fl
     Args:
         trajectory: the finished episode: its turns, searches, answer and status.
         golds: the accepted answers.
-        scores: what is counted anyway (`dgpo.rl.scoring.episode_scores`): em, f1, num_searches, num_invalid_actions, ..
+        scores: counted anyway (`dgpo.agent.scoring.episode_scores`): em, f1, num_searches, num_invalid_actions, ..
     """
     well_formed = trajectory.answer is not None and scores["num_invalid_actions"] == 0
     return {

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from dgpo.search import SearchRefusedError
+from dgpo.agent.search import SearchRefusedError
 
 K1, B = 1.2, 0.75  # BM25's usual saturation and length normalisation
 
@@ -35,7 +35,7 @@ class JsonlSearch:
     async def search(self, query: str, *, topk: int, corpus: str | None) -> list[dict[str, Any]]:
         """The `topk` best documents, best first. Fewer where fewer share a word with the query.
 
-        A backend that cannot answer raises `dgpo.search.SearchFailedError`: the episode is then left out of the
+        A backend that cannot answer raises `dgpo.agent.search.SearchFailedError`: the episode is then left out of the
         update and counted. Any other error counts too, and is shown when the run stops over it.
         """
         name = corpus if self.path.is_dir() else self.path.stem

@@ -14,7 +14,7 @@ from pathlib import Path
 from dgpo.config.load import group_choices, load_config
 from dgpo.config.methods import ALGORITHMS, GATES, TEACHER_FORMS, support_table
 from dgpo.config.schema import DEFAULT_TEACHER_COEF, Config
-from dgpo.pipeline.paper import EXACT_MATCH, LABELS, MAIN_PAIR, ROWS
+from dgpo.evaluation.paper import EXACT_MATCH, LABELS, MAIN_PAIR, ROWS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
 WHERE = {"dgpo_grpo": "fig. 6", "kd_gkd": "fig. 6", "teacher_ppo": "Search-R1"}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Fault drills: kills processes of real runs, fills a disk, and prints what happened, how long it took, what was lost.
-# Options: python -m dgpo.drills --help
+# Options: python -m tests.drills --help
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-python -m dgpo.drills "$@"
+python -m tests.drills "$@"

@@ -1,11 +1,11 @@
 """A finished collection and two tiny models on disk: what the distillation stage starts from."""
 
-from dgpo.artifacts import write_manifest
+from dgpo.agent.trajectory import Trajectory, write_trajectories
 from dgpo.coldstart.examples import TrainingExample
 from dgpo.config.load import load_config
+from dgpo.runs.artifacts import write_manifest
 from dgpo.tinyworld.models import ModelSize, make_model, save_model
 from dgpo.tinyworld.tokenizer import build_tokenizer
-from dgpo.trajectory import Trajectory, write_trajectories
 
 EXAMPLES = [
     TrainingExample([5, 6, 7], [8, 9, 20, 21, 10, 1], [1, 1, 0, 0, 1, 1]),

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from dgpo.agent.episode import EpisodeLimits, Policy, Search, run_episode
+from dgpo.agent.protocol import SEARCH_R1_PROMPT, build_messages, encode_prompt
+from dgpo.agent.trajectory import Trajectory
 from dgpo.ask.trace import Piece, TagStream
 from dgpo.config.schema import Config
-from dgpo.episode import EpisodeLimits, Policy, Search, run_episode
-from dgpo.protocol import SEARCH_R1_PROMPT, build_messages, encode_prompt
-from dgpo.trajectory import Trajectory
 
 _OPEN, _CLOSE = "<information>", "</information>"
 

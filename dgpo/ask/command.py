@@ -15,19 +15,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dgpo.artifacts import MANIFEST
+from dgpo.agent.plugins import open_search
+from dgpo.agent.search import RetrieverUnavailableError, check_health, read_token
 from dgpo.ask.asker import Asker
 from dgpo.ask.terminal import answer_once, prompt_loop
 from dgpo.ask.web import serve
-from dgpo.config.checks import check_ask
+from dgpo.checks import check_ask
 from dgpo.config.load import ConfigError, chosen, load_config
 from dgpo.config.schema import Config
 from dgpo.engines.play import load_tokenizer, make_policy
-from dgpo.extensions import open_search
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.pipeline import tiny
 from dgpo.pipeline.processes import Stages, retrieval_server
-from dgpo.search import RetrieverUnavailableError, check_health, read_token
+from dgpo.runs.artifacts import MANIFEST
 
 RUNS = Path("runs")
 _OVERRIDE = re.compile(r"[+~]*[\w.]+=")

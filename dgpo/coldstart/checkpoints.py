@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dgpo.artifacts import atomic_write_text
 from dgpo.coldstart.errors import CheckpointMismatchError
+from dgpo.files import atomic_write_text
 
 SETTINGS = "settings.json"
 

@@ -10,16 +10,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dgpo.artifacts import MANIFEST, prepare_run_folder, write_manifest
+from dgpo.agent.trajectory import Trajectory, write_trajectories
+from dgpo.checks import check_collect
 from dgpo.coldstart.filter import keep_correct
-from dgpo.config.checks import check_collect
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.data.rows import read_rows, row_golds
 from dgpo.engines.episode_runner import plan_episodes
 from dgpo.engines.play import load_tokenizer, play_model
 from dgpo.hardware.dry_run import print_dry_run
-from dgpo.trajectory import Trajectory, write_trajectories
+from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, write_manifest
 
 # Not `</answer>`: the teacher's own end token then follows its answer, and the cold start trains the student to end.
 COLLECT_STOP_STRINGS = ("</search>",)

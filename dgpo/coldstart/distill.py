@@ -13,15 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dgpo.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
+from dgpo.agent.trajectory import read_trajectories
+from dgpo.checks import check_distill
 from dgpo.coldstart.ranks import run_on_ranks
-from dgpo.config.checks import check_distill
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.config.stages import collection, initial_model
 from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
-from dgpo.trajectory import read_trajectories
+from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
 
 LOSSES_WITHOUT_TEACHER = ("seqkd",)
 

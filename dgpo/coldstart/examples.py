@@ -10,8 +10,8 @@ from math import ceil
 import torch
 from torch.utils.data import Sampler
 
-from dgpo.seeds import derive_seed
-from dgpo.trajectory import Trajectory
+from dgpo.agent.seeds import derive_seed
+from dgpo.agent.trajectory import Trajectory
 
 IGNORE = -100  # the label of a token that is not trained (Hugging Face's convention)
 # Batches whose examples are sorted by length together: less padding, yet every such group is a random sample.

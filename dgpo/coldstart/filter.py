@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from dgpo.agent.trajectory import Trajectory
 from dgpo.metrics.exact_match import exact_match
-from dgpo.trajectory import Trajectory
 
 
 def keep_correct(

@@ -17,7 +17,7 @@ from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import with_absolute_paths
 from dgpo.engines import ray_cluster
-from dgpo.stopping import filed_on_request
+from dgpo.runs.stopping import filed_on_request
 
 RESOURCES_TIMEOUT_S = 60.0
 START_TIMEOUT_S = 300.0  # of a rank's process, with all that it imports
@@ -28,7 +28,7 @@ def run_on_ranks(work: Callable[..., Any], config: Config, *, folder: Path) -> A
     """`work(config, rank=, num_ranks=)` on every rank; in this process, without Ray, where there is but one.
 
     `run_dir` and the models must be there under the same paths on every node. A request to stop is a file in `folder`
-    (`dgpo.stopping`), which `work` looks for.
+    (`dgpo.runs.stopping`), which `work` looks for.
 
     Args:
         work: a module's own function.

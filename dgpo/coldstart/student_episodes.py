@@ -19,7 +19,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dgpo.artifacts import atomic_write_text
+from dgpo.agent.seeds import derive_seed
+from dgpo.agent.trajectory import Trajectory
 from dgpo.coldstart.errors import CheckpointMismatchError
 from dgpo.coldstart.examples import TrainingExample
 from dgpo.coldstart.replay import AdaptiveSchedule, ReplayBuffer
@@ -27,8 +28,7 @@ from dgpo.config.schema import Config
 from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
 from dgpo.engines.play import make_policy
 from dgpo.engines.vllm_policy import VllmPolicy
-from dgpo.seeds import derive_seed
-from dgpo.trajectory import Trajectory
+from dgpo.files import atomic_write_text
 
 Result = TypeVar("Result")
 

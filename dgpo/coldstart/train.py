@@ -20,15 +20,15 @@ from transformers import (
 )
 
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES
-from dgpo.checkpoints.folders import newest_whole, set_aside_later
-from dgpo.checkpoints.model_folders import write_generation_config
 from dgpo.coldstart.checkpoints import check_settings
 from dgpo.coldstart.examples import TrainingExample, num_micro_batches, split_held_out
 from dgpo.coldstart.metrics import MetricsFile
 from dgpo.coldstart.student_episodes import StudentEpisodes
 from dgpo.coldstart.trainer import DistillationTrainer
 from dgpo.config.schema import DistillConfig, HardwareConfig
-from dgpo.stopping import StoppedOnRequestError
+from dgpo.models.model_folders import write_generation_config
+from dgpo.runs.checkpoints import newest_whole, set_aside_later
+from dgpo.runs.stopping import StoppedOnRequestError
 
 MIN_LEARNING_RATE_SHARE = 0.05
 CHECKPOINT = "checkpoint-"  # Hugging Face's name of one, before the step
@@ -73,7 +73,7 @@ def train_on_examples(
         ValueError: unknown loss, missing teacher, or no examples.
         CheckpointMismatchError: resuming under other settings.
         DivergedError: the loss or its gradient is not finite.
-        StoppedOnRequestError: a signal asked for that (`dgpo.stopping`); the step in progress was finished and saved.
+        StoppedOnRequestError: on a signal (`dgpo.runs.stopping`); the step in progress was finished and saved.
     """
     _check(settings, teacher, examples)
     training, held_out = split_held_out(examples, share=settings.held_out_share, seed=seed)

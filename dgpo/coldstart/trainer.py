@@ -23,14 +23,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES, LossSettings, TokenLoss
 from dgpo.algorithms.fused_linear import fused_linear_loss
 from dgpo.algorithms.taid import TaidSchedule, TaidState, initial_state, update_state
-from dgpo.artifacts import atomic_write_text
-from dgpo.checkpoints.folders import seal
 from dgpo.coldstart.errors import DivergedError
 from dgpo.coldstart.examples import IGNORE, StepBatches, TrainingExample, collate
 from dgpo.coldstart.metrics import StepClock
 from dgpo.coldstart.student_episodes import StudentEpisodes
 from dgpo.config.schema import DistillConfig
-from dgpo.stopping import stop_requested
+from dgpo.files import atomic_write_text
+from dgpo.runs.checkpoints import seal
+from dgpo.runs.stopping import stop_requested
 
 STATE = "distill.json"
 NO_SETTINGS = LossSettings(kl_ratio=0.0, skew=0.0, jsd_beta=0.0, taid_t=0.0)  # the cross-entropy reads none

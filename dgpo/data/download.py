@@ -20,10 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dgpo.artifacts import atomic_write_text
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config, HubFilesConfig
 from dgpo.data.hub import DownloadError, HubFile, HubRevision, check, fetch, look_up, verified_sha256
+from dgpo.files import atomic_write_text
 
 ITEMS = ("corpus", "index", "train", "benchmarks")
 MANIFEST = "download.json"

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dgpo.artifacts import RunFolderExistsError, write_manifest
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.data.benchmarks import check_names, load_benchmark
@@ -26,6 +25,7 @@ from dgpo.data.natural_questions import join_long_answers
 from dgpo.data.questions import Question, question_rows, read_questions
 from dgpo.data.rows import DataError, row_question, write_rows
 from dgpo.metrics.exact_match import normalize_answer
+from dgpo.runs.artifacts import RunFolderExistsError, write_manifest
 
 Rows = list[dict[str, Any]]
 

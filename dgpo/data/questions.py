@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dgpo.agent.protocol import build_messages, normalize_question
 from dgpo.data.lines import BadLines, read_objects
-from dgpo.protocol import build_messages, normalize_question
 
 ANSWER_FIELDS = ("golden_answers", "answers", "answer")
 SPLITS = ("train", "test")

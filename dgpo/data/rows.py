@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dgpo.artifacts import atomic_path
+from dgpo.files import atomic_path
 
 
 class DataError(ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from dgpo.episode import Generation, Policy
+from dgpo.agent.episode import Generation, Policy
 
 # Of vLLM and Ray, alone or as the cause of another one; neither has to be imported to know them.
 ENGINE_ERRORS = ("EngineDeadError", "ActorDiedError", "ActorUnavailableError", "RayActorError")

@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dgpo.artifacts import atomic_write_text
+from dgpo.agent.episode import EpisodeLimits, Policy, Search, run_episode
+from dgpo.agent.plugins import open_search
+from dgpo.agent.protocol import STOP_STRINGS, encode_prompt
+from dgpo.agent.seeds import derive_seed
+from dgpo.agent.trajectory import Trajectory, write_trajectories
 from dgpo.config.schema import Config
 from dgpo.data.rows import DataError, row_id
 from dgpo.engines.bounded_policy import BoundedPolicy
-from dgpo.episode import EpisodeLimits, Policy, Search, run_episode
-from dgpo.extensions import open_search
-from dgpo.protocol import STOP_STRINGS, encode_prompt
-from dgpo.seeds import derive_seed
-from dgpo.trajectory import Trajectory, write_trajectories
+from dgpo.files import atomic_write_text
 
 # Failures are judged against at least this many episodes, so that one early failure among many does not stop a run.
 MIN_EPISODES_FOR_SHARE = 50
@@ -46,7 +46,7 @@ class PlannedEpisode:
         prompt_ids: [P].
         question_id: the same for all samples of a question.
         sample: its number among them.
-        given, forced: how the response begins before the policy writes (`dgpo.episode.run_episode`).
+        given, forced: how the response begins before the policy writes (`dgpo.agent.episode.run_episode`).
         labels: what its score carries, such as the set.
     """
 

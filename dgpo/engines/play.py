@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dgpo.agent.protocol import STOP_STRINGS
+from dgpo.agent.trajectory import Trajectory
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import absolute
 from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
 from dgpo.engines.policy_pool import PolicyPool, num_engines
 from dgpo.engines.vllm_policy import VllmPolicy
-from dgpo.protocol import STOP_STRINGS
-from dgpo.stopping import cancelled_on_request
-from dgpo.trajectory import Trajectory
+from dgpo.runs.stopping import cancelled_on_request
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:

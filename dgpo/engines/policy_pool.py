@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
+from dgpo.agent.episode import Generation
 from dgpo.config.schema import HardwareConfig
 from dgpo.engines import ray_cluster
 from dgpo.engines.vllm_policy import EngineStartError, VllmPolicy
-from dgpo.episode import Generation
 
 START_TIMEOUT_S = 3600.0  # of all engines; of waiting for the cluster's GPUs too
 STOP_TIMEOUT_S = 60.0

@@ -8,10 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dgpo.agent.episode import Generation
 from dgpo.config.schema import HardwareConfig
 from dgpo.engines.engine_process import run_in_process
 from dgpo.engines.environment import export_environment
-from dgpo.episode import Generation
 
 REAP_TIMEOUT_S = 5.0
 FIXED = "dgpo.engines.fixed_weights.FixedWeights"

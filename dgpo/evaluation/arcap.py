@@ -19,26 +19,27 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from dgpo.artifacts import atomic_write_text, prepare_run_folder
-from dgpo.config.checks import check_test
+from dgpo.agent.episode import Tokenizer, cut_passage
+from dgpo.agent.protocol import render_observation, render_passages
+from dgpo.agent.trajectory import Trajectory
+from dgpo.checks import check_test
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.data.rows import DataError, row_gold_passages, row_golds, row_question
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
-from dgpo.episode import Tokenizer, cut_passage
 from dgpo.evaluation import upstream
 from dgpo.evaluation.arcap_chart import DIMENSIONS
+from dgpo.evaluation.paper import paper_arcap
 from dgpo.evaluation.report import find_pair
 from dgpo.evaluation.scores import Score, average_samples, group_by
 from dgpo.evaluation.stage import load_tokenizers, measure_model, read_test_sets, sampling_temperature
-from dgpo.evaluation.summary import table_console
+from dgpo.files import atomic_write_text
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.metrics.exact_match import exact_match
 from dgpo.metrics.hits import answer_in_passages
 from dgpo.metrics.intervals import bootstrap_ci
-from dgpo.pipeline.paper import paper_arcap
-from dgpo.protocol import render_observation, render_passages
-from dgpo.trajectory import Trajectory
+from dgpo.runs.artifacts import prepare_run_folder
+from dgpo.runs.summary import table_console
 
 FORCED_ANSWER = "<answer>"
 # Dimension -> (how its episodes are played, field of an episode's score that it averages).

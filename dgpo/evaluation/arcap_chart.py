@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.evaluation.charts import radar_chart
-from dgpo.pipeline.paper import paper_arcap
+from dgpo.evaluation.paper import paper_arcap
 
 ARCAP_FILE = "arcap/arcap.json"
 # Dimension -> its metric, and the label of its axes.

@@ -18,12 +18,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from dgpo.artifacts import MANIFEST, atomic_write_text
 from dgpo.evaluation.curves import RunCurves, read_curves, read_lines, series
 from dgpo.evaluation.scores import Score, average_samples, group_by, mean_of_sets
-from dgpo.evaluation.summary import read_results, table_console
+from dgpo.files import atomic_write_text
 from dgpo.metrics.intervals import paired_bootstrap
 from dgpo.metrics.mcnemar import mcnemar_exact
+from dgpo.runs.artifacts import MANIFEST
+from dgpo.runs.summary import read_results, table_console
 
 STAGES = ("collect", "distill", "train", "test")
 IGNORED_KEYS = ("run_dir", "resume", "dry_run")  # where and how a stage was started, not what it did

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dgpo.artifacts import atomic_write_text, prepare_run_folder
-from dgpo.config.checks import check_test
+from dgpo.agent.trajectory import Trajectory
+from dgpo.checks import check_test
 from dgpo.config.schema import Config
 from dgpo.data.rows import row_golds, row_question
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
@@ -22,9 +22,10 @@ from dgpo.evaluation.loggers import log_metrics
 from dgpo.evaluation.records import write_records
 from dgpo.evaluation.scores import Score, compare, release_metrics, score_episode, summarize_model
 from dgpo.evaluation.stage import Played, load_tokenizers, measure_model, read_test_sets, sampling_temperature
-from dgpo.evaluation.summary import print_results, update_summary
+from dgpo.files import atomic_write_text
 from dgpo.hardware.dry_run import print_dry_run
-from dgpo.trajectory import Trajectory
+from dgpo.runs.artifacts import prepare_run_folder
+from dgpo.runs.summary import print_results, update_summary
 
 # Questions per set whose episodes are also kept as text, the same ones for every model, for the report.
 NUM_TRANSCRIPTS = 200

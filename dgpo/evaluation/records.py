@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgpo.artifacts import MANIFEST, atomic_write_text, read_manifest
+from dgpo.files import atomic_write_text
+from dgpo.runs.artifacts import MANIFEST, read_manifest
 
 
 def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from dgpo.artifacts import MANIFEST, atomic_write_text
 from dgpo.config.load import CONFIG_DIR, ConfigError, group_choices
 from dgpo.evaluation.arcap_chart import arcap_section, read_arcap
 from dgpo.evaluation.browser import MAX_INLINE_BYTES
@@ -23,7 +22,9 @@ from dgpo.evaluation.browser_section import browser_section
 from dgpo.evaluation.charts import stage_bars
 from dgpo.evaluation.curves import curves_section, read_curves
 from dgpo.evaluation.results_section import model_of_interest, results_section
-from dgpo.evaluation.summary import read_results
+from dgpo.files import atomic_write_text
+from dgpo.runs.artifacts import MANIFEST
+from dgpo.runs.summary import read_results
 
 PAGE = Path(__file__).parent / "page"
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from dgpo.evaluation.charts import interval_bar
-from dgpo.pipeline.paper import SETS, paper_value
+from dgpo.evaluation.paper import SETS, paper_value
 
 SLICE_TITLES = {"kind": "question kind", "country_split": "countries", "held_out_paraphrase": "held-out wording"}
 YES_NO = {"True": "yes", "False": "no"}

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from dgpo.agent.scoring import episode_scores
+from dgpo.agent.trajectory import Trajectory
 from dgpo.data.rows import row_golds, row_question
 from dgpo.evaluation.upstream import extract_answer
 from dgpo.metrics.exact_match import exact_match, sub_exact_match
 from dgpo.metrics.hits import answer_in_passages
 from dgpo.metrics.intervals import bootstrap_ci, paired_bootstrap
-from dgpo.rl.scoring import episode_scores
-from dgpo.trajectory import Trajectory
 
 # Properties of a question by which results are also shown apart, where the data has them.
 SLICE_FIELDS = ("hops", "kind", "country_split", "held_out_paraphrase")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dgpo.artifacts import write_manifest
+from dgpo.agent.trajectory import Trajectory
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.data.rows import read_rows
@@ -15,7 +15,7 @@ from dgpo.engines.play import load_tokenizer, play_model
 from dgpo.evaluation import upstream
 from dgpo.evaluation.records import finished_records, write_records
 from dgpo.evaluation.scores import Score
-from dgpo.trajectory import Trajectory
+from dgpo.runs.artifacts import write_manifest
 
 Played = list[tuple[PlannedEpisode, Trajectory]]
 

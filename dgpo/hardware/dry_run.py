@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from dgpo.config.checks.hardware import check_engine, check_heads, check_training
 from dgpo.config.load import ConfigError, changed_settings
 from dgpo.config.schema import Config
 from dgpo.hardware.budget import Models, find_gpu, is_on_this_node
+from dgpo.hardware.checks import check_engine, check_heads, check_training
 from dgpo.hardware.fit import explain, nearest_fit
 from dgpo.hardware.gpu_hours import paper_gpu_hours
 from dgpo.hardware.known_gpus import GIB

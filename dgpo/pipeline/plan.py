@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dgpo.artifacts import MANIFEST
 from dgpo.config.load import load_config
 from dgpo.config.schema import Config
 from dgpo.config.stages import stage_model
-from dgpo.pipeline.paper import ROWS, TEACHERLESS
+from dgpo.evaluation.paper import ROWS, TEACHERLESS
+from dgpo.runs.artifacts import MANIFEST
 
 # The folder that shows a stage to be complete, below its run folder.
 RESULTS = {"collect": "collect", "distill": "distill", "train": "train/model", "test": "test"}

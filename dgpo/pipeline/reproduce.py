@@ -15,16 +15,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dgpo.artifacts import atomic_write_text, package_versions
 from dgpo.config.load import ConfigError, chosen, group_choices, load_config
 from dgpo.config.schema import Config
+from dgpo.evaluation.paper import LABELS, MAIN_PAIR, TABLES, paper_value
 from dgpo.evaluation.records import read_records
 from dgpo.evaluation.scores import Score, compare
+from dgpo.files import atomic_write_text
 from dgpo.hardware.gpu_hours import gpu_hours_range
 from dgpo.pipeline import tiny
-from dgpo.pipeline.paper import LABELS, MAIN_PAIR, TABLES, paper_value
 from dgpo.pipeline.plan import Plan, plan_table
 from dgpo.pipeline.processes import Stages, python_module
+from dgpo.runs.artifacts import package_versions
 
 BASELINE = {"main": "kd", "ablation": "dgpo", "pairs": "kd"}  # the row that the paired differences are against
 SETTINGS = "reproduce.json"

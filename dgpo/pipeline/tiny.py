@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from dgpo.artifacts import MANIFEST
 from dgpo.pipeline.processes import Stages, python_module, retrieval_server
+from dgpo.runs.artifacts import MANIFEST
 
 OVERRIDES = ("world=tiny", "hardware=cpu")
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
+from dgpo.agent.episode import EpisodeLimits, Generation, run_episode
+from dgpo.agent.plugins import load_reward, make_search
+from dgpo.agent.protocol import encode_prompt
+from dgpo.agent.scoring import episode_reward, episode_scores
+from dgpo.agent.seeds import derive_seed
+from dgpo.agent.trajectory import Trajectory
 from dgpo.config.schema import RetrieverConfig
-from dgpo.episode import EpisodeLimits, Generation, run_episode
-from dgpo.extensions import load_reward, make_search
-from dgpo.protocol import encode_prompt
-from dgpo.rl.scoring import episode_reward, episode_scores
 from dgpo.rl.timeline import TimedSearch
-from dgpo.seeds import derive_seed
-from dgpo.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 

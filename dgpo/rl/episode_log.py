@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from dgpo.artifacts import atomic_write_text
+from dgpo.agent.protocol import parse_action
 from dgpo.data.rows import row_question
-from dgpo.protocol import parse_action
+from dgpo.files import atomic_write_text
 
 FOLDER = "episodes"
 # What the records are made of, as the batch names it.
@@ -59,7 +59,7 @@ class EpisodeLog:
 
         Args:
             keys: of the batch's episodes.
-            scores: of each episode, from `dgpo.rl.scoring`.
+            scores: of each episode, from `dgpo.agent.scoring`.
             teacher_log_probs: key -> [T] of the episodes that the teacher scored.
             fetch: keys -> the fields of `FIELDS`, one row per key: nested tensors, and lists of plain values.
         """

@@ -19,7 +19,7 @@ def episode_metrics(scores: Sequence[dict[str, float]], *, max_response_tokens: 
     """Of the step's episodes, under `episode/`: means of every score, and the shares that tell of a collapse.
 
     Args:
-        scores: of each episode, from `dgpo.rl.scoring`. A name that an episode lacks counts as 0 in it.
+        scores: of each episode, from `dgpo.agent.scoring`. A name that an episode lacks counts as 0 in it.
         max_response_tokens: the limit of which `response_fill` is the mean share that the responses fill.
     """
     names = sorted(set().union(*scores))

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dgpo.artifacts import MANIFEST
-from dgpo.checkpoints.folders import FileEntries, file_entries
-from dgpo.checkpoints.shards import ShardError, load_shards, saved_world_sizes, shard_paths, whole_tensor
+from dgpo.models.shards import ShardError, load_shards, saved_world_sizes, shard_paths, whole_tensor
+from dgpo.runs.artifacts import MANIFEST
+from dgpo.runs.checkpoints import FileEntries, file_entries
 
 _RANK = re.compile(r"_rank_(\d+)\.pt$")
 

@@ -32,7 +32,7 @@ class TaskRunner:
         store = threading.Thread(target=_start_episode_store, args=(verl.transfer_queue,), name="episode store")
         store.start()
         import dgpo.rl.rollout_server  # noqa: F401  registers the server
-        from dgpo.rl.watchdog import Watchdog, run_watched
+        from dgpo.runs.watchdog import Watchdog, run_watched
 
         trainer = self.register_trainer()
         gc.freeze()

@@ -12,22 +12,22 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from dgpo.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
-from dgpo.checkpoints.folders import checkpoint_steps, newest_whole, read_seal, set_aside_later
-from dgpo.checkpoints.model_folders import state_dtype, write_generation_config
-from dgpo.config.checks import check_train
+from dgpo.checks import check_train
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model, with_absolute_paths
 from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
-from dgpo.platforms.run_processes import end_processes, mark, mark_processes
-from dgpo.platforms.shared_memory import remove_abandoned_segments
-from dgpo.rl.faults import forget_failure, told_by_name, write_failure
-from dgpo.rl.rollback import CHECKPOINT, EVENTS, TRACKER, after_rollbacks, num_rollbacks, roll_back
-from dgpo.rl.stops import CollapseError, FaultError, RunStoppedError
-from dgpo.stopping import filed_on_request
+from dgpo.models.model_folders import state_dtype, write_generation_config
+from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
+from dgpo.runs.checkpoints import checkpoint_steps, newest_whole, read_seal, set_aside_later
+from dgpo.runs.faults import forget_failure, told_by_name, write_failure
+from dgpo.runs.processes import end_processes, mark, mark_processes
+from dgpo.runs.rollback import CHECKPOINT, EVENTS, TRACKER, after_rollbacks, num_rollbacks, roll_back
+from dgpo.runs.shared_memory import remove_abandoned_segments
+from dgpo.runs.stopping import filed_on_request
+from dgpo.runs.stops import CollapseError, FaultError, RunStoppedError
 
 # What veRL's workers expect of Ray's start (`verl.trainer.constants_ppo`, which takes seconds to import). A variable of
 # the shell wins.
@@ -56,7 +56,7 @@ def train(config: Config) -> Path | None:
     Raises:
         ConfigError: from the checks, before Ray starts.
         TrainingFailedError: the run stopped; it can be resumed from its last checkpoint.
-        StoppedOnRequestError: a signal asked for that (`dgpo.stopping`); the step in progress was finished and saved.
+        StoppedOnRequestError: on a signal (`dgpo.runs.stopping`); the step in progress was finished and saved.
     """
     notes = check_train(config)
     if config.dry_run:

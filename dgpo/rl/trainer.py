@@ -25,22 +25,22 @@ from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from dgpo.algorithms.advantages import group_relative_advantages
 from dgpo.algorithms.selective_kl import compute_gate, selective_kl_advantages, selective_kl_rewards
-from dgpo.artifacts import MANIFEST
-from dgpo.checkpoints.folders import FileEntries
 from dgpo.config.schema import StabilityConfig
-from dgpo.rl.alarms import report_alarms
 from dgpo.rl.episode_log import FIELDS as LOGGED_FIELDS
 from dgpo.rl.episode_log import EpisodeLog
-from dgpo.rl.guards import FROM_TRAINED_WEIGHTS, SOURCES, check_finite
 from dgpo.rl.metrics import choose_monitored, episode_metrics, log_prob_disagreement, sampled_kl, teacher_kl_metrics
-from dgpo.rl.rollback import CHECKPOINT, keep_last_good
-from dgpo.rl.run_state import append_record, begin_from, prune, save_whole
-from dgpo.rl.stability import Alarm, CollapseDetector, choose_response
-from dgpo.rl.stops import CollapseError, NonFiniteError, RunStoppedError
 from dgpo.rl.timed_trainer import TimedTrainer
 from dgpo.rl.verl_config import TRAINER_NAME
 from dgpo.rl.worker import SeededTrainingWorker, TeacherGuidedWorker
-from dgpo.stopping import StoppedOnRequestError, stop_requested
+from dgpo.runs.alarms import report_alarms
+from dgpo.runs.artifacts import MANIFEST
+from dgpo.runs.checkpoints import FileEntries
+from dgpo.runs.guards import FROM_TRAINED_WEIGHTS, SOURCES, check_finite
+from dgpo.runs.rollback import CHECKPOINT, keep_last_good
+from dgpo.runs.run_state import append_record, begin_from, prune, save_whole
+from dgpo.runs.stability import Alarm, CollapseDetector, choose_response
+from dgpo.runs.stopping import StoppedOnRequestError, stop_requested
+from dgpo.runs.stops import CollapseError, NonFiniteError, RunStoppedError
 
 VALIDATION_SCORE = "validation/em"
 NUM_CHECKED = 16  # episodes of a step whose log-probs are computed before the rollout's are trusted for the others

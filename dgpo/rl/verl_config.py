@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dgpo.config.schema import DEFAULT_TEACHER_COEF, Config, PhaseLimitsConfig
 from dgpo.config.stages import initial_model
-from dgpo.rl.rollback import num_rollbacks, num_to_keep
+from dgpo.runs.rollback import num_rollbacks, num_to_keep
 
 TRAINER_NAME = "dgpo"
 AGENT_NAME = "search_agent"
@@ -247,7 +247,7 @@ def _trainer(config: Config, folder: Path, checkpoint: Path | None) -> dict[str,
         "trainer.test_freq": train.validate_every if config.data.validation_file else -1,
         "trainer.val_before_train": False,
         "trainer.default_local_dir": str((folder / "checkpoints").resolve()),
-        # dgpo.rl.run_state deletes what need not be kept.
+        # dgpo.runs.run_state deletes what need not be kept.
         "trainer.max_actor_ckpt_to_keep": None,
         "trainer.max_critic_ckpt_to_keep": None,
         "trainer.resume_mode": "resume_path" if checkpoint else "disable",

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from dgpo.rl.watchdog import Watchdog
+from dgpo.runs.watchdog import Watchdog
 
 
 class WatchedTrainer(PPOTrainerSync):

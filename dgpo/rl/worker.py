@@ -16,10 +16,10 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
-from dgpo.checkpoints.folders import FileEntries
 from dgpo.rl.exact_loss import ExactTeacherLoss
 from dgpo.rl.rank_checkpoints import load_rank, own_entries
 from dgpo.rl.updates import num_skipped, set_learning_rate
+from dgpo.runs.checkpoints import FileEntries
 
 
 class TeacherGuidedWorker(ActorRolloutRefWorker):

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dgpo.artifacts import atomic_write_text
 from dgpo.config.load import ConfigError
+from dgpo.files import atomic_write_text
 from dgpo.slurm.options import JobOptions, parse_options
 from dgpo.slurm.render import render, submission
 

@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dgpo.artifacts import atomic_write_text, write_manifest
+from dgpo.agent.protocol import build_messages, normalize_question
 from dgpo.data.rows import write_rows
-from dgpo.protocol import build_messages, normalize_question
+from dgpo.files import atomic_write_text
+from dgpo.runs.artifacts import write_manifest
 from dgpo.tinyworld.models import STUDENT_SIZE, TEACHER_SIZE, make_model, save_model
 from dgpo.tinyworld.oracle import template_texts
 from dgpo.tinyworld.tokenizer import build_tokenizer

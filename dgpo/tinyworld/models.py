@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dgpo.protocol import STOP_STRINGS
+from dgpo.agent.protocol import STOP_STRINGS
 
 ROPE_THETA = 10_000.0
 FINAL_NORM = 2.0

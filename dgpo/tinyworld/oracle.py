@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
+from dgpo.agent.protocol import build_messages, render_observation, render_passages
 from dgpo.coldstart.examples import TrainingExample
-from dgpo.protocol import build_messages, render_observation, render_passages
 from dgpo.tinyworld.tokenizer import TAGS
 from dgpo.tinyworld.world import (
     KIND_SHARES,

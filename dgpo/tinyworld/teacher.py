@@ -9,9 +9,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from dgpo.artifacts import write_manifest
 from dgpo.coldstart.train import train_on_examples
 from dgpo.config.schema import DistillConfig, HardwareConfig
+from dgpo.runs.artifacts import write_manifest
 from dgpo.tinyworld.build import WorldSettings, real_world
 from dgpo.tinyworld.models import TEACHER_SIZE, make_model
 from dgpo.tinyworld.oracle import oracle_examples

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from dgpo.agent.trajectory import Trajectory, read_trajectories
 from dgpo.config.load import load_config
 from dgpo.config.schema import Config
 from dgpo.data.rows import read_rows
@@ -30,7 +31,6 @@ from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes, play_epis
 from dgpo.engines.play import load_tokenizer, make_policy
 from dgpo.engines.vllm_policy import VllmPolicy
 from dgpo.pipeline.processes import Stages, retrieval_server
-from dgpo.trajectory import Trajectory, read_trajectories
 
 WARM_UP_PROMPT, WARM_UP_TOKENS, WARM_UP_REQUESTS = list(range(5, 45)), 8, 64
 

@@ -16,8 +16,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dgpo.episode import EpisodeLimits, Policy
-from dgpo.protocol import INVALID_ACTION_TEXT, parse_action, render_observation, render_passages
+from dgpo.agent.episode import EpisodeLimits, Policy
+from dgpo.agent.protocol import INVALID_ACTION_TEXT, parse_action, render_observation, render_passages
 
 BatchSearch = Callable[[list[str]], Awaitable[list[list[dict[str, Any]]]]]
 """All queries of a turn -> the documents of each."""

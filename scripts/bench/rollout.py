@@ -37,17 +37,17 @@ from evaluation import served
 from lock_step import run_lock_step
 from simulated_engine import query_latency_s
 
+from dgpo.agent.episode import EpisodeLimits, Search, run_episode
+from dgpo.agent.protocol import STOP_STRINGS
+from dgpo.agent.search import SearchClient, read_token
+from dgpo.agent.seeds import derive_seed
 from dgpo.config.load import load_config
 from dgpo.config.schema import Config, RetrieverConfig
 from dgpo.data.rows import read_rows
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
 from dgpo.engines.play import load_tokenizer
 from dgpo.engines.vllm_policy import VllmPolicy
-from dgpo.episode import EpisodeLimits, Search, run_episode
 from dgpo.metrics.exact_match import exact_match
-from dgpo.protocol import STOP_STRINGS
-from dgpo.search import SearchClient, read_token
-from dgpo.seeds import derive_seed
 
 REQUESTS_IN_FLIGHT = RetrieverConfig().max_concurrency  # as to any server elsewhere, whatever the world
 

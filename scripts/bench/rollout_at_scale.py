@@ -2,9 +2,9 @@
 
     python scripts/bench/rollout_at_scale.py [--num-episodes 512] [--num-engines 8] [--model qwen2.5-0.5b] [--gpu h200]
 
-The loops are real: `dgpo.episode.run_episode`, with the limits of configs/config.yaml, and lock_step.py. Engine and
-search are simulated, and so are the episodes: 1.5 searches on average (none: 10%, one: 45%, two: 35%, three and four:
-5% each), turns of 100 tokens on average (log-normal, sigma 0.6), of which 1% never close a tag and run to the budget,
+The loops are real: `dgpo.agent.episode.run_episode`, with the limits of configs/config.yaml, and lock_step.py. Engine
+and search are simulated, and so are the episodes: 1.5 searches on average (none: 10%, one: 45%, two: 35%, three and
+four: 5% each), turns of 100 tokens on average (log-normal, sigma 0.6), of which 1% never close a tag and run out,
 prompts of 180 tokens and passages of 150: the averages of dgpo/hardware/throughput.py. What is written depends on the
 episode and the turn only, so that both loops play the same ones. Behind a tag that nothing stops at, a policy goes on
 to the budget of the turn, unless a scenario says otherwise: the release trains no end-of-sequence token there.
@@ -26,12 +26,12 @@ from typing import Any
 from lock_step import run_lock_step
 from simulated_engine import SimulatedEngine, SimulatedSearch, Speed, WrittenTurn, query_latency_s, run_simulated
 
+from dgpo.agent.episode import EpisodeLimits, Generation, run_episode
+from dgpo.agent.seeds import derive_seed
 from dgpo.config.load import load_config
-from dgpo.episode import EpisodeLimits, Generation, run_episode
 from dgpo.hardware.known_gpus import KNOWN_GPUS
 from dgpo.hardware.shapes import known_shape
 from dgpo.hardware.throughput import PREFILL_UTILISATION, decode_step_s
-from dgpo.seeds import derive_seed
 
 BFLOAT16 = 2
 PROMPT_TOKENS = 180

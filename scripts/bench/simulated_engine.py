@@ -19,8 +19,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dgpo.episode import Generation
-from dgpo.seeds import derive_seed
+from dgpo.agent.episode import Generation
+from dgpo.agent.seeds import derive_seed
 
 
 class SimulatedTime(asyncio.SelectorEventLoop):

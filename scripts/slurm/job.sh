@@ -3,7 +3,7 @@
 # sbatch files here; the settings (DGPO_..) are the exports of what `python -m dgpo.slurm` renders. See docs/slurm.md.
 set -euo pipefail
 
-STOPPED_ON_REQUEST=75 # dgpo/stopping.py
+STOPPED_ON_REQUEST=75 # dgpo/runs/stopping.py
 WRONG_CONFIGURATION=2
 TERMINATED=143
 RESERVE_S=60 # of the time between SLURM's warning and the limit: to end everything and requeue

@@ -56,7 +56,7 @@ def test_training_stages_teach(run: Path):
 def test_collected_episodes_keep_the_teachers_end_token_and_are_all_correct(run: Path):
     from transformers import AutoTokenizer
 
-    from dgpo.trajectory import read_trajectories
+    from dgpo.agent.trajectory import read_trajectories
 
     tokenizer = AutoTokenizer.from_pretrained(run / "world" / "models" / "teacher")
     episodes = list(read_trajectories(run / "collect" / "episodes.jsonl"))

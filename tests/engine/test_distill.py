@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dgpo.artifacts import write_manifest
+from dgpo.agent.trajectory import Trajectory, read_trajectories, write_trajectories
 from dgpo.coldstart.distill import distill, distill_rank
 from dgpo.coldstart.ranks import run_on_ranks
 from dgpo.coldstart.trainer import DistillationTrainer
+from dgpo.runs.artifacts import write_manifest
 from dgpo.tinyworld.build import WorldSettings, real_world
 from dgpo.tinyworld.oracle import oracle_examples
-from dgpo.trajectory import Trajectory, read_trajectories, write_trajectories
 from tests.conftest import ROOT, read_metrics, run_command
 from tests.distill_stage import overrides, varied_examples, write_stage
 

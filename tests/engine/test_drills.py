@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dgpo.drills import playing, training, two_nodes
-from dgpo.drills.report import Outcome
-from dgpo.drills.world import World, served_twice
 from tests.conftest import TinyWorld
+from tests.drills import playing, training, two_nodes
+from tests.drills.report import Outcome
+from tests.drills.world import World, served_twice
 
 pytestmark = pytest.mark.engine
 

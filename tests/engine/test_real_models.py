@@ -19,11 +19,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dgpo.config.load import load_config
-from dgpo.engines.episode_runner import plan_episodes, play_episodes
-from dgpo.engines.vllm_policy import VllmPolicy
-from dgpo.episode import Generation, Policy
-from dgpo.protocol import (
+from dgpo.agent.episode import Generation, Policy
+from dgpo.agent.protocol import (
     INVALID_ACTION_TEXT,
     SEARCH_R1_PROMPT,
     STOP_STRINGS,
@@ -32,7 +29,10 @@ from dgpo.protocol import (
     render_observation,
     render_passages,
 )
-from dgpo.trajectory import Trajectory, read_trajectories
+from dgpo.agent.trajectory import Trajectory, read_trajectories
+from dgpo.config.load import load_config
+from dgpo.engines.episode_runner import plan_episodes, play_episodes
+from dgpo.engines.vllm_policy import VllmPolicy
 from tests.conftest import retriever_process, run_command
 
 pytestmark = pytest.mark.engine

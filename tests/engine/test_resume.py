@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from dgpo.trajectory import Trajectory, read_trajectories
+from dgpo.agent.trajectory import Trajectory, read_trajectories
 from tests.conftest import TinyWorld, read_metrics, run_command
 from tests.engine.killing import has_step, start_and_kill
 from tests.engine.same_run import assert_same_run, repeatable

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dgpo.agent.trajectory import read_trajectories
 from dgpo.coldstart.distill import distill
-from dgpo.trajectory import read_trajectories
 from tests.conftest import ROOT, read_metrics, run_command
 from tests.distill_stage import overrides, varied_examples, write_stage
 from tests.engine.killing import has_step, wait_until

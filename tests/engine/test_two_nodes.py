@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from dgpo.trajectory import read_trajectories
+from dgpo.agent.trajectory import read_trajectories
 from tests.conftest import ROOT, TinyWorld, read_metrics
 from tests.engine.same_run import repeatable
 

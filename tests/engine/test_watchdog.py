@@ -11,9 +11,9 @@ import time
 import pytest
 import ray
 
-from dgpo.rl import watchdog as watchdogs
-from dgpo.rl.stops import FaultError, RunStoppedError
-from dgpo.rl.watchdog import Watchdog, run_watched
+from dgpo.runs import watchdog as watchdogs
+from dgpo.runs.stops import FaultError, RunStoppedError
+from dgpo.runs.watchdog import Watchdog, run_watched
 
 pytestmark = pytest.mark.engine
 

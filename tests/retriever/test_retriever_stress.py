@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, get, started_server
 
-from dgpo.search import SearchClient
+from dgpo.agent.search import SearchClient
 from retriever.build import build_indexes
 
 NUM_PASSAGES = 300

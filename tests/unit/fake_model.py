@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dgpo.agent.episode import Generation
 from dgpo.config.load import load_config
 from dgpo.config.schema import Config
 from dgpo.data.rows import write_rows
-from dgpo.episode import Generation
 from tests.unit.scripted import EOS_ID, ByteTokenizer
 from tests.unit.stubs import make_model
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from dgpo.episode import EpisodeLimits, Generation
-from dgpo.search import SearchFailedError
+from dgpo.agent.episode import EpisodeLimits, Generation
+from dgpo.agent.search import SearchFailedError
 
 EOS_ID = 256
 EOS_TEXT = "<eos>"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from dgpo.agent.trajectory import SearchRecord, Trajectory, read_trajectories
 from dgpo.config.load import ConfigError
 from dgpo.data.rows import DataError
 from dgpo.engines.episode_runner import PlannedEpisode
 from dgpo.evaluation.arcap import arcap, gold_observation, score_arcap
 from dgpo.evaluation.arcap_chart import arcap_section
-from dgpo.trajectory import SearchRecord, Trajectory, read_trajectories
 from tests.unit.fake_model import FakeModel, fake_config, make_question, use_model
 from tests.unit.scripted import ByteTokenizer
 

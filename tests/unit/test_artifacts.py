@@ -5,15 +5,8 @@ import os
 import pytest
 
 from dgpo import __version__
-from dgpo.artifacts import (
-    ManifestError,
-    RunFolderExistsError,
-    atomic_path,
-    atomic_write_text,
-    prepare_run_folder,
-    read_manifest,
-    write_manifest,
-)
+from dgpo.files import atomic_path, atomic_write_text
+from dgpo.runs.artifacts import ManifestError, RunFolderExistsError, prepare_run_folder, read_manifest, write_manifest
 
 
 @pytest.fixture

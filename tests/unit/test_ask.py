@@ -13,13 +13,13 @@ from aiohttp.test_utils import TestClient, TestServer
 from rich.console import Console
 
 from dgpo.__main__ import main
+from dgpo.agent.protocol import INVALID_ACTION_TEXT
 from dgpo.ask import command
 from dgpo.ask.asker import Asker, QuestionError, sources
 from dgpo.ask.terminal import TerminalTrace, answer_once, printable
 from dgpo.ask.trace import Piece, TagStream
 from dgpo.ask.web import make_app
 from dgpo.config.load import ConfigError, load_config
-from dgpo.protocol import INVALID_ACTION_TEXT
 from tests.unit.fake_model import ChatTokenizer, ShelfSearch
 from tests.unit.scripted import RecordingSearch, ScriptedPolicy
 from tests.unit.stubs import healthy_server, make_model

@@ -2,8 +2,8 @@ import asyncio
 
 import pytest
 
+from dgpo.agent.episode import Generation
 from dgpo.engines.bounded_policy import BoundedPolicy, EngineLostError
-from dgpo.episode import Generation
 
 TURN = {"max_tokens": 1, "stop": (), "seed": None, "request_id": "1"}
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dgpo.checkpoints.folders import (
+from dgpo.runs.checkpoints import (
     checkpoint_steps,
     damage,
     newest_whole,

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.artifacts import RunFolderExistsError
-from dgpo.config.checks import check_collect, check_distill, check_test, check_train
+from dgpo.checks import check_collect, check_distill, check_test, check_train
 from dgpo.config.load import ConfigError, load_config
 from dgpo.data.rows import write_rows
+from dgpo.runs.artifacts import RunFolderExistsError
 from tests.unit.stubs import healthy_server, make_model, make_row
 
 

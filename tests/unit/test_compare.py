@@ -7,10 +7,10 @@ from math import comb
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.artifacts import write_manifest
 from dgpo.config.load import load_config, to_yaml
 from dgpo.evaluation.compare import compare_runs, match_scores, to_markdown
 from dgpo.metrics.mcnemar import mcnemar_exact
+from dgpo.runs.artifacts import write_manifest
 
 
 def test_mcnemar_of_hand_worked_counts():

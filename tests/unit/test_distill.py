@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainingArguments
 
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES
-from dgpo.artifacts import RunFolderExistsError
 from dgpo.coldstart.checkpoints import check_settings
 from dgpo.coldstart.distill import LOSSES_WITHOUT_TEACHER, distill
 from dgpo.coldstart.errors import CheckpointMismatchError, DivergedError
@@ -20,6 +19,7 @@ from dgpo.coldstart.examples import StepBatches, TrainingExample, collate, split
 from dgpo.coldstart.train import train_on_examples
 from dgpo.coldstart.trainer import DistillationTrainer
 from dgpo.config.schema import DistillConfig, HardwareConfig
+from dgpo.runs.artifacts import RunFolderExistsError
 from dgpo.tinyworld.models import save_model
 from tests.distill_stage import EXAMPLES, tiny_model, tiny_tokenizer, write_stage
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dgpo.config.checks import check_distill
+from dgpo.checks import check_distill
 from dgpo.config.load import ConfigError
 from tests.distill_stage import write_stage
 

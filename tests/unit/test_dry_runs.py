@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.config.checks.hardware import check_engine, check_heads, check_training
 from dgpo.config.load import group_choices, load_config
 from dgpo.config.methods import support_table
 from dgpo.data.rows import write_rows
+from dgpo.hardware.checks import check_engine, check_heads, check_training
 from dgpo.hardware.stages import stage_budget, stage_models
 from tests.unit.stubs import healthy_server, make_model, make_row
 

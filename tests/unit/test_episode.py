@@ -1,8 +1,8 @@
 import pytest
 
-from dgpo.episode import EmptyEpisodeError, Generation, GenerationAbortedError, run_episode
-from dgpo.protocol import INVALID_ACTION_TEXT, render_observation, render_passages
-from dgpo.search import SearchRefusedError
+from dgpo.agent.episode import EmptyEpisodeError, Generation, GenerationAbortedError, run_episode
+from dgpo.agent.protocol import INVALID_ACTION_TEXT, render_observation, render_passages
+from dgpo.agent.search import SearchRefusedError
 from tests.unit.scripted import (
     EOS_ID,
     PASSAGES,

@@ -7,11 +7,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from dgpo.agent.episode import Generation
+from dgpo.agent.trajectory import read_trajectories
 from dgpo.config.load import load_config
 from dgpo.data.rows import DataError
 from dgpo.engines.episode_runner import ResumeMismatchError, SearchOutageError, plan_episodes, play_episodes
-from dgpo.episode import Generation
-from dgpo.trajectory import read_trajectories
 from tests.unit.scripted import PASSAGES, ByteTokenizer
 
 
@@ -158,7 +158,7 @@ def test_episodes_search_in_a_backend_of_the_users_without_a_server(config, tmp_
 
 def test_a_backend_without_an_answer_counts_like_a_server_that_is_down(config, tmp_path, monkeypatch):
     (tmp_path / "users_down.py").write_text(
-        "from dgpo.search import SearchFailedError\n"
+        "from dgpo.agent.search import SearchFailedError\n"
         "class Down:\n"
         "    async def search(self, query, *, topk, corpus): raise SearchFailedError('gone')\n"
     )

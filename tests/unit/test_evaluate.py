@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from dgpo.__main__ import main
+from dgpo.agent.trajectory import read_trajectories
 from dgpo.config.load import ConfigError
 from dgpo.engines import episode_runner
 from dgpo.engines.play import load_tokenizer
 from dgpo.evaluation.evaluate import evaluate
 from dgpo.evaluation.scores import compare
-from dgpo.trajectory import read_trajectories
 from tests.unit.fake_model import ChatTokenizer, FakeModel, fake_config, make_question, use_model
 from tests.unit.stubs import make_model
 

@@ -10,11 +10,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dgpo.__main__ import main
-from dgpo.artifacts import file_sha256, write_manifest
-from dgpo.checkpoints.model_folders import state_dtype, write_generation_config
 from dgpo.config.load import load_config, to_yaml
-from dgpo.export.card import lineage
-from dgpo.export.licences import inherited, licence_of
+from dgpo.files import file_sha256
+from dgpo.models.card import lineage
+from dgpo.models.licences import inherited, licence_of
+from dgpo.models.model_folders import state_dtype, write_generation_config
+from dgpo.runs.artifacts import write_manifest
 from dgpo.tinyworld.models import save_model
 from tests.distill_stage import tiny_model, tiny_tokenizer
 from tests.unit.hub_server import serving

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dgpo.agent.plugins import ExtensionError, check_search, load_object, load_reward, make_search, open_search
+from dgpo.agent.scoring import episode_reward, episode_scores
+from dgpo.agent.search import SearchClient, SearchRefusedError
+from dgpo.agent.trajectory import SearchRecord, Trajectory, Turn
 from dgpo.config.schema import RetrieverConfig
-from dgpo.extensions import ExtensionError, check_search, load_object, load_reward, make_search, open_search
-from dgpo.rl.scoring import episode_reward, episode_scores
-from dgpo.search import SearchClient, SearchRefusedError
-from dgpo.trajectory import SearchRecord, Trajectory, Turn
 from examples.format_reward import reward as format_reward
 from examples.jsonl_search import JsonlSearch
 

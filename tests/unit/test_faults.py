@@ -6,9 +6,9 @@ import pytest
 import ray
 
 from dgpo.config.load import load_config
-from dgpo.rl.faults import FAILURE, DiskFullError, forget_failure, told_by_name, write_failure
-from dgpo.rl.stops import FaultError, RunStoppedError
 from dgpo.rl.train import TrainingFailedError, _after_fault
+from dgpo.runs.faults import FAILURE, DiskFullError, forget_failure, told_by_name, write_failure
+from dgpo.runs.stops import FaultError, RunStoppedError
 
 
 def raised_in_ray(error):

@@ -1,7 +1,7 @@
 """Only correct episodes are kept, and every other one is counted under its reason."""
 
+from dgpo.agent.trajectory import Trajectory
 from dgpo.coldstart.filter import keep_correct
-from dgpo.trajectory import Trajectory
 
 
 def make_trajectory(name, answer, status="answered"):

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dgpo.__main__ import main
-from dgpo.checkpoints.lora import merge_adapters
-from dgpo.checkpoints.shards import ShardError, load_shards, shard_paths
 from dgpo.config.load import ConfigError
 from dgpo.config.model_files import check_model_folder
+from dgpo.models.lora import merge_adapters
+from dgpo.models.shards import ShardError, load_shards, shard_paths
 from dgpo.tinyworld.models import ModelSize, make_model, save_model
 from tests.distill_stage import tiny_model, tiny_tokenizer
 

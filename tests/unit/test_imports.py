@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 LIGHT_ROOMS = [
-    "dgpo.protocol",
-    "dgpo.episode",
-    "dgpo.trajectory",
-    "dgpo.search",
-    "dgpo.artifacts",
+    "dgpo.agent.protocol",
+    "dgpo.agent.episode",
+    "dgpo.agent.trajectory",
+    "dgpo.agent.search",
+    "dgpo.runs.artifacts",
     "dgpo.data.rows",
     "dgpo.data.download",
     "dgpo.data.prepare",
@@ -18,11 +18,11 @@ LIGHT_ROOMS = [
     "dgpo.metrics.repetition",
     "dgpo.config.load",
     "dgpo.hardware.dry_run",
-    "dgpo.extensions",
-    "dgpo.rl.stability",
-    "dgpo.rl.rollback",
+    "dgpo.agent.plugins",
+    "dgpo.runs.stability",
+    "dgpo.runs.rollback",
     "dgpo.slurm.render",
-    "dgpo.stopping",
+    "dgpo.runs.stopping",
 ]
 ALGORITHMS = ["reduce", "divergences", "selective_kl", "exact_kl", "distillation"]
 ENGINES = ("verl", "ray", "vllm", "transformers", "datasets")

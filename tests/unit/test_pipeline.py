@@ -13,8 +13,8 @@ import pytest
 
 from dgpo.__main__ import main
 from dgpo.config.load import group_choices, load_config
+from dgpo.evaluation.paper import EXACT_MATCH, LABELS, ROWS, SETS, paper_value
 from dgpo.hardware.gpu_hours import PAPER_GPU_HOURS, gpu_hours_range, paper_gpu_hours
-from dgpo.pipeline.paper import EXACT_MATCH, LABELS, ROWS, SETS, paper_value
 from dgpo.pipeline.plan import Plan, plan_table
 from dgpo.pipeline.reproduce import collect_rows, render_markdown
 from tests.unit.stubs import make_model

@@ -3,7 +3,6 @@ import json
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.artifacts import RunFolderExistsError, read_manifest
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config, PrepareConfig
 from dgpo.data.benchmarks import BENCHMARKS, Benchmark
@@ -11,6 +10,7 @@ from dgpo.data.prepare import prepare, split_questions
 from dgpo.data.questions import Question
 from dgpo.data.rows import DataError, read_rows, row_gold_passages, row_id
 from dgpo.metrics.exact_match import normalize_answer
+from dgpo.runs.artifacts import RunFolderExistsError, read_manifest
 from retriever.corpus import Corpus
 from tests.unit.test_natural_questions import simplified
 from tests.unit.test_questions import HOTPOT, MUSIQUE, TWO_WIKI, write

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dgpo.episode import run_episode
-from dgpo.protocol import (
+from dgpo.agent.episode import run_episode
+from dgpo.agent.protocol import (
     INVALID_ACTION_TEXT,
     SEARCH_R1_PROMPT,
     Action,

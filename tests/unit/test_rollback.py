@@ -2,9 +2,9 @@
 
 import pytest
 
-from dgpo.checkpoints.folders import checkpoint_steps, seal
 from dgpo.config.load import load_config
-from dgpo.rl.rollback import (
+from dgpo.runs.checkpoints import checkpoint_steps, seal
+from dgpo.runs.rollback import (
     after_rollbacks,
     keep_last_good,
     last_good_step,
@@ -13,7 +13,7 @@ from dgpo.rl.rollback import (
     read_events,
     roll_back,
 )
-from dgpo.rl.stops import CollapseError
+from dgpo.runs.stops import CollapseError
 
 
 @pytest.fixture

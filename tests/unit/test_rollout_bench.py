@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpo.protocol import INVALID_ACTION_TEXT, render_observation, render_passages
+from dgpo.agent.protocol import INVALID_ACTION_TEXT, render_observation, render_passages
 from tests.unit.scripted import PASSAGES, PROMPT_IDS, ByteTokenizer, ScriptedPolicy, make_limits
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from dgpo.platforms.run_processes import end_processes, mark, marked_processes
+from dgpo.runs.processes import end_processes, mark, marked_processes
 
 
 def start(folder, code="import time; time.sleep(60)"):

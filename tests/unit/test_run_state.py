@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dgpo.checkpoints.folders import checkpoint_steps, damage, file_entries
-from dgpo.rl.run_state import CheckpointNotSavedError, append_record, begin_from, prune, save_whole
+from dgpo.runs.checkpoints import checkpoint_steps, damage, file_entries
+from dgpo.runs.run_state import CheckpointNotSavedError, append_record, begin_from, prune, save_whole
 
 
 def write_ranks(target):

@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from dgpo.search import (
+from dgpo.agent.search import (
     MAX_RETRY_AFTER_S,
     RetrieverUnavailableError,
     SearchClient,
@@ -176,7 +176,7 @@ async def test_waits_grow_and_differ_between_clients(monkeypatch):
         waits.append(seconds)
 
     async with serving(*[web.Response(status=500) for _ in range(12)], max_retries=5, backoff_s=1.0) as (_, client):
-        monkeypatch.setattr("dgpo.search.asyncio.sleep", record)
+        monkeypatch.setattr("dgpo.agent.search.asyncio.sleep", record)
         for _ in range(2):
             with pytest.raises(SearchFailedError):
                 await client.search("lyon", topk=1, corpus=None)
@@ -319,7 +319,7 @@ async def test_a_search_that_fails_is_tried_elsewhere_and_the_faulty_server_left
 
 
 async def test_a_server_that_was_left_out_comes_back(monkeypatch):
-    monkeypatch.setattr("dgpo.search.FIRST_LEFT_OUT_S", 0.05)
+    monkeypatch.setattr("dgpo.agent.search.FIRST_LEFT_OUT_S", 0.05)
     async with replicas([drop_connection], [drop_connection]) as (left, right, client):
         for _ in range(10):
             await client.search("lyon", topk=1, corpus=None)

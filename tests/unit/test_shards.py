@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dgpo.checkpoints.shards import ShardError, whole_tensor, whole_tensors
+from dgpo.models.shards import ShardError, whole_tensor, whole_tensors
 
 WHOLE = torch.arange(10.0).reshape(5, 2)
 

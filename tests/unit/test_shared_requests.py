@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from dgpo.shared_requests import SharedRequests
+from dgpo.agent.shared_requests import SharedRequests
 
 
 class Server:

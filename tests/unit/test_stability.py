@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dgpo.config.schema import StabilityConfig
-from dgpo.rl.stability import ADVICE, CollapseDetector, choose_response
+from dgpo.runs.stability import ADVICE, CollapseDetector, choose_response
 
 RECORDED = Path(__file__).parent / "recorded"
 HEALTHY = {

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.stopping import (
+from dgpo.runs.stopping import (
     StoppedOnRequestError,
     StopRequested,
     cancelled_on_request,

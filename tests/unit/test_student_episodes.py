@@ -2,11 +2,11 @@
 
 import pytest
 
+from dgpo.agent.trajectory import Trajectory
 from dgpo.coldstart.errors import CheckpointMismatchError
 from dgpo.coldstart.examples import TrainingExample
 from dgpo.coldstart.student_episodes import StudentEpisodes
 from dgpo.config.load import load_config
-from dgpo.trajectory import Trajectory
 
 TEACHERS = [TrainingExample([question], [99], [1], f"world{question}") for question in range(4)]
 NUM_STEPS = 20

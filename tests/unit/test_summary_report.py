@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.artifacts import write_manifest
+from dgpo.agent.trajectory import SearchRecord, Trajectory
 from dgpo.config.load import load_config, to_yaml
+from dgpo.evaluation.paper import SETS
 from dgpo.evaluation.report import find_pair, write_report
 from dgpo.evaluation.scores import compare, mean_of_sets, score_episode, summarize_model
-from dgpo.evaluation.summary import print_summary, write_summary
-from dgpo.pipeline.paper import SETS
-from dgpo.trajectory import SearchRecord, Trajectory
+from dgpo.runs.artifacts import write_manifest
+from dgpo.runs.summary import print_summary, write_summary
 
 GOLD = "Mongolian <Khalkha>"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dgpo.agent.search import SearchFailedError
 from dgpo.rl.timeline import TRAINER, PhaseTimes, Span, TimedSearch, chrome_trace, read_spans, write_spans
-from dgpo.search import SearchFailedError
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench" / "step.py"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dgpo.agent.protocol import STOP_STRINGS, encode_prompt, parse_action, render_observation, render_passages
 from dgpo.data.rows import read_rows, row_gold_passages, row_golds
-from dgpo.protocol import STOP_STRINGS, encode_prompt, parse_action, render_observation, render_passages
 from dgpo.tinyworld.build import WorldSettings, build_world, real_world
 from dgpo.tinyworld.models import STUDENT_SIZE, make_model
 from dgpo.tinyworld.oracle import counterfactual_turns, oracle_examples, real_turns, template_texts

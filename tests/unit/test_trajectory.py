@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dgpo.trajectory import SearchRecord, Trajectory, Turn, read_trajectories, write_trajectories
+from dgpo.agent.trajectory import SearchRecord, Trajectory, Turn, read_trajectories, write_trajectories
 
 
 def make_trajectory(episode_id="e1"):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dgpo.agent.protocol import INVALID_ACTION_TEXT, parse_action
 from dgpo.evaluation.upstream import drop_incomplete_batch, extract_answer
-from dgpo.protocol import INVALID_ACTION_TEXT, parse_action
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "answer_extraction.json").read_text())
 

@@ -1,0 +1,41 @@
+"""The search: a retrieval server that answers and knows the corpora, or a backend of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dgpo.agent.plugins import ExtensionError, check_search
+from dgpo.agent.search import RetrieverUnavailableError, check_health, read_token
+from dgpo.config.load import ConfigError
+from dgpo.config.schema import Config
+
+HEALTH_TIMEOUT_S = 5.0
+
+
+def check_extension(check: Callable[[Any], object], argument: Any) -> None:
+    try:
+        check(argument)
+    except ExtensionError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def check_retriever(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
+    if config.retriever.backend:
+        check_extension(check_search, config.retriever)
+        return  # it has no server, and does not name its corpora
+    try:
+        token = read_token(config.retriever.token_file)
+        health = check_health(config.retriever.url, timeout_s=HEALTH_TIMEOUT_S, token=token)
+    except (RetrieverUnavailableError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    served = health.get("corpora")
+    if served is None:
+        return  # another server of the same protocol: it has one corpus and does not name it
+    wanted = {row["extra_info"].get("corpus") for row in rows} - {None}
+    missing = sorted(wanted - set(served))
+    if missing:
+        raise ConfigError(
+            f"the questions search in corpus {missing[0]!r}, but {config.retriever.url} serves {', '.join(served)}: "
+            "start it with an --index for each corpus"
+        )

@@ -1,0 +1,92 @@
+"""Checks of `test` and `arcap`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from dgpo.checks.files import check_rows, check_stage_folder
+from dgpo.checks.models import check_lengths, check_model
+from dgpo.checks.search import check_retriever
+from dgpo.checks.values import check_values, nearest
+from dgpo.config.load import ConfigError
+from dgpo.config.schema import Config
+from dgpo.data.benchmarks import BENCHMARKS
+from dgpo.data.rows import row_id
+from dgpo.hardware.checks import check_engine
+
+LOGGERS = ("console", "tensorboard", "wandb")  # of the test
+
+
+def check_test(config: Config, stage: str = "test") -> list[str]:
+    """What evaluation (`test`, or `arcap`) needs: checkpoints, test sets, lengths, a retriever, a free folder."""
+    notes: list[str] = []
+    check_values(config, "hardware", "episode", "test")
+    check_engine(config)
+    check_stage_folder(config, stage)
+    if not config.test.models:
+        raise ConfigError("test.models is empty: name checkpoints, e.g. test.models.dgpo=runs/dgpo/train/model")
+    if not config.data.test_files:
+        raise ConfigError("data.test_files is empty: name test sets, e.g. data.test_files.nq=data/nq_test.parquet")
+    _check_test_values(config)
+    for name, path in config.test.models.items():
+        if check_model(config, path, key=f"test.models.{name}", notes=notes):
+            check_lengths(config, f"test.models.{name}", path)
+    rows: list[dict[str, Any]] = []
+    for name in config.test.sets or config.data.test_files:
+        rows += _check_test_set(name, config.data.test_files[name])[: config.test.max_questions]
+    if config.test.compat == "upstream" and len(rows) < config.test.upstream_batch_size:
+        raise ConfigError(
+            f"test.compat=upstream drops the last batch when it is not full, and {len(rows)} questions fill none of "
+            f"test.upstream_batch_size={config.test.upstream_batch_size}: lower it"
+        )
+    check_retriever(config, rows)
+    return notes
+
+
+def _check_test_values(config: Config) -> None:
+    test = config.test
+    for key, names in (("test.models", test.models), ("data.test_files", config.data.test_files)):
+        for name in names:
+            if not re.fullmatch(r"\w[\w.+-]*", name):
+                raise ConfigError(f"{key}: the name {name!r} becomes a folder: use letters, digits and ._+- only")
+    for name in test.sets or []:
+        if name not in config.data.test_files:
+            raise ConfigError(f"test.sets: unknown set {name!r}: {nearest(name, config.data.test_files)}")
+    if test.baseline is not None and test.baseline not in test.models:
+        raise ConfigError(f"test.baseline={test.baseline}: expected one of test.models, {', '.join(test.models)}")
+    for logger in test.loggers:
+        if logger not in LOGGERS:
+            raise ConfigError(f"test.loggers: unknown logger {logger!r}: {nearest(logger, LOGGERS)}")
+    if test.max_questions is not None and test.max_questions < 1:
+        raise ConfigError(f"test.max_questions={test.max_questions}: expected at least 1, or null for all")
+    if test.temperature is not None and test.temperature < 0:
+        raise ConfigError(f"test.temperature={test.temperature}: expected 0 (greedy) or more")
+    if test.samples > 1 and test.temperature == 0:
+        raise ConfigError(
+            f"test.samples={test.samples} with test.temperature=0 plays the same episode again: set a temperature "
+            "above 0, or leave it out"
+        )
+    if test.compat == "upstream" and (test.samples > 1 or test.temperature not in (None, 1.0)):
+        raise ConfigError(
+            f"test.compat=upstream takes one sample at temperature 1, but test.samples={test.samples} and "
+            f"test.temperature={test.temperature}: leave both out"
+        )
+
+
+def _check_test_set(name: str, file: str) -> list[dict[str, Any]]:
+    """The rows, each with an id of its own, and of the benchmark that the set is named after, if it is one."""
+    key = f"data.test_files.{name}"
+    rows = check_rows(file, key=key)
+    seen: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        first = seen.setdefault(row_id(row), index)
+        if first != index:
+            raise ConfigError(
+                f"{key}: {file}, rows {first} and {index} have the id {row_id(row)!r}: give each an extra_info.id of "
+                "its own"
+            )
+    sources = {row["data_source"] for row in rows}
+    if name in BENCHMARKS and sources & set(BENCHMARKS) - {name}:
+        raise ConfigError(f"{key}={file}: its rows are of {', '.join(sorted(sources))}: name the set after them")
+    return rows

@@ -1,0 +1,63 @@
+"""Checks of `train`, before Ray starts."""
+
+from __future__ import annotations
+
+from dgpo.agent.plugins import load_reward
+from dgpo.checks.files import check_rows, check_stage_folder
+from dgpo.checks.models import check_lengths, check_model, check_teacher
+from dgpo.checks.search import check_extension, check_retriever
+from dgpo.checks.values import check_values
+from dgpo.config.load import ConfigError
+from dgpo.config.methods import rl_conflict
+from dgpo.config.schema import Config
+from dgpo.config.stages import initial_model
+from dgpo.hardware.checks import check_engine, check_training
+
+
+def check_train(config: Config) -> list[str]:
+    """What RL needs, before Ray starts: models that match, questions, batches that divide, lengths, a retriever."""
+    notes: list[str] = []
+    check_values(config, "hardware", "episode", "train")
+    check_stage_folder(config, "train")
+    _check_stability(config)
+    if config.train.reward:
+        check_extension(load_reward, config.train.reward)
+    conflict = rl_conflict(config)
+    if conflict:
+        raise ConfigError(conflict)
+    train = config.train
+    rows = check_rows(config.data.train_file, key="data.train_file")
+    if len(rows) < train.batch_size:
+        raise ConfigError(
+            f"data.train_file={config.data.train_file} has {len(rows)} questions, fewer than "
+            f"train.batch_size={train.batch_size}: lower train.batch_size or add questions"
+        )
+    if config.data.validation_file:
+        rows += check_rows(config.data.validation_file, key="data.validation_file")
+    key, student = initial_model(config, "train")
+    there = check_model(config, student, key=key, notes=notes)
+    if there:
+        check_lengths(config, key, student)
+    if train.teacher_term.gate != "none":
+        check_teacher(config, key, student if there else None, notes)
+    check_engine(config)
+    check_training(config)
+    check_retriever(config, rows)
+    return notes
+
+
+def _check_stability(config: Config) -> None:
+    stability = config.train.stability
+    for name in ("patience", "window"):
+        if getattr(stability, name) < 1:
+            raise ConfigError(f"train.stability.{name}={getattr(stability, name)}: expected at least 1")
+    for name in ("max_entropy_ratio", "max_kl_ratio", "max_grad_norm_ratio"):
+        if getattr(stability, name) <= 1:
+            raise ConfigError(
+                f"train.stability.{name}={getattr(stability, name)}: expected more than 1, times a healthy value"
+            )
+    if not 0 < stability.rollback_learning_rate_scale <= 1:
+        raise ConfigError(
+            f"train.stability.rollback_learning_rate_scale={stability.rollback_learning_rate_scale}: expected a share "
+            "above 0 and at most 1"
+        )

@@ -1,0 +1,84 @@
+"""Parallel sizes and memory shares that fit together, before Ray starts."""
+
+from __future__ import annotations
+
+from dgpo.config.load import ConfigError
+from dgpo.config.schema import Config
+from dgpo.hardware.known_gpus import KNOWN_GPUS
+
+
+def check_engine(config: Config) -> None:
+    """What every stage with an engine needs of `hardware.engine`."""
+    hardware, engine = config.hardware, config.hardware.engine
+    if hardware.gpu is not None and hardware.gpu not in KNOWN_GPUS:
+        raise ConfigError(f"hardware.gpu={hardware.gpu}: expected one of {', '.join(KNOWN_GPUS)}, or null")
+    for key in ("gpu_memory_utilization", "gpu_memory_utilization_alone"):
+        if not 0 < getattr(engine, key) < 1:
+            raise ConfigError(f"hardware.engine.{key}={getattr(engine, key)}: expected a share between 0 and 1")
+    check_divides(
+        "hardware.gpus_per_node",
+        hardware.gpus_per_node,
+        "hardware.engine.tensor_parallel_size",
+        engine.tensor_parallel_size,
+    )
+
+
+def check_training(config: Config) -> None:
+    """What RL needs: batches that divide over the GPUs, and sizes that go together."""
+    train, hardware = config.train, config.hardware
+    num_gpus = hardware.num_nodes * hardware.gpus_per_node
+    check_divides("GPUs", num_gpus, "hardware.ulysses_size", hardware.ulysses_size)
+    if hardware.fsdp_size and hardware.fsdp_size < num_gpus:
+        check_divides("GPUs", num_gpus, "hardware.fsdp_size", hardware.fsdp_size)
+    check_divides("train.batch_size", train.batch_size, "train.mini_batch_size", train.mini_batch_size)
+    check_divides(
+        "train.batch_size x samples_per_question", train.batch_size * train.samples_per_question, "GPUs", num_gpus
+    )
+    episodes = train.mini_batch_size * train.samples_per_question
+    check_divides("train.mini_batch_size x samples_per_question", episodes, "GPUs", num_gpus)
+    if hardware.max_tokens_per_gpu is None:
+        check_divides(
+            "episodes of a mini-batch per GPU",
+            episodes // num_gpus,
+            "hardware.micro_batch_size",
+            hardware.micro_batch_size,
+        )
+    else:
+        _check_longest_episode(config, hardware.max_tokens_per_gpu)
+    if hardware.ulysses_size > 1:
+        _check_ulysses(config)
+
+
+def _check_longest_episode(config: Config, max_tokens: int) -> None:
+    longest = config.episode.max_prompt_tokens + config.episode.max_response_tokens
+    if max_tokens * config.hardware.ulysses_size < longest:
+        raise ConfigError(
+            f"hardware.max_tokens_per_gpu={max_tokens} holds no episode of {longest} tokens (episode.max_prompt_tokens "
+            f"+ max_response_tokens): set it to {-(-longest // config.hardware.ulysses_size)} or more"
+        )
+
+
+def _check_ulysses(config: Config) -> None:
+    """Sequences cut over several GPUs: only packed ones, and not where the loss reads whole rows of logits."""
+    size = config.hardware.ulysses_size
+    if not config.hardware.remove_padding:
+        raise ConfigError(f"hardware.ulysses_size={size} cuts packed sequences: set hardware.remove_padding=true")
+    if config.train.teacher_term.form == "exact" and config.train.teacher_term.gate != "none":
+        raise ConfigError(
+            f"hardware.ulysses_size={size} with train.teacher_term.form=exact: each GPU has a part of a sequence's "
+            "logits, and the term reads whole episodes; set hardware.ulysses_size=1"
+        )
+
+
+def check_heads(config: Config, heads: int) -> None:
+    """That attention heads divide over the GPUs that share a sequence, or a replica."""
+    for key, size in (
+        ("hardware.ulysses_size", config.hardware.ulysses_size),
+        ("hardware.engine.tensor_parallel_size", config.hardware.engine.tensor_parallel_size),
+    ):
+        check_divides("attention heads", heads, key, size)
+
+
+def check_divides(name: str, value: int, divisor_name: str, divisor: int | None) -> None:
+    if divisor and value % divisor:
+        raise ConfigError(f"{name}={value} is not a multiple of {divisor_name}={divisor}: change one of them")

@@ -1,0 +1,56 @@
+"""A folder to a repository on the Hugging Face hub, or on a server of its layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dgpo.runs.artifacts import MANIFEST
+
+
+class PushError(RuntimeError):
+    """The hub refuses or cannot be reached; the folder is there, and the same command pushes it again."""
+
+
+def push(folder: Path, repo: str, *, endpoint: str | None = None, private: bool = False) -> str:
+    """Makes the repository if it is not there, and uploads the folder as one commit. Returns the commit's address.
+
+    Our own manifest stays here: it names paths of this machine.
+
+    Args:
+        repo: `user/name`.
+        endpoint: of the server; None: `HF_ENDPOINT`, or huggingface.co.
+
+    Raises:
+        PushError: with the reason, and what to do.
+    """
+    import httpx
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi(endpoint=endpoint)
+    if api.endpoint != constants._HF_DEFAULT_ENDPOINT:
+        # Servers of the hub's layout take files over HTTP; its chunk storage is the hub's own.
+        constants.HF_HUB_DISABLE_XET = True
+    try:
+        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            ignore_patterns=[MANIFEST],
+            commit_message=f"Upload of {folder.name} by dgpo",
+        )
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        hint = "log in with `hf auth login`, or set HF_TOKEN" if status in (401, 403) else "check name and server"
+        raise PushError(f"{api.endpoint} refuses {repo} ({_first_line(error)}): {hint}") from error
+    except HFValidationError as error:
+        raise PushError(f"export.push={repo} is no name of a repository, expected user/name") from error
+    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise PushError(
+            f"{folder} could not be pushed to {api.endpoint} ({_first_line(error)}); the same command tries again"
+        ) from error
+    return commit.commit_url
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

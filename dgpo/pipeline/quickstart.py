@@ -1,0 +1,74 @@
+"""The whole method on the tiny world, by the very commands that run it at scale, one process per stage.
+
+world -> indexes + teacher (side by side) -> retrieval server -> collect -> distill -> train -> test -> report
+
+python -m dgpo quickstart [seed=2] [experiment=ppo] [key=value ...]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from dgpo.config.load import chosen, load_config
+from dgpo.config.schema import Config
+from dgpo.config.stages import stage_model
+from dgpo.files import atomic_write_text
+from dgpo.pipeline import tiny
+from dgpo.pipeline.processes import PeakMemory, Stages, python_module
+
+
+def quickstart(overrides: Sequence[str] = ()) -> Path:
+    """Runs every stage of the experiment into a new `runs/quickstart-<date>-<time>` (or `run_dir=...`).
+
+    Returns:
+        The run folder, with `summary.json` and `report.html`.
+
+    Raises:
+        StageFailedError: a stage failed.
+        ConfigError: an override is wrong; nothing was started.
+    """
+    started = time.perf_counter()
+    config = load_config([*tiny.OVERRIDES, *overrides])
+    if not any(override.startswith("run_dir=") for override in overrides):
+        config.run_dir = f"runs/quickstart-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(config.run_dir)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: choose another run_dir")
+    if config.dry_run:
+        print(f"dry run: {folder} would hold world, indexes, teacher, {', '.join(config.stages)}, test and report")
+        return folder
+    stages = Stages(folder)
+    print(f"run folder: {folder}   (logs: {stages.logs})", flush=True)
+    with PeakMemory() as memory:
+        tiny.build_missing(stages, folder, seed=config.seed)
+        with tiny.served(stages, folder) as inputs:
+            common = [*inputs, *_tested(config, overrides), *overrides, f"run_dir={folder}"]
+            for stage in (*config.stages, "test"):
+                stages.run(**{stage: [*python_module("dgpo"), stage, *common]})
+    stages.wall_s["total"] = round(time.perf_counter() - started, 1)
+    _summarize(folder, stages, config, memory.peak_bytes)
+    return folder
+
+
+def _tested(config: Config, overrides: Sequence[str]) -> list[str]:
+    """The models of the final table: where we start, the teacher, and what each training stage made."""
+    models = Path(config.run_dir) / "world" / "models"
+    names = {"distill": config.distill.loss, "train": chosen("experiment", overrides) or "dgpo"}
+    trained = {names[stage]: stage_model(config, stage) for stage in config.stages if stage in names}
+    checkpoints = {"untrained": models / "student_untrained", "teacher": models / "teacher", **trained}
+    baseline = config.distill.loss if "distill" in config.stages else "untrained"
+    return [*(f"test.models.{name}={path}" for name, path in checkpoints.items()), f"test.baseline={baseline}"]
+
+
+def _summarize(folder: Path, stages: Stages, config: Config, peak_bytes: int) -> None:
+    from dgpo.evaluation.report import write_report
+    from dgpo.runs.summary import print_summary, write_summary
+
+    atomic_write_text(folder / "memory.txt", f"peak memory of all processes: {peak_bytes / 2**30:.2f} GiB\n")
+    write_summary(folder, wall_s=stages.wall_s, config=config)
+    write_report(folder)
+    print_summary(folder)
+    print(f"peak memory of all processes {peak_bytes / 2**30:.1f} GiB; report: {folder / 'report.html'}", flush=True)

@@ -1,0 +1,163 @@
+"""What a run of RL goes on from: its checkpoints, and the files that must agree with them.
+
+    checkpoints/global_step_N/{actor,critic}/   shards of every rank: model, optimiser, scheduler, random state;
+                                                actor/huggingface is a model folder
+    checkpoints/global_step_N/data.pt           position in the training questions
+    checkpoints/global_step_N/driver.pt         random state, KL coefficient, and the metrics of step N
+    checkpoints/global_step_N/manifest.json     written last: checksums of the others
+
+The folders are veRL's own layout, and its tracker file is kept up to date for its tools.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dgpo.files import atomic_write_text
+from dgpo.runs.alarms import ALARMS
+from dgpo.runs.checkpoints import FileEntries, checkpoint_steps, file_entries, seal, steps_to_delete, writing
+from dgpo.runs.rollback import CHECKPOINT, TRACKER
+from dgpo.runs.stops import RunStoppedError
+
+Record = dict[str, float]
+DATALOADER, DRIVER = "data.pt", "driver.pt"
+
+
+class CheckpointNotSavedError(RunStoppedError):
+    """Writing a checkpoint failed; the one before is whole."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the driver goes on with.
+
+    Attributes:
+        records: of the steps so far, from `metrics.jsonl`.
+        unlogged: the record of the checkpoint's own step, where its process ended before it was written.
+        kl_coef: of the penalty to the initial policy, which an adaptive controller changes.
+    """
+
+    records: list[Record]
+    unlogged: Record | None = None
+    kl_coef: float | None = None
+
+
+def save_whole(
+    folder: Path,
+    write_ranks: Callable[[Path], Sequence[FileEntries]],
+    *,
+    step: int,
+    world_size: int,
+    dataloader: Mapping[str, Any],
+    kl_coef: float | None,
+    record: Record | None,
+) -> None:
+    """Writes the checkpoint `folder`, whole or not at all.
+
+    Args:
+        write_ranks: makes every rank write its part below a folder; the entries of what each wrote.
+
+    Raises:
+        CheckpointNotSavedError: names the cause, and what the run can go on from.
+    """
+    try:
+        with writing(folder) as target:
+            files = {name: entry for entries in write_ranks(target) for name, entry in entries.items()}
+            missing = [name for name in files if not (target / name).is_file()]
+            if missing:
+                raise FileNotFoundError(
+                    f"{missing[0]} and {len(missing) - 1} more files that other nodes wrote are not in {target}: "
+                    "run_dir must be on a file system that all nodes share"
+                )
+            torch.save(dataloader, target / DATALOADER)
+            torch.save({"rng": _random_state(), "kl_coef": kl_coef, "record": record}, target / DRIVER)
+            seal(
+                target,
+                files=files | file_entries(target, [DATALOADER, DRIVER]),
+                step=step,
+                world_size=world_size,
+            )
+    except (OSError, RuntimeError) as error:
+        before = [other for other in checkpoint_steps(folder.parent, CHECKPOINT) if other != step]
+        kept = f"the one after step {before[-1]} is whole" if before else "there is none before it"
+        raise CheckpointNotSavedError(
+            f"the checkpoint after step {step} could not be written ({_reason(error)}); {kept}. When that is mended, "
+            "repeat the command with resume=true"
+        ) from error
+    atomic_write_text(folder.parent / TRACKER, str(step))
+
+
+def begin_from(metrics: Path, checkpoint: Path | None) -> Start:
+    """Makes the files of the stage agree with a checkpoint: later records and alarms go, the steps will be repeated.
+
+    Args:
+        metrics: `metrics.jsonl` of the stage.
+        checkpoint: None for the beginning.
+    """
+    step = int(checkpoint.name.removeprefix(CHECKPOINT)) if checkpoint else 0
+    records = _drop_after(metrics, step)
+    _drop_after(metrics.with_name(ALARMS), step)
+    if checkpoint is None:
+        return Start(records)
+    state = torch.load(checkpoint / DRIVER, weights_only=False)
+    _set_random_state(state["rng"])
+    logged = any(record["step"] == step for record in records)
+    return Start(records, None if logged else state["record"], state["kl_coef"])
+
+
+def append_record(path: Path, record: Record) -> None:
+    """One line of `metrics.jsonl`."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def prune(folder: Path, scores: Mapping[int, float], *, keep_last: int, keep_best: int) -> None:
+    """Deletes the checkpoints that are neither among the last nor among the best.
+
+    Args:
+        scores: step -> validation score.
+    """
+    steps = checkpoint_steps(folder, CHECKPOINT)
+    for step in steps_to_delete(steps, scores, keep_last=keep_last, keep_best=keep_best):
+        # First out of the way: what a kill leaves of it is then no checkpoint, and removed at the next start.
+        doomed = folder / f".{CHECKPOINT}{step}.writing"
+        (folder / f"{CHECKPOINT}{step}").rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _drop_after(path: Path, step: int) -> list[Record]:
+    """Removes later records, and a line that a killed process left unfinished. Returns the others."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]  # what follows the last newline is unfinished
+    kept = [record for line in lines if (record := json.loads(line))["step"] <= step]
+    if kept:
+        atomic_write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    else:
+        path.unlink()
+    return kept
+
+
+def _random_state() -> dict[str, Any]:
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; Ray puts a worker's error into one of its own, with the traceback as its text."""
+    cause = getattr(error, "cause", None) or error
+    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
