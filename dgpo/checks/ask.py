@@ -8,11 +8,13 @@ from dgpo.checks.values import check_values
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.hardware.checks import check_engine
+from dgpo.hardware.machine import check_start
 
 
 def check_ask(config: Config) -> None:
     """What `ask` needs: a checkpoint, room for an episode, a prompt with a place for the question, a retriever."""
     check_values(config, "hardware", "episode")
+    check_start(config, "ask")
     check_engine(config)
     ask = config.ask
     if not ask.model:

@@ -9,12 +9,14 @@ from dgpo.checks.values import check_values
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.hardware.checks import check_engine
+from dgpo.hardware.machine import check_start
 
 
 def check_collect(config: Config) -> list[str]:
     """What collection needs: the teacher, questions, a retriever that knows their corpora, lengths, a free folder."""
     notes: list[str] = []
     check_values(config, "hardware", "episode", "collect")
+    check_start(config, "collect")
     check_engine(config)
     check_stage_folder(config, "collect")
     rows = check_rows(config.data.collect_file, key="data.collect_file")

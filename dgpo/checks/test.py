@@ -14,6 +14,7 @@ from dgpo.config.schema import Config
 from dgpo.data.benchmarks import BENCHMARKS
 from dgpo.data.rows import row_id
 from dgpo.hardware.checks import check_engine
+from dgpo.hardware.machine import check_start
 
 LOGGERS = ("console", "tensorboard", "wandb")  # of the test
 
@@ -22,6 +23,7 @@ def check_test(config: Config, stage: str = "test") -> list[str]:
     """What evaluation (`test`, or `arcap`) needs: checkpoints, test sets, lengths, a retriever, a free folder."""
     notes: list[str] = []
     check_values(config, "hardware", "episode", "test")
+    check_start(config, stage)
     check_engine(config)
     check_stage_folder(config, stage)
     if not config.test.models:

@@ -12,12 +12,14 @@ from dgpo.config.methods import rl_conflict
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
 from dgpo.hardware.checks import check_engine, check_training
+from dgpo.hardware.machine import check_start
 
 
 def check_train(config: Config) -> list[str]:
     """What RL needs, before Ray starts: models that match, questions, batches that divide, lengths, a retriever."""
     notes: list[str] = []
     check_values(config, "hardware", "episode", "train")
+    check_start(config, "train")
     check_stage_folder(config, "train")
     _check_stability(config)
     if config.train.reward:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from dgpo.hardware.checks import check_engine, check_heads, check_training
 from dgpo.hardware.fit import explain, nearest_fit
 from dgpo.hardware.gpu_hours import paper_gpu_hours
 from dgpo.hardware.known_gpus import GIB
+from dgpo.hardware.machine import check_machine
 from dgpo.hardware.placement import place
 from dgpo.hardware.report import (
     Rows,
@@ -30,7 +30,6 @@ from dgpo.hardware.report import (
 from dgpo.hardware.stages import stage_budget, stage_models, stage_throughput
 
 WIDTH = 120
-LEAST_SHARE_OF_MEMORY = 0.95  # of what a GPU of that name has
 
 
 def print_dry_run(config: Config, stage: str, what: str, notes: Sequence[str], *, rows: int | None = None) -> None:
@@ -62,7 +61,7 @@ def print_dry_run(config: Config, stage: str, what: str, notes: Sequence[str], *
     if budget.problem:
         fit = nearest_fit(config, stage, models, is_valid=lambda changed: _is_valid(changed, stage, models))
         raise ConfigError(explain(budget, fit))
-    _check_gpus(config)
+    check_machine(config, stage)
 
 
 def _print_plan(console: Console, config: Config, stage: str, models: Models, rows: int | None) -> None:
@@ -125,33 +124,3 @@ def _is_valid(config: Config, stage: str, models: Models) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _check_gpus(config: Config) -> None:
-    """That the GPUs of this machine are those of `hardware`; other nodes are not looked at."""
-    hardware, gpu = config.hardware, find_gpu(config.hardware)
-    if config.dry_run.assume or hardware.platform != "cuda":
-        return
-    there = visible_gpus()
-    if len(there) < hardware.gpus_per_node:
-        raise ConfigError(
-            f"hardware.gpus_per_node={hardware.gpus_per_node}, but nvidia-smi finds {len(there) or 'no'} GPUs on this "
-            "machine: plan for another one with dry_run.assume=h200x8 (or another hardware group), or use hardware=cpu"
-        )
-    if gpu is not None:
-        name, memory = min(there[: hardware.gpus_per_node], key=lambda found: found[1])
-        if memory < LEAST_SHARE_OF_MEMORY * gpu.memory:
-            raise ConfigError(
-                f"hardware.gpu={gpu.name} has {gpu.memory / GIB:.1f} GiB, but this machine's {name} has "
-                f"{memory / GIB:.1f}: set hardware.gpu to what it is"
-            )
-
-
-def visible_gpus() -> list[tuple[str, float]]:
-    """(name, bytes) of this machine's GPUs; none where there is no nvidia-smi."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [(name.strip(), float(mib) * 2**20) for name, _, mib in (line.partition(",") for line in lines)]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dgpo.checks import check_train
 from dgpo.config.load import to_yaml
-from dgpo.config.schema import Config
+from dgpo.config.schema import Config, HardwareConfig
 from dgpo.config.stages import initial_model, with_absolute_paths
 from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
@@ -36,7 +36,6 @@ VERL_ENVIRONMENT = {
     for name, value in {
         "NCCL_DEBUG": "WARN",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true",
-        "VLLM_DISABLE_COMPILE_CACHE": "1",  # it has been found corrupt (vllm issue 31199)
         "TRANSFER_QUEUE_ENABLE": "1",
     }.items()
 }
@@ -148,7 +147,8 @@ def _run_verl(config: Config, folder: Path) -> None:
 
     checkpoint = _start(folder.resolve() / "checkpoints", config)
     try:
-        ray_cluster.connect(config.hardware, token_folder=folder, environment={**VERL_ENVIRONMENT, **mark(folder)})
+        environment = {**VERL_ENVIRONMENT, **own_critic(config.hardware), **mark(folder)}
+        ray_cluster.connect(config.hardware, token_folder=folder, environment=environment)
         with told_by_name(folder), filed_on_request(folder):  # after Ray's start, which sets a handler of its own
             # With the driver: where another node is lost, the trainer is there to say so.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
@@ -157,6 +157,15 @@ def _run_verl(config: Config, folder: Path) -> None:
     finally:
         ray.shutdown()
         _clear_remains(folder)
+
+
+def own_critic(hardware: HardwareConfig) -> dict[str, str]:
+    """The plugin that keeps veRL from giving the critic flash attention, where another one was asked for.
+
+    A platform's own plugin, in `hardware.env`, has it already.
+    """
+    asks = hardware.attention != "flash_attention_2"
+    return {"VERL_USE_EXTERNAL_MODULES": "dgpo.platforms.critic"} if asks else {}
 
 
 def _start(checkpoints: Path, config: Config) -> Path | None:

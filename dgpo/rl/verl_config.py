@@ -52,6 +52,7 @@ def _write_agent_loop(config: Config, folder: Path) -> str:
         "retriever": asdict(config.retriever),
         "reward": config.train.reward,
         "seed": config.seed,
+        "request_seeds": has_request_seeds(config),
         "concurrency": config.train.generation_concurrency,
     }
     # As one text: veRL makes the agent loop from this entry for every episode, and Hydra copies each node of it.
@@ -63,6 +64,12 @@ def _write_agent_loop(config: Config, folder: Path) -> str:
     path = folder / "agent_loop.yaml"
     path.write_text(yaml.safe_dump([entry], sort_keys=False))
     return str(path.resolve())
+
+
+def has_request_seeds(config: Config) -> bool:
+    """Whether every turn draws from a seed of its own: `train.request_seeds`, or, where it is null, on CPUs only."""
+    asked = config.train.request_seeds
+    return config.hardware.platform == "cpu" if asked is None else asked
 
 
 def _data(config: Config) -> dict[str, Any]:
