@@ -19,7 +19,7 @@ def check_collect(config: Config) -> list[str]:
     check_start(config, "collect")
     check_engine(config)
     check_stage_folder(config, "collect")
-    rows = check_rows(config.data.collect_file, key="data.collect_file")
+    rows = check_rows(config, config.data.collect_file, key="data.collect_file", notes=notes)
     if check_model(config, config.teacher.path, key="teacher.path", notes=notes):
         check_lengths(config, "teacher.path", config.teacher.path)
     if config.collect.samples_per_question > 1 and config.collect.temperature <= 0:
@@ -27,5 +27,5 @@ def check_collect(config: Config) -> list[str]:
             f"collect.samples_per_question={config.collect.samples_per_question} with collect.temperature=0 samples "
             "the same episode again: set a temperature above 0"
         )
-    check_retriever(config, rows)
+    check_retriever(config, rows, notes)
     return notes

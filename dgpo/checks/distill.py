@@ -29,7 +29,7 @@ def check_distill(config: Config) -> list[str]:
         check_values(config, "episode")
         if there:
             check_lengths(config, key, student)
-        check_retriever(config, [])
+        check_retriever(config, [], notes)
     return notes
 
 

@@ -28,7 +28,7 @@ def check_test(config: Config, stage: str = "test") -> list[str]:
     check_stage_folder(config, stage)
     if not config.test.models:
         raise ConfigError("test.models is empty: name checkpoints, e.g. test.models.dgpo=runs/dgpo/train/model")
-    if not config.data.test_files:
+    if not config.data.test_files and not config.dry_run.assume:
         raise ConfigError("data.test_files is empty: name test sets, e.g. data.test_files.nq=data/nq_test.parquet")
     _check_test_values(config)
     for name, path in config.test.models.items():
@@ -36,13 +36,13 @@ def check_test(config: Config, stage: str = "test") -> list[str]:
             check_lengths(config, f"test.models.{name}", path)
     rows: list[dict[str, Any]] = []
     for name in config.test.sets or config.data.test_files:
-        rows += _check_test_set(name, config.data.test_files[name])[: config.test.max_questions]
-    if config.test.compat == "upstream" and len(rows) < config.test.upstream_batch_size:
+        rows += _check_test_set(config, name, notes)[: config.test.max_questions]
+    if rows and config.test.compat == "upstream" and len(rows) < config.test.upstream_batch_size:
         raise ConfigError(
             f"test.compat=upstream drops the last batch when it is not full, and {len(rows)} questions fill none of "
             f"test.upstream_batch_size={config.test.upstream_batch_size}: lower it"
         )
-    check_retriever(config, rows)
+    check_retriever(config, rows, notes)
     return notes
 
 
@@ -76,10 +76,10 @@ def _check_test_values(config: Config) -> None:
         )
 
 
-def _check_test_set(name: str, file: str) -> list[dict[str, Any]]:
+def _check_test_set(config: Config, name: str, notes: list[str]) -> list[dict[str, Any]]:
     """The rows, each with an id of its own, and of the benchmark that the set is named after, if it is one."""
-    key = f"data.test_files.{name}"
-    rows = check_rows(file, key=key)
+    key, file = f"data.test_files.{name}", config.data.test_files[name]
+    rows = check_rows(config, file, key=key, notes=notes)
     seen: dict[str, int] = {}
     for index, row in enumerate(rows):
         first = seen.setdefault(row_id(row), index)

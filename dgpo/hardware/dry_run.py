@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -12,13 +13,16 @@ from dgpo.config.load import ConfigError, changed_settings
 from dgpo.config.schema import Config
 from dgpo.hardware.budget import Models, find_gpu, is_on_this_node
 from dgpo.hardware.checks import check_engine, check_heads, check_training
+from dgpo.hardware.disk import DOWNLOAD, stage_disk
 from dgpo.hardware.fit import explain, nearest_fit
 from dgpo.hardware.gpu_hours import paper_gpu_hours
 from dgpo.hardware.known_gpus import GIB
-from dgpo.hardware.machine import check_machine
+from dgpo.hardware.machine import check_machine, memory_limit
 from dgpo.hardware.placement import place
 from dgpo.hardware.report import (
     Rows,
+    Rows3,
+    experiment_table,
     facts,
     memory_facts,
     memory_table,
@@ -43,6 +47,7 @@ def print_dry_run(config: Config, stage: str, what: str, notes: Sequence[str], *
     Raises:
         ConfigError: it will not fit, with the nearest setting that does; or this machine has not these GPUs.
     """
+    config = _with_own_memory(config)
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     console.print(f"dry run: {what}", soft_wrap=True, markup=False)
     console.print("\nSettings that differ from the defaults")
@@ -64,10 +69,18 @@ def print_dry_run(config: Config, stage: str, what: str, notes: Sequence[str], *
     check_machine(config, stage)
 
 
+def _with_own_memory(config: Config) -> Config:
+    """A copy that knows how much memory this machine has, where the plan is for it and none was named."""
+    hardware = config.hardware
+    if config.dry_run.assume or hardware.platform != "cpu" or hardware.host_memory_gb is not None:
+        return config
+    return replace(config, hardware=replace(hardware, host_memory_gb=memory_limit() / 1e9))
+
+
 def _print_plan(console: Console, config: Config, stage: str, models: Models, rows: int | None) -> None:
     hardware, gpu = config.hardware, find_gpu(config.hardware)
     budget = stage_budget(config, stage, models)
-    of = f"per GPU, GiB (of {gpu.name}, {gpu.memory / GIB:.1f} usable)" if gpu else "of a rank and its engine, GiB"
+    of = f"per GPU, GiB (of {gpu.name}, {gpu.memory / GIB:.1f} usable)" if gpu else f"of a {budget.place}, GiB"
     parts: list[tuple[str, Any]] = [
         ("Models", facts(_model_rows(stage, models))),
         ("Placement", placement_table(config, stage, models, place(config, stage))),
@@ -81,11 +94,31 @@ def _print_plan(console: Console, config: Config, stage: str, models: Models, ro
         if stage == "train":
             hours = f"{paper_gpu_hours(config) or 0:,.0f} GPU hours of H200, scaled from the authors' run"
             parts.append(("", facts([("the paper", hours)])))
+    parts.append(("The experiment, estimated", experiment_table(_experiment(config))))
+    beside = f"corpus and index of Wikipedia {DOWNLOAD / 1e9:.0f} GB, and the hub's models"
+    parts.append(("", facts([("besides", beside)])))
     for title, table in parts:
         if title:
             console.print(f"\n{title}")
         if table.row_count:
             console.print(table)
+
+
+def _experiment(config: Config) -> Rows3:
+    """(stage, hours, bytes on the disk) of every stage, and the test at the end, on this hardware."""
+    rows = []
+    for stage in (*config.stages, "test"):
+        models, _ = stage_models(_tested(config) if stage == "test" else config, stage)
+        estimate = stage_throughput(config, stage, models) if models else None
+        hours = estimate.total_hours if estimate else None
+        rows.append((stage, hours, sum(stage_disk(config, stage, models).values()) if models else 0.0))
+    return rows
+
+
+def _tested(config: Config) -> Config:
+    """The test of one model, the student's size, where none is named."""
+    models = config.test.models or {"student": config.student.path or ""}
+    return replace(config, test=replace(config.test, models=models))
 
 
 def _model_rows(stage: str, models: Models) -> Rows:

@@ -13,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dgpo.config.schema import DEFAULT_TEACHER_COEF, Config, PhaseLimitsConfig
 from dgpo.config.stages import initial_model
+from dgpo.hardware.memory import weight_bucket
+from dgpo.hardware.shapes import ModelShape, find_shape
 from dgpo.runs.rollback import num_rollbacks, num_to_keep
 
 TRAINER_NAME = "dgpo"
@@ -126,13 +128,17 @@ def _rollout(config: Config, agent_loop_path: str) -> dict[str, Any]:
         "agent.agent_loop_config_path": agent_loop_path,
         "free_cache_engine": engine.sleep,
         "enable_sleep_mode": engine.sleep,
-        "checkpoint_engine.update_weights_bucket_megabytes": hardware.weight_bucket_mb,
+        "checkpoint_engine.update_weights_bucket_megabytes": int(weight_bucket(config, _shape(config)) / 2**20),
     }
     if engine.in_process:
         rollout["engine_kwargs.vllm.distributed_executor_backend"] = "uni"
     if engine.worker_extension:
         rollout["engine_kwargs.vllm.worker_extension_cls"] = engine.worker_extension
     return {f"actor_rollout_ref.rollout.{key}": value for key, value in rollout.items()}
+
+
+def _shape(config: Config) -> ModelShape | None:
+    return find_shape(config, initial_model(config, "train")[1])
 
 
 def _mixed_precision(dtype: str) -> dict[str, str]:

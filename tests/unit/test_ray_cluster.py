@@ -57,7 +57,7 @@ def test_workers_on_every_node_get_the_environment_and_hardware_env_wins(started
     connect(hardware(), token_folder=tmp_path, environment=more)
     variables = started["runtime_env"]["env_vars"]
     assert variables["VERL_PLATFORM"] == "cpu"
-    assert variables["OMP_NUM_THREADS"] == "1"
+    assert variables["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
     assert variables["NCCL_DEBUG"] == "WARN"
     assert variables["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "0"
 
