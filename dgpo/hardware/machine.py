@@ -21,6 +21,7 @@ CUDA_13 = 13_000  # as libcuda counts
 LEAST_SHARED_MEMORY = 1e9  # bytes; a container gets 64 MB unless told otherwise
 LEAST_SHARE_OF_MEMORY = 0.95  # of what a GPU of that name has
 CPUS_PER_GPU = 3  # veRL's bundles (single_controller/ray/base.py)
+WITHOUT_FLASH_ATTENTION = "hardware.attention=sdpa hardware.remove_padding=false hardware.max_tokens_per_gpu=null"
 OTHER_CPUS = 2  # the controller of its queue, and room to place what reserves nothing
 
 
@@ -176,8 +177,7 @@ def _check_flash_attention(config: Config, stage: str) -> None:
     if asked and importlib.util.find_spec("flash_attn") is None:
         raise ConfigError(
             "hardware.attention=flash_attention_2, but flash-attn is not installed: install it (scripts/install.sh has "
-            "the ways), or train more slowly without it, hardware.attention=sdpa hardware.remove_padding=false "
-            "hardware.max_tokens_per_gpu=null"
+            f"the ways), or train more slowly without it, {WITHOUT_FLASH_ATTENTION}"
         )
 
 

@@ -39,7 +39,6 @@ def test_a_plan_for_another_machine_needs_neither_data_nor_a_server(stage, no_hu
 
 
 def test_a_laptops_plan_is_compared_with_its_memory(monkeypatch, no_hub, tmp_path, capsys):
-    (tmp_path / "model").mkdir()
     monkeypatch.setattr(dry_run, "memory_limit", lambda: 23e9)
     student = make_model(tmp_path / "student")
     (tmp_path / "student" / "config.json").write_text(json.dumps(SMOLLM2))
