@@ -9,12 +9,14 @@ from dgpo.checks.values import check_values
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
+from dgpo.hardware.machine import check_start
 
 
 def check_distill(config: Config) -> list[str]:
     """What the cold start needs: collected episodes, a student, a different teacher that shares its tokenizer."""
     notes: list[str] = []
     check_values(config, "hardware", "distill")
+    check_start(config, "distill")
     check_stage_folder(config, "distill")
     settings = config.distill
     _check_distill_values(config)
@@ -27,7 +29,7 @@ def check_distill(config: Config) -> list[str]:
         check_values(config, "episode")
         if there:
             check_lengths(config, key, student)
-        check_retriever(config, [])
+        check_retriever(config, [], notes)
     return notes
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from dgpo.agent.trajectory import Trajectory, write_trajectories
 from dgpo.checks import check_collect
+from dgpo.checks.files import is_assumed
 from dgpo.coldstart.filter import keep_correct
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
@@ -44,10 +45,11 @@ def collect(config: Config) -> Path | None:
         SearchOutageError: the retriever failed too often; `resume=true` continues.
     """
     notes = check_collect(config)
-    rows = read_rows(config.data.collect_file or "")[: config.collect.max_questions]
+    file = config.data.collect_file or ""
+    rows = [] if is_assumed(config, file) else read_rows(file)[: config.collect.max_questions]
     if config.dry_run:
         times = f", {config.collect.samples_per_question} times each" * (config.collect.samples_per_question > 1)
-        plan = f"{config.teacher.path} would play {len(rows)} questions{times}"
+        plan = f"{config.teacher.path} would play {len(rows) or 'the usual'} questions{times}"
         print_dry_run(config, "collect", plan, notes, rows=len(rows))
         return None
     folder = Path(config.run_dir) / "collect"

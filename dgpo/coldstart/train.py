@@ -88,7 +88,7 @@ def train_on_examples(
         teacher=teacher,
         examples=training,
         held_out=held_out,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id or 0,  # any id: no trained position sees padding, and Llama's have none
         settings=settings,
         num_steps=num_steps,
         args=_training_arguments(

@@ -49,7 +49,7 @@ def evaluate(config: Config) -> Path | None:
         rows = upstream.drop_incomplete_batch(everything, config.test.upstream_batch_size)
     num_dropped = sum(map(len, everything.values())) - sum(map(len, rows.values()))
     if config.dry_run:
-        sizes = ", ".join(f"{name} ({len(group)} questions)" for name, group in rows.items())
+        sizes = ", ".join(f"{name} ({len(group)} questions)" for name, group in rows.items()) or "the paper's sets"
         samples = f", {config.test.samples} times each" if config.test.samples > 1 else ""
         plan = f"{', '.join(config.test.models)} would be tested on {sizes}{samples}"
         print_dry_run(config, "test", plan, notes, rows=sum(map(len, rows.values())) * len(config.test.models))

@@ -46,8 +46,21 @@ def check_training(config: Config) -> None:
         )
     else:
         _check_longest_episode(config, hardware.max_tokens_per_gpu)
+    check_attention(config)
     if hardware.ulysses_size > 1:
         _check_ulysses(config)
+
+
+def check_attention(config: Config) -> None:
+    """Packed episodes are kept apart by flash attention alone; others would attend over each other's padding's cost."""
+    hardware = config.hardware
+    if hardware.attention != "flash_attention_2" and (hardware.remove_padding or hardware.max_tokens_per_gpu):
+        raise ConfigError(
+            f"hardware.attention={hardware.attention} with packed episodes (hardware.remove_padding="
+            f"{str(hardware.remove_padding).lower()}, hardware.max_tokens_per_gpu={hardware.max_tokens_per_gpu}): set "
+            "hardware.remove_padding=false hardware.max_tokens_per_gpu=null, and hardware.micro_batch_size to the "
+            "episodes per GPU and forward"
+        )
 
 
 def _check_longest_episode(config: Config, max_tokens: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from dgpo.checks import check_train
 from dgpo.config.load import to_yaml
-from dgpo.config.schema import Config
+from dgpo.config.schema import Config, HardwareConfig
 from dgpo.config.stages import initial_model, with_absolute_paths
 from dgpo.data.rows import read_rows
 from dgpo.engines import ray_cluster
@@ -176,7 +176,12 @@ def _run_verl(config: Config, folder: Path) -> None:
 
     checkpoint = _start(folder.resolve() / "checkpoints", config)
     try:
-        environment = {**VERL_ENVIRONMENT, **_logger_folders(folder.resolve()), **mark(folder)}
+        environment = {
+            **VERL_ENVIRONMENT,
+            **own_critic(config.hardware),
+            **_logger_folders(folder.resolve()),
+            **mark(folder),
+        }
         ray_cluster.connect(config.hardware, token_folder=folder, environment=environment)
         ray_cluster.claim()
         with told_by_name(folder), filed_on_request(folder):  # after Ray's start, which sets a handler of its own
@@ -193,6 +198,15 @@ def _logger_folders(folder: Path) -> dict[str, str]:
     """Where veRL's loggers write, unless the shell says otherwise: theirs are shared by runs whose names are equal."""
     folders = {"TENSORBOARD_DIR": folder / "tensorboard", "WANDB_DIR": folder}
     return {name: os.environ.get(name, str(place)) for name, place in folders.items()}
+
+
+def own_critic(hardware: HardwareConfig) -> dict[str, str]:
+    """The plugin that keeps veRL from giving the critic flash attention, where another one was asked for.
+
+    A platform's own plugin, in `hardware.env`, has it already.
+    """
+    asks = hardware.attention != "flash_attention_2"
+    return {"VERL_USE_EXTERNAL_MODULES": "dgpo.platforms.critic"} if asks else {}
 
 
 def _start(checkpoints: Path, config: Config) -> Path | None:

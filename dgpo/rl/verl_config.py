@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dgpo.config.methods import algorithm_of, has_exact_teacher
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
+from dgpo.hardware.memory import weight_bucket
+from dgpo.hardware.shapes import ModelShape, find_shape
 from dgpo.rl.settings import teacher_settings
 
 AGENT_NAME = "search_agent"
@@ -52,6 +54,7 @@ def _write_agent_loop(config: Config, folder: Path) -> str:
         "retriever": asdict(config.retriever),
         "reward": config.train.reward,
         "seed": config.seed,
+        "request_seeds": has_request_seeds(config),
         "concurrency": config.train.generation_concurrency,
     }
     # As one text: veRL makes the agent loop from this entry for every episode, and Hydra copies each node of it.
@@ -63,6 +66,12 @@ def _write_agent_loop(config: Config, folder: Path) -> str:
     path = folder / "agent_loop.yaml"
     path.write_text(yaml.safe_dump([entry], sort_keys=False))
     return str(path.resolve())
+
+
+def has_request_seeds(config: Config) -> bool:
+    """Whether every turn draws from a seed of its own: `train.request_seeds`, or, where it is null, on CPUs only."""
+    asked = config.train.request_seeds
+    return config.hardware.platform == "cpu" if asked is None else asked
 
 
 def _data(config: Config) -> dict[str, Any]:
@@ -119,13 +128,17 @@ def _rollout(config: Config, agent_loop_path: str) -> dict[str, Any]:
         "agent.agent_loop_config_path": agent_loop_path,
         "free_cache_engine": engine.sleep,
         "enable_sleep_mode": engine.sleep,
-        "checkpoint_engine.update_weights_bucket_megabytes": hardware.weight_bucket_mb,
+        "checkpoint_engine.update_weights_bucket_megabytes": int(weight_bucket(config, _shape(config)) / 2**20),
     }
     if engine.in_process:
         rollout["engine_kwargs.vllm.distributed_executor_backend"] = "uni"
     if engine.worker_extension:
         rollout["engine_kwargs.vllm.worker_extension_cls"] = engine.worker_extension
     return {f"actor_rollout_ref.rollout.{key}": value for key, value in rollout.items()}
+
+
+def _shape(config: Config) -> ModelShape | None:
+    return find_shape(config, initial_model(config, "train")[1])
 
 
 def _mixed_precision(dtype: str) -> dict[str, str]:
