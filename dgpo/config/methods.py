@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dgpo.config.schema import Config
 
 ALGORITHMS = ("ppo", "grpo", "gkd")
+INIT_KL_FORMS = ("reward", "loss")
 TEACHER_FORMS = ("reward", "token", "exact")
 GATES = ("failed", "all", "none")
 
@@ -32,8 +33,9 @@ RL_RULES = (
         "exact or token",
     ),
     Rule(
-        lambda c: c.train.algorithm == "gkd" and c.train.init_kl_coef > 0,
-        "train.init_kl_coef is subtracted from the reward, and train.algorithm=gkd has none; set it to 0",
+        lambda c: c.train.algorithm == "gkd" and c.train.init_kl_coef > 0 and c.train.init_kl_form == "reward",
+        "train.init_kl_coef is subtracted from the reward, and train.algorithm=gkd has none; set it to 0, or "
+        "train.init_kl_form=loss",
     ),
     Rule(
         lambda c: c.train.algorithm == "grpo" and c.train.samples_per_question < 2,
