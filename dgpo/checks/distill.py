@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dgpo.checks.files import check_collection, check_stage_folder
+from dgpo.checks.files import check_collection, check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model, check_teacher
 from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_optimizer, check_values
@@ -23,6 +23,13 @@ def check_distill(config: Config) -> list[str]:
     if settings.loss != "seqkd":
         check_teacher(config, key, student if there else None, notes)
     check_collection(config, notes)
+    if settings.demonstrations != "agent":
+        if settings.loss != "seqkd":
+            raise ConfigError(
+                f"distill.demonstrations={settings.demonstrations} with distill.loss={settings.loss}: the teacher "
+                "never saw such a prompt, so only its tokens are learned; set distill.loss=seqkd"
+            )
+        check_rows(config.data.collect_file, key="data.collect_file")
     if settings.loss == "distillm":
         check_values(config, "episode")
         if there:

@@ -53,6 +53,12 @@ def _check_updates(config: Config) -> None:
     for name in ("actor_warmup_steps", "critic_warmup_steps"):
         if getattr(train, name) < 0:
             raise ConfigError(f"train.{name}={getattr(train, name)}: expected 0 or more")
+    for step in train.keep_steps:
+        if step < 1 or (step < train.num_steps and (train.save_every < 1 or step % train.save_every)):
+            raise ConfigError(
+                f"train.keep_steps={train.keep_steps}: step {step} is not saved with train.save_every="
+                f"{train.save_every}: choose multiples of it"
+            )
     if train.dual_clip is not None and train.dual_clip <= 1:
         raise ConfigError(f"train.dual_clip={train.dual_clip}: expected more than 1, or null for no cap")
 

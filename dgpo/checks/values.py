@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from dgpo.agent.modes import MODES
 from dgpo.config.load import ConfigError
 from dgpo.config.methods import ALGORITHMS, GATES, INIT_KL_FORMS, TEACHER_FORMS
 from dgpo.config.schema import Config
@@ -32,6 +33,7 @@ CHOICES = {
         "skew_reverse_kl",
     ),
     "distill.sharding": ("none", "full"),
+    "distill.demonstrations": tuple(MODES),
     "distill.student_episodes.watched": ("cross_entropy", "loss"),
     "test.compat": ("none", "upstream"),
 }

@@ -19,7 +19,14 @@ from dgpo.config.schema import Config
 
 GROUPS = ("world", "hardware", "recipe", "data", "pair", "experiment")
 # The user names the keys of these.
-FREE_MAPPINGS = ("data.test_files.", "test.models.", "hardware.env.", "hardware.verl.", "retriever.backend_options.")
+FREE_MAPPINGS = (
+    "data.test_files.",
+    "test.models.",
+    "test.modes.",
+    "hardware.env.",
+    "hardware.verl.",
+    "retriever.backend_options.",
+)
 NUM_NODES = "SLURM_NNODES"  # read by configs/hardware/h200x8xN.yaml
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 

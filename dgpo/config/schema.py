@@ -236,6 +236,9 @@ class DistillConfig:
     episodes: str | None = None  # folder of a finished collection; None: the run's own
     # kd | seqkd | distillm | taid | forward_kl | reverse_kl | jsd | skew_kl | skew_reverse_kl
     loss: str = "kd"
+    # What is learned of each episode: agent (all) | rag (its last retrieval and turn) | closed_book (its last turn);
+    # the latter two under prompts of their own (dgpo/agent/modes.py)
+    demonstrations: str = "agent"
     kl_ratio: float = 1.0  # r in L = (1 - r) CE + r D(teacher, student)
     skew: float = 0.1  # lambda of the skew KLs and of distillm
     jsd_beta: float = 0.5  # the teacher's share in jsd
@@ -343,6 +346,9 @@ class TrainConfig:
     save_every: int = 50  # the last step is saved in any case; 0: it alone
     keep_last: int = 2  # checkpoints
     keep_best: int = 1  # checkpoints besides, by exact match on data.validation_file; validated steps are saved then
+    # Steps whose checkpoints are kept besides, each as train/models/step_N. A later stage, as in the inverted order,
+    # starts from the last of them instead of the last step.
+    keep_steps: list[int] = field(default_factory=list)
     validate_every: int = 200
     log_episodes_every: int | None = 20  # steps between samples for train/episodes (docs/report.md); None: never
     num_logged_episodes: int = 8  # in a sample
@@ -361,6 +367,7 @@ class TestConfig:
     __test__ = False  # not a pytest class
 
     models: dict[str, str] = field(default_factory=dict)  # name in the table -> checkpoint
+    modes: dict[str, str] = field(default_factory=dict)  # name in the table -> agent (else) | rag | closed_book
     sets: list[str] | None = None  # some of data.test_files; None: all of them
     max_questions: int | None = None  # per set
     temperature: float | None = None  # None: 0 (greedy); 1 with several samples or compat=upstream

@@ -57,7 +57,12 @@ def evaluate(config: Config) -> Path | None:
     folder = prepare_run_folder(Path(config.run_dir) / "test", resume=config.resume)
     scores = {name: _evaluate_model(config, name, rows, folder / name, each) for name, each in tokenizers.items()}
     models = {
-        name: {"checkpoint": config.test.models[name], **summarize_model(group)} for name, group in scores.items()
+        name: {
+            "checkpoint": config.test.models[name],
+            "mode": config.test.modes.get(name, "agent"),
+            **summarize_model(group),
+        }
+        for name, group in scores.items()
     }
     results = {
         "models": {name: {**model, "metrics": release_metrics(model)} for name, model in models.items()},
@@ -86,7 +91,12 @@ def _evaluate_model(
             episode
             for set_name, group in rows.items()
             for episode in plan_episodes(
-                group, tokenizer, config=config, samples=config.test.samples, labels={"set": set_name}
+                group,
+                tokenizer,
+                config=config,
+                samples=config.test.samples,
+                labels={"set": set_name},
+                mode=config.test.modes.get(name, "agent"),
             )
         ]
 

@@ -76,6 +76,7 @@ def measure_model(
         trust_remote_code=config.student.trust_remote_code,
         path=folder / "trajectories.jsonl",
         name=f"{stage} {name}",
+        settings={"mode": inputs["mode"]},
     )
     played = list(zip(planned, trajectories, strict=True))
     scores = [score(episode, trajectory, tokenizer) for episode, trajectory in played]
@@ -91,6 +92,7 @@ def _inputs(config: Config, name: str) -> dict[str, Any]:
     """What a model's scores depend on."""
     return {
         "checkpoint": config.test.models[name],
+        "mode": config.test.modes.get(name, "agent"),
         "test_files": dict(config.data.test_files),
         "sets": config.test.sets,
         "max_questions": config.test.max_questions,

@@ -19,12 +19,12 @@ from dgpo.config.stages import initial_model, with_absolute_paths
 from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
-from dgpo.models.model_folders import state_dtype, write_generation_config
-from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
+from dgpo.rl.exports import export_models
+from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest
 from dgpo.runs.checkpoints import checkpoint_steps, newest_whole, read_seal, set_aside_later
 from dgpo.runs.faults import forget_failure, told_by_name, write_failure
 from dgpo.runs.processes import end_processes, mark, mark_processes
-from dgpo.runs.rollback import CHECKPOINT, EVENTS, TRACKER, after_rollbacks, num_rollbacks, roll_back
+from dgpo.runs.rollback import CHECKPOINT, EVENTS, after_rollbacks, roll_back
 from dgpo.runs.shared_memory import remove_abandoned_segments
 from dgpo.runs.stopping import filed_on_request
 from dgpo.runs.stops import CollapseError, FaultError, RunStoppedError
@@ -75,7 +75,7 @@ def train(config: Config) -> Path | None:
     forget_failure(folder)
     try:
         _run_with_restarts(config, folder)
-        return _export(config, folder)
+        return export_models(config, folder)
     except TrainingFailedError as error:
         write_failure(folder, error)
         raise
@@ -172,27 +172,3 @@ def _start(checkpoints: Path, config: Config) -> Path | None:
     others = "" if wrote == now else f", which {wrote} GPUs wrote, on {now}"
     print(f"train: continues from {checkpoint}{others}", file=sys.stderr, flush=True)
     return checkpoint
-
-
-def _export(config: Config, folder: Path) -> Path:
-    """The last checkpoint as `train/model`: a Hugging Face folder whose generation config carries the stop strings."""
-    checkpoints = folder / "checkpoints"
-    step = int((checkpoints / TRACKER).read_text())
-    target = folder / "model"
-    temporary = folder / "model.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoints / f"{CHECKPOINT}{step}" / "actor" / "huggingface", temporary)
-    state_dtype(temporary)
-    write_generation_config(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    write_manifest(
-        target,
-        stage="train",
-        inputs={"init": initial_model(config, "train")[1], "teacher": config.teacher.path},
-        config=to_yaml(config),
-        counts={"steps": step, "rollbacks": num_rollbacks(folder)},
-        seed=config.seed,
-    )
-    print(f"checkpoint after step {step}: {target}", file=sys.stderr)
-    return target

@@ -467,6 +467,7 @@ class DGPOTrainer(TimedTrainer):
             self.validation_scores,
             keep_last=self.term.keep_last,
             keep_best=self.term.keep_best,
+            keep=self.term.keep_steps,
         )
         alarms = self.detector.observe(record)
         if alarms:

@@ -302,6 +302,7 @@ def _teacher(config: Config) -> dict[str, Any]:
         "stability": asdict(config.train.stability),
         "rollbacks_left": config.train.stability.max_rollbacks - num_rollbacks(Path(config.run_dir) / "train"),
         "keep_last": num_to_keep(config),
+        "keep_steps": list(config.train.keep_steps),
         "keep_best": config.train.keep_best if config.data.validation_file else 0,
         "replay_poll_s": config.hardware.replay_poll_s,
         "max_failed_share": config.retriever.max_failed_share,
