@@ -74,7 +74,12 @@ def _evaluate(
     measured = {name: _evaluate_model(config, name, rows, folder / name, each) for name, each in tokenizers.items()}
     scores = {name: each.scores for name, each in measured.items()}
     models = {
-        name: {"checkpoint": config.test.models[name], "weights": each.weights, **summarize_model(each.scores)}
+        name: {
+            "checkpoint": config.test.models[name],
+            "weights": each.weights,
+            "mode": config.test.modes.get(name, "agent"),
+            **summarize_model(each.scores),
+        }
         for name, each in measured.items()
     }
     results = {
@@ -103,7 +108,12 @@ def _evaluate_model(
             episode
             for set_name, group in rows.items()
             for episode in plan_episodes(
-                group, tokenizer, config=config, samples=config.test.samples, labels={"set": set_name}
+                group,
+                tokenizer,
+                config=config,
+                samples=config.test.samples,
+                labels={"set": set_name},
+                mode=config.test.modes.get(name, "agent"),
             )
         ]
 

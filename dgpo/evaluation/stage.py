@@ -128,6 +128,7 @@ def measured_settings(config: Config, name: str, rows: Sequence[Mapping[str, Any
     files = {each: file_identity(config.data.test_files[each]) for each in test.sets or config.data.test_files}
     return {
         **settings,
+        "mode": test.modes.get(name, "agent"),
         "data.test_files": files,
         "test.max_questions": test.max_questions,
         "test.samples": test.samples,
