@@ -68,12 +68,13 @@ def cut_to_mode(trajectory: Trajectory, name: str, prompt_ids: Sequence[int]) ->
     evidence = slice(searched[-1].end, _next_start(trajectory, searched[-1].end)) if searched else slice(0, 0)
     before = trajectory.response_ids[evidence] if name == "rag" else []
     log_probs = trajectory.log_probs
+    environment: list[float | None] = [0.0] * len(before)
     return Trajectory(
         episode_id=trajectory.episode_id,
         prompt_ids=list(prompt_ids),
         response_ids=before + trajectory.response_ids[turn.start : turn.end],
         response_mask=[0] * len(before) + trajectory.response_mask[turn.start : turn.end],
-        log_probs=log_probs and [0.0] * len(before) + log_probs[turn.start : turn.end],
+        log_probs=log_probs and environment + log_probs[turn.start : turn.end],
         turns=[type(turn)(len(before), len(before) + turn.end - turn.start, turn.kind, turn.content)],
         searches=trajectory.searches[-1:] if before else [],
         answer=trajectory.answer,
