@@ -30,10 +30,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dgpo.agent.episode import EpisodeLimits, Generation, run_episode
 from dgpo.agent.protocol import STOP_STRINGS, encode_prompt
 from dgpo.agent.trajectory import Trajectory
+from dgpo.algorithms.advantages import generalised_advantages
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES, LossSettings
 from dgpo.algorithms.exact_kl import exact_reverse_kl
 from dgpo.algorithms.reduce import divide, masked_mean
-from dgpo.algorithms.selective_kl import compute_gate
+from dgpo.algorithms.selective_kl import compute_gate, subtract_teacher_kl
 from dgpo.config.load import load_config
 from dgpo.data.rows import read_rows
 from dgpo.metrics.exact_match import exact_match
@@ -165,20 +166,6 @@ class Critic(nn.Module):
         return self.head(self.backbone(ids).last_hidden_state)[..., 0]
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Whitened advantages and returns (Schulman et al. 2016), stepping over tokens that the environment wrote."""
-    advantage = next_value = torch.zeros(len(rewards))
-    reversed_advantages = []
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + TRAIN.gamma * next_value - values[:, t]
-        advantage = torch.where(mask[:, t] > 0, delta + TRAIN.gamma * TRAIN.gae_lambda * advantage, advantage)
-        next_value = torch.where(mask[:, t] > 0, values[:, t], next_value)
-        reversed_advantages.append(advantage)
-    advantages = torch.stack(reversed_advantages[::-1], dim=1)
-    policy_tokens = advantages[mask > 0]
-    return (advantages - policy_tokens.mean()) * torch.rsqrt(policy_tokens.var() + 1e-8), advantages + values
-
-
 def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """PPO's clipped objective (Schulman et al. 2017), averaged over policy tokens."""
     ratio = (log_probs - old_log_probs).exp()
@@ -217,9 +204,17 @@ def losses(
         old_values = critic(batch.ids)[:, :-1] * batch.mask
         rewards = batch.scores(correct)
         if form == "reward":
-            teacher_log_probs = batch.log_probs(teacher(batch.ids).logits[:, :-1])
-            rewards = rewards - 0.001 * gate[:, None] * batch.mask * (old_log_probs - teacher_log_probs)
-        advantages, returns = gae(rewards, old_values, batch.mask)
+            rewards = subtract_teacher_kl(
+                rewards,
+                student_log_probs=old_log_probs,
+                teacher_log_probs=batch.log_probs(teacher(batch.ids).logits[:, :-1]),
+                response_mask=batch.mask,
+                gate=gate,
+                kl_coef=0.001,
+            )
+        advantages, returns = generalised_advantages(
+            rewards, response_mask=batch.mask, values=old_values, gamma=TRAIN.gamma, lam=TRAIN.gae_lambda
+        )
     for part in slices(len(batch.ids), TRAIN.mini_batch_size):
         mini = Batch(batch.ids[part], batch.mask[part])
         logits = student(mini.ids).logits[:, :-1]

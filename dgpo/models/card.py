@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from dgpo.agent.protocol import SEARCH_R1_PROMPT, TEMPLATE_DATE
-from dgpo.config.schema import DEFAULT_TEACHER_COEF
+from dgpo.algorithms.advantages import ALGORITHMS
+from dgpo.algorithms.selective_kl import GATES, TEACHER_FORMS
 from dgpo.data.rows import DataError, read_rows, row_question
 from dgpo.models.licences import HUB_LICENCES, inherited, licence_of
 from dgpo.runs.artifacts import MANIFEST
@@ -110,12 +111,11 @@ def _method(stage: str, config: Mapping[str, Any]) -> str:
     if stage == "distill":
         return f"knowledge distillation (`{config['distill']['loss']}`) on a teacher's own correct episodes"
     train, term = config["train"], config["train"]["teacher_term"]
-    algorithm = {"ppo": "PPO", "grpo": "GRPO", "gkd": "on-policy distillation (GKD)"}[train["algorithm"]]
+    algorithm = ALGORITHMS[train["algorithm"]].title
     if term["gate"] == "none":
         return f"{algorithm} without a teacher"
-    coef = term["coef"] if term["coef"] is not None else DEFAULT_TEACHER_COEF[term["form"]]
-    gate = {"failed": "the episodes that it got wrong", "all": "every episode"}[term["gate"]]
-    return f"{algorithm} with a teacher on {gate} (form `{term['form']}`, coefficient {coef:g})"
+    coef = term["coef"] if term["coef"] is not None else TEACHER_FORMS[term["form"]].default_coef
+    return f"{algorithm} with a teacher on {GATES[term['gate']].episodes} (form `{term['form']}`, coefficient {coef:g})"
 
 
 def _facts(stage: str, manifest: Mapping[str, Any], config: Mapping[str, Any], student: str) -> dict[str, str]:

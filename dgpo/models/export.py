@@ -15,9 +15,10 @@ from dgpo.config.model_files import check_model_folder
 from dgpo.config.schema import Config
 from dgpo.files import atomic_write_text
 from dgpo.models.card import model_card
-from dgpo.runs.artifacts import MANIFEST, RunFolderExistsError, read_manifest, write_manifest
+from dgpo.runs.artifacts import MANIFEST, read_manifest, write_manifest
 from dgpo.runs.checkpoints import writing
 from dgpo.runs.identity import model_identity
+from dgpo.runs.replacing import check_target
 from dgpo.runs.settings import check_same
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,11 +44,10 @@ def export(config: Config) -> Path:
     if settings.dtype is not None and settings.dtype not in DTYPES:
         raise ConfigError(f"export.dtype={settings.dtype}: expected one of {', '.join(DTYPES)}, or null to keep it")
     out = Path(settings.out)
-    if out.exists():
-        if not settings.push:
-            raise RunFolderExistsError(f"{out} exists: choose another export.out")
+    if settings.push and out.exists():
         check_same(read_manifest(out, stage="export").get("settings") or {}, _settings(config), made=out)
     else:
+        check_target(out, key="export.out", stage="export", replace=False)
         _write(config, out)
     if settings.push:
         from dgpo.models.push import push
