@@ -194,5 +194,5 @@ def test_of_many_that_start_at_the_same_time_one_wins(folder, found):
 
 def test_the_command_is_refused_with_and_without_resume(folder, holder, capsys):
     for more in ([], ["resume=true"]):
-        assert main(["train", f"run_dir={folder.parent}", *more]) == 2
+        assert main(["train", "hardware=cpu", f"run_dir={folder.parent}", *more]) == 2
         assert f"{folder} is in use by" in capsys.readouterr().err
