@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dgpo import __version__
 from dgpo.config.load import GROUPS, ConfigError, config_keys, group_choices, load_config
 from dgpo.config.schema import Config
 
@@ -13,7 +14,7 @@ USAGE = """usage: python -m dgpo COMMAND [key=value ...]
 
 {commands}
 
-python -m dgpo COMMAND --help lists the configuration.
+python -m dgpo COMMAND --help lists the configuration; --version tells the version.
 """
 
 
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2
+    if arguments == ["--version"]:
+        print(f"dgpo {__version__}")
+        return 0
     name, *overrides = arguments
     if name not in COMMANDS:
         print(f"unknown command {name!r}: expected one of {', '.join(COMMANDS)}", file=sys.stderr)
@@ -70,6 +74,13 @@ def _quickstart(overrides: Sequence[str]) -> None:
             quickstart(overrides)
     except StageFailedError as error:
         raise CommandFailedError(str(error)) from error
+
+
+def _doctor(overrides: Sequence[str]) -> None:
+    from dgpo.hardware.doctor import doctor
+
+    if not doctor(load_config(overrides)):
+        raise CommandFailedError("not all is well, see the lines above")
 
 
 def _download(overrides: Sequence[str]) -> None:
@@ -230,6 +241,7 @@ def _play(stage: Callable[[Config], object], config: Config) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "quickstart": (_quickstart, "the whole method on the tiny world, on a CPU: collect, distil, train, test, report"),
+    "doctor": (_doctor, "this machine and environment, a line each: ok, or what to do"),
     "download": (_download, "corpus, index, training set, benchmark files from the hub; resumable, checksummed"),
     "prepare": (_prepare, "question files and corpora: the paper's sets, or your own questions and documents"),
     "contamination": (_contamination, "duplicates, train/test overlap and answers in the question, as a report"),

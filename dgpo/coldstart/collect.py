@@ -14,7 +14,8 @@ from rich.table import Table
 
 from dgpo.agent.trajectory import Trajectory, write_trajectories
 from dgpo.checks import check_collect
-from dgpo.coldstart.filter import keep_correct
+from dgpo.checks.files import is_assumed
+from dgpo.coldstart.filter import end_at_answer, keep_correct, tail_counts
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.data.rows import read_rows, row_golds
@@ -26,7 +27,8 @@ from dgpo.runs.identity import file_identity, model_identity, retriever_identity
 from dgpo.runs.owner import owned
 from dgpo.runs.settings import episode_settings, fixed_settings, is_finished
 
-# Not `</answer>`: the teacher's own end token then follows its answer, and the cold start trains the student to end.
+# Not `</answer>`: the teacher's own end token may then follow its answer. What else does is dropped from the episodes
+# that are kept; `trajectories.jsonl` holds it.
 COLLECT_STOP_STRINGS = ("</search>",)
 # Decide which episodes are played, and not what happens in one.
 WHICH_EPISODES = ("collect.max_questions", "collect.samples_per_question")
@@ -44,10 +46,11 @@ def collect(config: Config) -> Path | None:
         SearchOutageError: the retriever failed too often; `resume=true` continues.
     """
     notes = check_collect(config)
-    rows = read_rows(config.data.collect_file or "")[: config.collect.max_questions]
+    file = config.data.collect_file or ""
+    rows = [] if is_assumed(config, file) else read_rows(file)[: config.collect.max_questions]
     if config.dry_run:
         times = f", {config.collect.samples_per_question} times each" * (config.collect.samples_per_question > 1)
-        plan = f"{config.teacher.path} would play {len(rows)} questions{times}"
+        plan = f"{config.teacher.path} would play {len(rows) or 'the usual'} questions{times}"
         print_dry_run(config, "collect", plan, notes, rows=len(rows))
         return None
     folder = Path(config.run_dir) / "collect"
@@ -91,18 +94,23 @@ def _collect(config: Config, rows: Sequence[Mapping[str, Any]], folder: Path) ->
         log_probs=True,
     )
     golds = {episode.episode_id: row_golds(episode.row) for episode in planned}
-    kept, counts = keep_correct(trajectories, golds)
+    correct, counts = keep_correct(trajectories, golds)
+    kept = [end_at_answer(trajectory, tokenizer) for trajectory in correct]
     write_trajectories(folder / "episodes.jsonl", kept)
     write_manifest(
         folder,
         stage="collect",
         inputs={"teacher": config.teacher.path, "questions": config.data.collect_file},
         config=to_yaml(config),
-        counts={"episodes": len(trajectories), **counts},
+        counts={"episodes": len(trajectories), **counts, **tail_counts(kept)},
         seed=config.seed,
         settings=settings,
     )
     _print_table(trajectories, counts)
+    print(
+        "after </answer>: {dropped_tail_tokens} tokens of {episodes_with_tail} kept episodes dropped, "
+        "{appended_end_tokens} end tokens appended".format(**tail_counts(kept))
+    )
 
 
 def _print_table(trajectories: list[Trajectory], counts: dict[str, int]) -> None:

@@ -9,15 +9,19 @@ python -m dgpo distill experiment=taid pair=qwen3b_05b run_dir=runs/taid hardwar
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dgpo.agent.trajectory import read_trajectories
+from dgpo.agent.modes import MODES, cut_to_mode, mode_messages
+from dgpo.agent.protocol import encode_prompt
+from dgpo.agent.trajectory import Trajectory, read_trajectories
 from dgpo.checks import check_distill
 from dgpo.coldstart.ranks import run_on_ranks
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.config.stages import collection, initial_model
+from dgpo.data.rows import DataError, read_rows, row_id, row_question
 from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.runs.artifacts import prepare_run_folder, read_manifest, write_manifest
@@ -131,7 +135,7 @@ def distill_rank(config: Config, *, rank: int = 0, num_ranks: int = 1) -> dict[s
         return train_on_examples(
             model,
             None if settings.loss in LOSSES_WITHOUT_TEACHER else _load_teacher(config, student, tokenizer),
-            [TrainingExample.from_trajectory(t) for t in read_trajectories(collection(config) / "episodes.jsonl")],
+            [TrainingExample.from_trajectory(episode) for episode in demonstrations(config, tokenizer)],
             tokenizer,
             checkpoint=output / "model",
             metrics=output / "metrics.jsonl",
@@ -143,6 +147,28 @@ def distill_rank(config: Config, *, rank: int = 0, num_ranks: int = 1) -> dict[s
             resume=config.resume,
             student_episodes=student_episodes,
         )
+
+
+def demonstrations(config: Config, tokenizer: Any) -> Iterator[Trajectory]:
+    """The collected episodes; with `distill.demonstrations` of a baseline, each cut to what that one does.
+
+    Raises:
+        DataError: an episode is of no question in `data.collect_file`, which the baseline's prompt asks.
+    """
+    name, file = config.distill.demonstrations, config.data.collect_file or ""
+    rows = {row_id(row): row for row in read_rows(file)} if name != "agent" else {}
+    for episode in read_trajectories(collection(config) / "episodes.jsonl"):
+        if name == "agent":
+            yield episode
+            continue
+        row = rows.get(episode.episode_id.partition("#")[0])
+        if row is None:
+            raise DataError(
+                f"episode {episode.episode_id!r} is of no question in data.collect_file={file}: name the file that the "
+                "episodes were collected from"
+            )
+        messages = mode_messages(MODES[name], row_question(row), row["prompt"])
+        yield cut_to_mode(episode, name, encode_prompt(tokenizer, messages))
 
 
 def _load_teacher(config: Config, student: str, tokenizer: Any) -> Any:

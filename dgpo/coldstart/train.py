@@ -28,7 +28,6 @@ from dgpo.models.model_folders import write_generation_config
 from dgpo.runs.checkpoints import newest_whole, set_aside_later
 from dgpo.runs.stopping import StoppedOnRequestError
 
-MIN_LEARNING_RATE_SHARE = 0.05
 CHECKPOINT = "checkpoint-"  # Hugging Face's name of one, before the step
 KEPT_CHECKPOINTS = 3  # the newest, the one before it in case that one is damaged, and the best
 
@@ -88,7 +87,7 @@ def train_on_examples(
         teacher=teacher,
         examples=training,
         held_out=held_out,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id or 0,  # any id: no trained position sees padding, and Llama's have none
         settings=settings,
         num_steps=num_steps,
         args=_training_arguments(
@@ -96,7 +95,8 @@ def train_on_examples(
             hardware,
             seed=seed,
             output=checkpoints,
-            every=settings.evaluate_every or min(steps_per_epoch, num_steps),
+            every=settings.evaluate_every
+            or min(math.ceil(steps_per_epoch / settings.evaluations_per_epoch), num_steps),
             held_out=bool(held_out),
             keep_best=watched,
             evaluate_first=settings.loss == "distillm" and state is None,
@@ -180,9 +180,10 @@ def _training_arguments(
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_ratio,
         lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": MIN_LEARNING_RATE_SHARE},
-        adam_beta2=0.98,
-        weight_decay=0.0,
+        lr_scheduler_kwargs={"min_lr_rate": settings.min_learning_rate_share},
+        adam_beta1=settings.adam_betas[0],
+        adam_beta2=settings.adam_betas[1],
+        weight_decay=settings.weight_decay,
         max_grad_norm=1.0,
         seed=seed,
         use_cpu=on_cpu,

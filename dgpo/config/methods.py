@@ -9,6 +9,8 @@ from dgpo.algorithms.advantages import ALGORITHMS, Algorithm
 from dgpo.algorithms.selective_kl import GATES, TEACHER_FORMS, TeacherForm, unchanged
 from dgpo.config.schema import Config, TeacherTermConfig
 
+INIT_KL_FORMS = ("reward", "loss")
+
 
 def algorithm_of(config: Config) -> Algorithm:
     return ALGORITHMS[config.train.algorithm]
@@ -53,9 +55,9 @@ RL_RULES = (
         "train.algorithm={c.train.algorithm} has none; choose exact or token",
     ),
     Rule(
-        lambda c: not algorithm_of(c).task_reward and c.train.init_kl_coef > 0,
+        lambda c: not algorithm_of(c).task_reward and c.train.init_kl_coef > 0 and c.train.init_kl_form == "reward",
         "train.init_kl_coef is subtracted from the reward, and train.algorithm={c.train.algorithm} has none; set it "
-        "to 0",
+        "to 0, or train.init_kl_form=loss",
     ),
     Rule(
         lambda c: algorithm_of(c).compares_groups and c.train.samples_per_question < 2,

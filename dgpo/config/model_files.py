@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ class HubUnreachableError(ConfigError):
 
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+PROBE_S = 5.0
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -35,18 +37,45 @@ def model_file(path: str, name: str, *, key: str) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+    if cached := cached_file(path, name):
+        return cached
     try:
-        return Path(hf_hub_download(path, name))
+        return Path(hf_hub_download(path, name, local_files_only=not hub_answers()))
     except LocalEntryNotFoundError:
+        if cached_file(path, "config.json"):  # its other files came with that one, as far as it has them
+            return None
         raise HubUnreachableError(
-            f"{key}={path}: neither a folder nor in the cache, and the hub cannot be reached; "
-            "download the model or set a folder"
+            f"{key}={path}: neither a folder nor in the cache, and the hub cannot be reached; fetch it where there "
+            "is a network (`dgpo download download.what=[models]`, docs/offline.md), or set a folder"
         ) from None
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{key}={path}: the hub refuses it ({reason}); check the name and your login") from None
+
+
+def cached_file(repo: str, name: str) -> Path | None:
+    """The file of a hub model as the cache has it; None where it has not, or knows that there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether there is a hub to ask: asked once, and briefly, where the library would try for 20 seconds a file."""
+    import httpx
+    from huggingface_hub import constants, is_offline_mode
+
+    if is_offline_mode():
+        return False
+    try:
+        httpx.head(constants.ENDPOINT, timeout=PROBE_S)
+    except httpx.HTTPError:
+        return False
+    return True
 
 
 def check_model_folder(path: str | None, *, key: str) -> None:

@@ -103,11 +103,14 @@ def parse_question(record: Mapping[str, Any], *, default_id: str) -> Question:
 def evidence(metadata: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None]:
     """Gold passages and number of hops from FlashRAG's `metadata`; `((), None)` where it annotates none.
 
-    MuSiQue: `question_decomposition`, one `support_paragraph` `{"title", "paragraph_text"}` per hop. HotpotQA and
+    MuSiQue: `question_decomposition`, one `support_paragraph` `{"title", "paragraph_text"}` per hop, in `metadata` or,
+    as some copies of the file have it, in a `metadata` inside it. HotpotQA and
     2WikiMultiHopQA: the paragraphs of `context` whose titles `supporting_facts` names; a hop each. Sentences are joined
     with nothing between them in HotpotQA (`sentences`, which keep their spaces), with a space in 2Wiki (`content`).
     Passages are only given where all are there: some questions come without their paragraphs.
     """
+    if isinstance(metadata.get("metadata"), Mapping):
+        metadata = metadata["metadata"]
     steps = metadata.get("question_decomposition")
     if steps:
         support = [step.get("support_paragraph") or {} for step in steps]

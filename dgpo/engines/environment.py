@@ -7,12 +7,12 @@ import sys
 
 from dgpo.config.schema import HardwareConfig
 
-# Quiet and private unless the user's shell says otherwise.
+# Quiet and private, unless the user's shell says otherwise, and without vLLM's cache of compiled code: engines that
+# start side by side, also on other nodes, share its folder, and it has been found corrupt (vllm issue 31199).
 DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    # One folder for all engines of a user: it has been found corrupt where several start at once (vllm issue 31199).
     "VLLM_DISABLE_COMPILE_CACHE": "1",
 }
 

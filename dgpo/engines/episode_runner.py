@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.agent.episode import EpisodeLimits, Policy, Search, run_episode
+from dgpo.agent.modes import MODES, mode_messages
 from dgpo.agent.plugins import open_search
 from dgpo.agent.protocol import STOP_STRINGS, encode_prompt
 from dgpo.agent.seeds import derive_seed
 from dgpo.agent.trajectory import Trajectory, write_trajectories
 from dgpo.config.schema import Config
-from dgpo.data.rows import DataError, row_id
+from dgpo.data.rows import DataError, row_id, row_question
 from dgpo.engines.bounded_policy import BoundedPolicy
 from dgpo.runs.settings import SETTINGS, check_same, differences, read_settings, write_settings
 
@@ -41,7 +42,8 @@ class PlannedEpisode:
         prompt_ids: [P].
         question_id: the same for all samples of a question.
         sample: its number among them.
-        given, forced: how the response begins before the policy writes (`dgpo.agent.episode.run_episode`).
+        given, forced, opening_query: how the response begins before the policy writes, and `max_turns`, how many turns
+            may search (`dgpo.agent.episode.run_episode`).
         labels: what its score carries, such as the set.
     """
 
@@ -52,6 +54,8 @@ class PlannedEpisode:
     sample: int = 0
     given: str = ""
     forced: str = ""
+    opening_query: str = ""
+    max_turns: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -66,13 +70,17 @@ def plan_episodes(
     config: Config,
     samples: int = 1,
     labels: Mapping[str, str] | None = None,
+    mode: str = "agent",
 ) -> list[PlannedEpisode]:
     """Episodes for `rows`, `samples` of each, in row order; their ids begin with the labels.
+
+    Args:
+        mode: a key of `dgpo.agent.modes.MODES`.
 
     Raises:
         DataError: two rows share an id, or a prompt is longer than `episode.max_prompt_tokens`.
     """
-    planned, seen = [], set()
+    planned, seen, how = [], set(), MODES[mode]
     limit, labels = config.episode.max_prompt_tokens, labels or {}
     prefix = "".join(f"{label}/" for label in labels.values())
     for row in rows:
@@ -80,15 +88,19 @@ def plan_episodes(
         if name in seen:
             raise DataError(f"two rows have the id {name!r}: give each an extra_info.id of its own")
         seen.add(name)
-        prompt_ids = encode_prompt(tokenizer, row["prompt"])
+        prompt_ids = encode_prompt(tokenizer, mode_messages(how, row_question(row), row["prompt"]))
         if len(prompt_ids) > limit:
             raise DataError(
                 f"question {name!r} has a prompt of {len(prompt_ids)} tokens, more than "
                 f"episode.max_prompt_tokens={limit}: raise the limit or drop the question"
             )
         ids = [name] if samples == 1 else [f"{name}#{sample}" for sample in range(samples)]
+        query = row_question(row) if how.searches_first else ""
         planned += [
-            PlannedEpisode(each, row, prompt_ids, name, sample, labels=labels) for sample, each in enumerate(ids)
+            PlannedEpisode(
+                each, row, prompt_ids, name, sample, opening_query=query, max_turns=how.max_turns, labels=labels
+            )
+            for sample, each in enumerate(ids)
         ]
     return planned
 
@@ -146,6 +158,8 @@ async def play_episodes(
                 seed=derive_seed(config.seed, episode.episode_id),
                 given=episode.given,
                 forced=episode.forced,
+                opening_query=episode.opening_query,
+                max_turns=episode.max_turns,
             )
             finished[episode.episode_id] = trajectory
             progress.advance()

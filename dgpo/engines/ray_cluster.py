@@ -18,6 +18,10 @@ TOKEN = "ray_token"
 CLAIM_TIMEOUT_S = 20.0
 # Of every process of ours in Ray. With the override on, Ray would hide the GPUs from actors that reserve none.
 WORKER_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
+# Where models and logs go, from the user's shell to nodes whose Ray was started elsewhere. No secrets: Ray logs them.
+FORWARDED = ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "WANDB_MODE", "WANDB_DIR")
+# SLURM may name the GPUs to every maker's library at once; veRL then refuses to start a worker.
+OTHER_MAKERS = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
 def in_cluster() -> bool:
@@ -52,7 +56,11 @@ def connect(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    variables = {**DEFAULTS, **WORKER_ENVIRONMENT, **(environment or {}), **hardware.env}
+    if hardware.platform == "cuda":
+        for name in OTHER_MAKERS:
+            os.environ.pop(name, None)
+    shell = {name: os.environ[name] for name in (*DEFAULTS, *FORWARDED) if name in os.environ}
+    variables = {**DEFAULTS, **WORKER_ENVIRONMENT, **shell, **(environment or {}), **hardware.env}
     runtime_env = {"env_vars": {name: str(value) for name, value in variables.items()}}
     if in_cluster():
         import ray

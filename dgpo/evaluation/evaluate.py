@@ -49,7 +49,7 @@ def evaluate(config: Config) -> Path | None:
         rows = upstream.drop_incomplete_batch(everything, config.test.upstream_batch_size)
     num_dropped = sum(map(len, everything.values())) - sum(map(len, rows.values()))
     if config.dry_run:
-        sizes = ", ".join(f"{name} ({len(group)} questions)" for name, group in rows.items())
+        sizes = ", ".join(f"{name} ({len(group)} questions)" for name, group in rows.items()) or "the paper's sets"
         samples = f", {config.test.samples} times each" if config.test.samples > 1 else ""
         plan = f"{', '.join(config.test.models)} would be tested on {sizes}{samples}"
         print_dry_run(config, "test", plan, notes, rows=sum(map(len, rows.values())) * len(config.test.models))
@@ -74,7 +74,12 @@ def _evaluate(
     measured = {name: _evaluate_model(config, name, rows, folder / name, each) for name, each in tokenizers.items()}
     scores = {name: each.scores for name, each in measured.items()}
     models = {
-        name: {"checkpoint": config.test.models[name], "weights": each.weights, **summarize_model(each.scores)}
+        name: {
+            "checkpoint": config.test.models[name],
+            "weights": each.weights,
+            "mode": config.test.modes.get(name, "agent"),
+            **summarize_model(each.scores),
+        }
         for name, each in measured.items()
     }
     results = {
@@ -103,7 +108,12 @@ def _evaluate_model(
             episode
             for set_name, group in rows.items()
             for episode in plan_episodes(
-                group, tokenizer, config=config, samples=config.test.samples, labels={"set": set_name}
+                group,
+                tokenizer,
+                config=config,
+                samples=config.test.samples,
+                labels={"set": set_name},
+                mode=config.test.modes.get(name, "agent"),
             )
         ]
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from dgpo.agent.protocol import STOP_STRINGS
 from dgpo.agent.trajectory import Trajectory
+from dgpo.checks.files import is_assumed
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.data.rows import read_rows
@@ -33,9 +34,10 @@ class Measured(NamedTuple):
 
 
 def read_test_sets(config: Config) -> dict[str, list[dict[str, Any]]]:
-    """The questions of the chosen sets, at most `test.max_questions` of each."""
-    names = config.test.sets or list(config.data.test_files)
-    return {name: read_rows(config.data.test_files[name])[: config.test.max_questions] for name in names}
+    """The questions of the chosen sets, at most `test.max_questions` of each; a plan leaves out what is not there."""
+    files = {name: config.data.test_files[name] for name in config.test.sets or config.data.test_files}
+    there = {name: file for name, file in files.items() if not is_assumed(config, file)}
+    return {name: read_rows(file)[: config.test.max_questions] for name, file in there.items()}
 
 
 def sampling_temperature(config: Config) -> float:
@@ -126,6 +128,7 @@ def measured_settings(config: Config, name: str, rows: Sequence[Mapping[str, Any
     files = {each: file_identity(config.data.test_files[each]) for each in test.sets or config.data.test_files}
     return {
         **settings,
+        "mode": test.modes.get(name, "agent"),
         "data.test_files": files,
         "test.max_questions": test.max_questions,
         "test.samples": test.samples,

@@ -384,6 +384,7 @@ class DGPOTrainer(PPOTrainerSync):
             self.validation_scores,
             keep_last=self.settings.keep_last,
             keep_best=self.settings.keep_best,
+            keep=self.settings.keep_steps,
         )
         return record
 

@@ -21,7 +21,8 @@ class TeacherSettings:
         coef: the term's weight.
         num_monitored: correct, and failed, episodes per step that are scored for monitoring only.
         chunk_tokens: gated tokens whose teacher logits exist at once, in the loss.
-        needs_initial_policy: its KL is measured, or a penalty in the reward.
+        needs_initial_policy: its KL is measured, or a penalty in the reward or the loss.
+        mini_batch_size: episodes of an update of the actor.
     """
 
     path: str | None
@@ -32,6 +33,7 @@ class TeacherSettings:
     num_monitored: int
     chunk_tokens: int
     needs_initial_policy: bool
+    mini_batch_size: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class TrainerSettings:
             the trainer's are computed always.
         max_failed_share: a step with a larger share of failed episodes stops the run.
         keep_last, keep_best: checkpoints that rotation leaves; `keep_best` of those with a validation score.
+        keep_steps: steps whose checkpoints it leaves too.
         rollbacks_left: that the run may still make.
         limits: phase of the watchdog -> the longest that it may take, in seconds.
         replay_poll_s: between looks for finished episodes.
@@ -59,6 +62,7 @@ class TrainerSettings:
     max_failed_share: float
     keep_last: int
     keep_best: int
+    keep_steps: tuple[int, ...]
     stability: StabilityConfig
     rollbacks_left: int
     limits: dict[str, float]
@@ -79,6 +83,7 @@ def trainer_settings(config: Config, folder: Path) -> TrainerSettings:
         max_failed_share=config.retriever.max_failed_share,
         keep_last=num_to_keep(config),
         keep_best=train.keep_best if config.data.validation_file else 0,
+        keep_steps=tuple(train.keep_steps),
         stability=train.stability,
         rollbacks_left=train.stability.max_rollbacks - num_rollbacks(folder),
         limits=_phase_limits(train.limits),
@@ -101,6 +106,7 @@ def teacher_settings(config: Config) -> TeacherSettings:
         num_monitored=term.num_monitored,
         chunk_tokens=term.chunk_tokens,
         needs_initial_policy=config.train.init_kl_coef > 0 or config.train.stability.measure_init_kl,
+        mini_batch_size=config.train.mini_batch_size,
     )
 
 

@@ -7,31 +7,29 @@ python -m dgpo train world=tiny hardware=cpu dry_run=true ...
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dgpo.checks import check_train
 from dgpo.config.load import to_yaml
-from dgpo.config.schema import Config
+from dgpo.config.schema import Config, HardwareConfig
 from dgpo.config.stages import initial_model, with_absolute_paths
 from dgpo.data.rows import read_rows
 from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
-from dgpo.models.model_folders import state_dtype, write_generation_config
-from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
-from dgpo.runs.checkpoints import checkpoint_steps, newest_whole, read_seal, set_aside_later, writing
+from dgpo.rl.exports import export_models
+from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest
+from dgpo.runs.checkpoints import checkpoint_steps, newest_whole, read_seal, set_aside_later
 from dgpo.runs.faults import forget_failure, told_by_name, write_failure
 from dgpo.runs.identity import file_identity, model_identity, retriever_identity
 from dgpo.runs.owner import owned
 from dgpo.runs.processes import end_processes, mark, mark_processes
 from dgpo.runs.remains import remove_remains
 from dgpo.runs.replacing import check_target
-from dgpo.runs.rollback import CHECKPOINT, EVENTS, TRACKER, after_rollbacks, num_rollbacks, roll_back
+from dgpo.runs.rollback import CHECKPOINT, EVENTS, after_rollbacks, roll_back
 from dgpo.runs.settings import fixed_settings, record_or_check
 from dgpo.runs.stopping import filed_on_request
 from dgpo.runs.stops import CollapseError, FaultError, RunStoppedError
@@ -103,7 +101,7 @@ def _train(config: Config, folder: Path) -> Path:
     forget_failure(folder)
     try:
         _run_with_restarts(config, folder)
-        return _export(config, folder, settings)
+        return export_models(config, folder, settings)
     except TrainingFailedError as error:
         write_failure(folder, error)
         raise
@@ -176,7 +174,12 @@ def _run_verl(config: Config, folder: Path) -> None:
 
     checkpoint = _start(folder.resolve() / "checkpoints", config)
     try:
-        environment = {**VERL_ENVIRONMENT, **_logger_folders(folder.resolve()), **mark(folder)}
+        environment = {
+            **VERL_ENVIRONMENT,
+            **own_critic(config.hardware),
+            **_logger_folders(folder.resolve()),
+            **mark(folder),
+        }
         ray_cluster.connect(config.hardware, token_folder=folder, environment=environment)
         ray_cluster.claim()
         with told_by_name(folder), filed_on_request(folder):  # after Ray's start, which sets a handler of its own
@@ -195,6 +198,15 @@ def _logger_folders(folder: Path) -> dict[str, str]:
     return {name: os.environ.get(name, str(place)) for name, place in folders.items()}
 
 
+def own_critic(hardware: HardwareConfig) -> dict[str, str]:
+    """The plugin that keeps veRL from giving the critic flash attention, where another one was asked for.
+
+    A platform's own plugin, in `hardware.env`, has it already.
+    """
+    asks = hardware.attention != "flash_attention_2"
+    return {"VERL_USE_EXTERNAL_MODULES": "dgpo.platforms.critic"} if asks else {}
+
+
 def _start(checkpoints: Path, config: Config) -> Path | None:
     """The checkpoint to go on from, whatever number of GPUs wrote it; None for the beginning."""
     if not config.resume:
@@ -208,25 +220,3 @@ def _start(checkpoints: Path, config: Config) -> Path | None:
     others = "" if wrote == now else f", which {wrote} GPUs wrote, on {now}"
     print(f"train: continues from {checkpoint}{others}", file=sys.stderr, flush=True)
     return checkpoint
-
-
-def _export(config: Config, folder: Path, settings: Mapping[str, Any]) -> Path:
-    """The last checkpoint as `train/model`: a Hugging Face folder whose generation config carries the stop strings."""
-    checkpoints = folder / "checkpoints"
-    step = int((checkpoints / TRACKER).read_text())
-    target = folder / "model"
-    with writing(target) as temporary:
-        shutil.copytree(checkpoints / f"{CHECKPOINT}{step}" / "actor" / "huggingface", temporary, dirs_exist_ok=True)
-        state_dtype(temporary)
-        write_generation_config(temporary)
-        write_manifest(
-            temporary,
-            stage="train",
-            inputs={"init": initial_model(config, "train")[1], "teacher": config.teacher.path},
-            config=to_yaml(config),
-            counts={"steps": step, "rollbacks": num_rollbacks(folder)},
-            seed=config.seed,
-            settings=settings,
-        )
-    print(f"checkpoint after step {step}: {target}", file=sys.stderr)
-    return target

@@ -70,6 +70,8 @@ class TeacherGuidedWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def update_actor(self, data: Any) -> Any:
+        size = self.config.teacher.mini_batch_size  # in episodes: veRL's, in questions, need not be a whole number
+        tu.assign_non_tensor(data, mini_batch_size=size, global_batch_size=size)
         if self.teacher is not None and TEACHER_FORMS[self.config.teacher.form].in_loss:
             # veRL's name for "also call the loss function with the logits" (engine/fsdp/transformer_impl.py).
             tu.assign_non_tensor(data, distillation_use_topk=True)

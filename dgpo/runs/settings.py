@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "train.save_every",
     "train.keep_last",
     "train.keep_best",
+    "train.keep_steps",
     "train.validate_every",
     "train.log_episodes_every",
     "train.num_logged_episodes",

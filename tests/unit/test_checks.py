@@ -170,6 +170,7 @@ def test_passages_that_can_never_fit_are_refused(config):
     ("key", "value", "part"),
     [
         ("mini_batch_size", 24, "train.mini_batch_size=24"),
+        ("samples_per_question", 3, "train.samples_per_question=3"),
         ("mini_batch_size", 4, "hardware.micro_batch_size=8"),
     ],
 )

@@ -89,6 +89,23 @@ def test_loss_and_gradients_are_the_equation_on_policy_tokens_only(tokenizer, tm
         torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_an_appended_end_token_is_trained_by_cross_entropy_alone(tokenizer, tmp_path):
+    model, trainer = make_trainer(tokenizer, tmp_path, kl_ratio=1.0)
+    ended = [*EXAMPLES[:1], replace(EXAMPLES[1], end_was_appended=True)]
+    loss = trainer.compute_loss(model, batch_of(tokenizer, ended))
+    expected, student = expected_loss(tokenizer, kl_ratio=1.0)
+    teacher, ids = trainer.teacher, EXAMPLES[1].prompt_ids + EXAMPLES[1].response_ids
+    p, q = (m(torch.tensor([ids])).logits[0, -2].log_softmax(-1) for m in (student, teacher.requires_grad_(False)))
+    num_tokens = sum(sum(example.response_mask) for example in EXAMPLES)
+    expected = expected + (-p[ids[-1]] - (q.exp() * (q - p)).sum()) / num_tokens
+    trainer.loss_in_head.remove()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    expected.backward()
+    for mine, plain in zip(model.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_micro_batches_add_up_to_the_whole_batch_and_an_empty_one_adds_nothing(tokenizer, tmp_path):
     model, trainer = make_trainer(tokenizer, tmp_path)
     whole = trainer.compute_loss(model, batch_of(tokenizer, EXAMPLES), num_items_in_batch=6)

@@ -99,6 +99,10 @@ def test_evidence_and_hops_of_the_three_multi_hop_sets():
     )
 
 
+def test_evidence_may_stand_one_level_deeper():
+    assert evidence({"metadata": MUSIQUE["metadata"]}) == evidence(MUSIQUE["metadata"])
+
+
 def test_evidence_is_whole_or_absent():
     partial = {**HOTPOT["metadata"], "context": {"title": ["Ed Wood"], "sentences": [["Ed."]]}}
     assert evidence(partial) == ((), 2)
