@@ -21,7 +21,7 @@ _SHARD = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt"
 
 
 # What an array is made of: the state of numpy's random generator is one.
-_NUMPY_STATE = [_reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+_NUMPY_STATE: list[Any] = [_reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
 class ShardError(ValueError):
