@@ -188,7 +188,9 @@ class HardwareConfig:
     logical_gpus: int | None = None  # GPUs announced to Ray; None: Ray counts them
     object_store_gb: float | None = None  # Ray's shared memory on a node; None: 30% of its memory
     replay_poll_s: float = 0.05  # how often the trainer looks for finished episodes
-    env: dict[str, str] = field(default_factory=dict)  # exported before any engine is imported
+    # Exported before any engine is imported. vLLM would take its V2 model runner for Llama and V1 for Qwen2, whose
+    # samplers and speed differ; V1 serves all models, on both platforms (V2 needs Triton), and is what the tests run.
+    env: dict[str, str] = field(default_factory=lambda: {"VLLM_USE_V2_MODEL_RUNNER": "0"})
     verl: dict[str, Any] = field(default_factory=dict)  # raw veRL keys ("a.b.c": value), laid over everything else
     engine: EngineConfig = field(default_factory=EngineConfig)
 
