@@ -20,6 +20,11 @@ PROBE_S = 5.0
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether a model is named as on the hub, owner/name, and no folder."""
+    return bool(_HUB_NAME.fullmatch(path)) and not Path(path).is_dir() and not Path(path.split("/")[0]).is_dir()
+
+
 def model_file(path: str, name: str, *, key: str) -> Path | None:
     """The file `name` of the model at `path` (a folder, or a hub name: fetched or from the cache); None if it has none.
 
@@ -30,7 +35,7 @@ def model_file(path: str, name: str, *, key: str) -> Path | None:
     folder = Path(path)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
-    if not _HUB_NAME.fullmatch(path) or Path(path.split("/")[0]).is_dir():
+    if not is_hub_name(path):
         raise ConfigError(f"{key}={path}: no such folder; expected a Hugging Face model folder or a hub name")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
