@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -81,6 +82,14 @@ def hub_answers() -> bool:
     return True
 
 
+def use_cache_alone() -> None:
+    """Tells the hub's library, here and in processes that start from here, not to ask for what is cached."""
+    from huggingface_hub import constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
+
+
 def check_model_folder(path: str | None, *, key: str) -> None:
     """Raises `ConfigError` unless `path` names a model: a folder with config.json and weights, or a hub name."""
     if not path:
@@ -92,6 +101,8 @@ def check_model_folder(path: str | None, *, key: str) -> None:
                 f"`python -m dgpo import checkpoint={path} out=FOLDER`, and name that"
             )
         raise ConfigError(f"{key}={path}: no config.json there; expected a Hugging Face model folder")
+    if is_hub_name(path) and not hub_answers():
+        use_cache_alone()
     if Path(path).is_dir() and not _weight_files(Path(path)):
         raise ConfigError(f"{key}={path}: no *.safetensors or *.bin weights there; save the model with save_pretrained")
     for file in Path(path).glob("*.safetensors"):

@@ -207,7 +207,7 @@ def fetch_model(repo: str, *, endpoint: str | None) -> str:
         ) from None
     except RepositoryNotFoundError:
         raise ConfigError(
-            f"{repo}: the hub has no such model, or hides it; correct the name, or log in (`hf auth login`, or HF_TOKEN)"
+            f"{repo}: the hub has no such model, or hides it; correct the name, or log in (`hf auth login`)"
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
         raise DownloadError(
