@@ -72,8 +72,6 @@ def _quickstart(overrides: Sequence[str]) -> None:
     try:
         with stopped_by_sigterm():
             quickstart(overrides)
-    except FileExistsError as error:
-        raise ConfigError(str(error)) from error
     except StageFailedError as error:
         raise CommandFailedError(str(error)) from error
 
@@ -228,15 +226,13 @@ def _reproduce(overrides: Sequence[str]) -> None:
 def _play(stage: Callable[[Config], object], config: Config) -> None:
     """A stage that plays episodes: an outage of the retriever, or a full disk, is for its user to mend."""
     from dgpo.engines.bounded_policy import EngineLostError
-    from dgpo.engines.episode_runner import ResumeMismatchError, SearchOutageError
+    from dgpo.engines.episode_runner import SearchOutageError
     from dgpo.engines.vllm_policy import EngineStartError
     from dgpo.runs.stopping import raised_on_request
 
     try:
         with raised_on_request():
             stage(config)
-    except ResumeMismatchError as error:
-        raise ConfigError(str(error)) from error
     except (SearchOutageError, EngineStartError, EngineLostError) as error:
         raise CommandFailedError(str(error)) from error
     except OSError as error:

@@ -103,6 +103,8 @@ async def run_episode(
     on_event: Callable[[str, str], None] | None = None,
     given: str = "",
     forced: str = "",
+    opening_query: str = "",
+    max_turns: int | None = None,
 ) -> Trajectory:
     """Plays one question from prompt to end. Token in, token out: sampled ids are kept, never tokenised again.
 
@@ -126,6 +128,8 @@ async def run_episode(
         given: text of the environment with which the response begins, such as an observation that no search asked for.
         forced: the beginning of the first turn, written by the environment too: a policy that must go on with
             `<answer>`. It is parsed with the turn, and the episode ends after that turn.
+        opening_query: with which the environment itself searches first; the response begins with what that brings.
+        max_turns: instead of the limits'; 0 leaves the last turn alone.
 
     Raises:
         EmptyEpisodeError: the first turn has no token, nor has any other.
@@ -134,8 +138,12 @@ async def run_episode(
         SearchRefusedError: the server will never answer such a search; from the search function.
     """
     episode = _Episode(episode_id, prompt_ids, tokenizer, limits, corpus, on_event)
-    episode.open(given, forced)
-    last_turn = 0 if forced else limits.max_turns
+    try:
+        opening = await episode.search(opening_query, search) if opening_query else ""
+    except SearchFailedError:
+        return episode.end("search_failed")
+    episode.open(opening, given, forced)
+    last_turn = 0 if forced else limits.max_turns if max_turns is None else max_turns
     for turn_index in range(last_turn + 1):
         generation = await policy.generate(
             prompt_ids + episode.ids,
@@ -208,11 +216,13 @@ class _Episode:
 
     async def observe(self, action: Action, search: Search) -> str:
         """What the environment replies to the last turn: what a search found, or how to write an action."""
-        if action.kind != "search":
-            return INVALID_ACTION_TEXT
+        return INVALID_ACTION_TEXT if action.kind != "search" else await self.search(action.content, search)
+
+    async def search(self, query: str, search: Search) -> str:
+        """Executes and records a search. Returns the observation."""
         record = await _execute_search(
-            action.content,
-            turn=len(self.turns) - 1,
+            query,
+            turn=max(len(self.turns) - 1, 0),
             search=search,
             tokenizer=self.tokenizer,
             limits=self.limits,
@@ -232,7 +242,7 @@ class _Episode:
     def end(self, status: Status, *, answer: str | None = None) -> Trajectory:
         """The record of the episode, which ends on a token of the policy."""
         self._drop_trailing_observations()
-        if not self.ids:
+        if not self.ids and status != "search_failed":
             raise EmptyEpisodeError(
                 f"episode {self.episode_id!r}: the policy generated no token in {len(self.turns)} turns: check that "
                 "the engine returns the end-of-sequence token that it samples, and that the prompt leaves room for a "

@@ -19,7 +19,7 @@ def check_collect(config: Config) -> list[str]:
     check_start(config, "collect")
     check_engine(config)
     check_stage_folder(config, "collect")
-    rows = check_rows(config, config.data.collect_file, key="data.collect_file", notes=notes)
+    rows = check_rows(config, config.data.collect_file, key="data.collect_file", notes=notes, named=True)
     if check_model(config, config.teacher.path, key="teacher.path", notes=notes):
         check_lengths(config, "teacher.path", config.teacher.path)
     if config.collect.samples_per_question > 1 and config.collect.temperature <= 0:

@@ -31,9 +31,10 @@ def check_model(config: Config, path: str | None, *, key: str, notes: list[str])
     if path and not Path(path).is_dir():
         if is_planned(config, path):
             if not config.dry_run:
+                stage = Path(path).relative_to(config.run_dir).parts[0]
                 raise ConfigError(
-                    f"{key}={path} does not exist: run the stage before it ({Path(path).parent.name}) with this "
-                    f"run_dir first, or set {key} to a checkpoint"
+                    f"{key}={path} does not exist: run the stage before it ({stage}) with this run_dir first, or set "
+                    f"{key} to a checkpoint"
                 )
             notes.append(f"{key}={path}: will be written by an earlier stage")
             return False

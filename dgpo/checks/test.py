@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from dgpo.agent.modes import MODES
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model
 from dgpo.checks.search import check_retriever
@@ -12,7 +13,6 @@ from dgpo.checks.values import check_values, nearest
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.data.benchmarks import BENCHMARKS
-from dgpo.data.rows import row_id
 from dgpo.hardware.checks import check_engine
 from dgpo.hardware.machine import check_start
 
@@ -31,6 +31,8 @@ def check_test(config: Config, stage: str = "test") -> list[str]:
     if not config.data.test_files and not config.dry_run.assume:
         raise ConfigError("data.test_files is empty: name test sets, e.g. data.test_files.nq=data/nq_test.parquet")
     _check_test_values(config)
+    if stage == "arcap" and set(config.test.modes.values()) - {"agent"}:
+        raise ConfigError(f"test.modes={config.test.modes}: ARCap is of agents, a baseline searches once or never")
     for name, path in config.test.models.items():
         if check_model(config, path, key=f"test.models.{name}", notes=notes):
             check_lengths(config, f"test.models.{name}", path)
@@ -55,6 +57,11 @@ def _check_test_values(config: Config) -> None:
     for name in test.sets or []:
         if name not in config.data.test_files:
             raise ConfigError(f"test.sets: unknown set {name!r}: {nearest(name, config.data.test_files)}")
+    for name, mode in test.modes.items():
+        if name not in test.models:
+            raise ConfigError(f"test.modes.{name}={mode}: {nearest(name, test.models)}")
+        if mode not in MODES:
+            raise ConfigError(f"test.modes.{name}={mode}: {nearest(mode, MODES)}")
     if test.baseline is not None and test.baseline not in test.models:
         raise ConfigError(f"test.baseline={test.baseline}: expected one of test.models, {', '.join(test.models)}")
     for logger in test.loggers:
@@ -79,15 +86,7 @@ def _check_test_values(config: Config) -> None:
 def _check_test_set(config: Config, name: str, notes: list[str]) -> list[dict[str, Any]]:
     """The rows, each with an id of its own, and of the benchmark that the set is named after, if it is one."""
     key, file = f"data.test_files.{name}", config.data.test_files[name]
-    rows = check_rows(config, file, key=key, notes=notes)
-    seen: dict[str, int] = {}
-    for index, row in enumerate(rows):
-        first = seen.setdefault(row_id(row), index)
-        if first != index:
-            raise ConfigError(
-                f"{key}: {file}, rows {first} and {index} have the id {row_id(row)!r}: give each an extra_info.id of "
-                "its own"
-            )
+    rows = check_rows(config, file, key=key, notes=notes, named=True)
     sources = {row["data_source"] for row in rows}
     if name in BENCHMARKS and sources & set(BENCHMARKS) - {name}:
         raise ConfigError(f"{key}={file}: its rows are of {', '.join(sorted(sources))}: name the set after them")

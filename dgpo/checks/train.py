@@ -6,7 +6,7 @@ from dgpo.agent.plugins import load_reward
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model, check_teacher
 from dgpo.checks.search import check_extension, check_retriever
-from dgpo.checks.values import check_values
+from dgpo.checks.values import check_optimizer, check_values
 from dgpo.config.load import ConfigError
 from dgpo.config.methods import rl_conflict
 from dgpo.config.schema import Config
@@ -22,6 +22,7 @@ def check_train(config: Config) -> list[str]:
     check_start(config, "train")
     check_stage_folder(config, "train")
     _check_stability(config)
+    _check_updates(config)
     if config.train.reward:
         check_extension(load_reward, config.train.reward)
     conflict = rl_conflict(config)
@@ -46,6 +47,22 @@ def check_train(config: Config) -> list[str]:
     check_training(config)
     check_retriever(config, rows, notes)
     return notes
+
+
+def _check_updates(config: Config) -> None:
+    train = config.train
+    check_optimizer("train", train.adam_betas, train.weight_decay)
+    for name in ("actor_warmup_steps", "critic_warmup_steps"):
+        if getattr(train, name) < 0:
+            raise ConfigError(f"train.{name}={getattr(train, name)}: expected 0 or more")
+    for step in train.keep_steps:
+        if step < 1 or (step < train.num_steps and (train.save_every < 1 or step % train.save_every)):
+            raise ConfigError(
+                f"train.keep_steps={train.keep_steps}: step {step} is not saved with train.save_every="
+                f"{train.save_every}: choose multiples of it"
+            )
+    if train.dual_clip is not None and train.dual_clip <= 1:
+        raise ConfigError(f"train.dual_clip={train.dual_clip}: expected more than 1, or null for no cap")
 
 
 def _check_stability(config: Config) -> None:

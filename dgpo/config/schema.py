@@ -12,7 +12,6 @@ from typing import Any
 # Coefficient of the teacher term when `train.teacher_term.coef` is not set. The paper's beta for `reward`; for `token`,
 # beside whitened advantages, and for `exact`, where the KL is averaged over all policy tokens, values that learned in
 # the tiny world.
-DEFAULT_TEACHER_COEF = {"reward": 0.001, "token": 0.3, "exact": 1.0}
 
 
 @dataclass
@@ -222,6 +221,10 @@ class StudentEpisodesConfig:
     initial_threshold: float = 0.0  # share of steps that train on the student's own episodes
     increment: float = 0.1  # of the threshold, whenever the held-out loss rises
     min_rise: float = 0.1  # nats; a smaller rise does not count
+    watched: str = "cross_entropy"  # the held-out loss that is meant: cross_entropy | loss (the one that is trained)
+    # Whether the level that a rise is measured from follows the held-out loss down; else it moves with the threshold
+    # only, from the loss before training, which a student that starts untrained never reaches again.
+    level_follows_down: bool = True
     buffer_size: int = 1000  # episodes kept for training more than once
     temperature: float = 1.0
 
@@ -234,6 +237,9 @@ class DistillConfig:
     episodes: str | None = None  # folder of a finished collection; None: the run's own
     # kd | seqkd | distillm | taid | forward_kl | reverse_kl | jsd | skew_kl | skew_reverse_kl
     loss: str = "kd"
+    # What is learned of each episode: agent (all) | rag (its last retrieval and turn) | closed_book (its last turn);
+    # the latter two under prompts of their own (dgpo/agent/modes.py)
+    demonstrations: str = "agent"
     kl_ratio: float = 1.0  # r in L = (1 - r) CE + r D(teacher, student)
     skew: float = 0.1  # lambda of the skew KLs and of distillm
     jsd_beta: float = 0.5  # the teacher's share in jsd
@@ -244,11 +250,15 @@ class DistillConfig:
     batch_size: int = 64  # episodes per step, over all GPUs
     micro_batch_size: int | None = None  # episodes per GPU and forward; None: hardware.micro_batch_size
     learning_rate: float = 1e-4
-    warmup_ratio: float = 0.1
+    warmup_ratio: float = 0.1  # of all steps
+    min_learning_rate_share: float = 0.05  # of the learning rate, where its cosine ends
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    weight_decay: float = 0.0  # AdamW's; not of biases and norms
     chunk_tokens: int = 128  # policy tokens whose full-vocabulary logits exist at once
     sharding: str = "none"  # of the student over the GPUs: none (DDP) | full (FSDP2)
     held_out_share: float = 0.02  # of the questions, on which the loss is watched
-    evaluate_every: int | None = None  # steps between held-out losses, each with a checkpoint; None: an epoch
+    evaluate_every: int | None = None  # steps between held-out losses, each with a checkpoint
+    evaluations_per_epoch: int = 1  # where evaluate_every is None
     # Evaluations without a better held-out loss that end the training; None: never. The best model is kept. Not of
     # distillm, which answers a rising loss by itself.
     patience: int | None = 3
@@ -309,21 +319,26 @@ class TrainConfig:
     init: str | None = None  # the checkpoint to start from; None: what `stages` says, else student.path
     algorithm: str = "ppo"  # ppo (GAE, critic) | grpo (group-relative, no critic) | gkd (the teacher term alone)
     num_steps: int = 1000
-    batch_size: int = 512
-    mini_batch_size: int = 256
+    batch_size: int = 512  # questions of a step
+    mini_batch_size: int = 256  # episodes of an update: a step makes batch_size * samples_per_question / this of them
     samples_per_question: int = 1
     temperature: float = 1.0
     actor_learning_rate: float = 1e-6
-    actor_warmup_ratio: float = 0.285
+    actor_warmup_steps: int = 285  # linear from 0, then constant; the same however many steps are asked for
     critic_learning_rate: float = 1e-5
-    critic_warmup_ratio: float = 0.015
+    critic_warmup_steps: int = 15
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0  # AdamW's, of actor and critic
     max_grad_norm: float = 1.0
     clip_ratio: float = 0.2
+    dual_clip: float | None = 3.0  # cap of the ratio where the advantage is negative (arXiv 1912.09729); None: no cap
     value_clip: float = 0.5
     entropy_coef: float = 0.001
     gamma: float = 1.0
     gae_lambda: float = 1.0
-    init_kl_coef: float = 0.0  # PPO's penalty to the frozen initial policy, in the reward (Search-R1: 0.001)
+    init_kl_coef: float = 0.0  # of the penalty to the frozen initial policy (Search-R1: 0.001)
+    # reward (Search-R1's PPO: sampled k1, in each token's reward) | loss (its GRPO: the low-variance k3, as a loss)
+    init_kl_form: str = "reward"
     reward: str | None = None  # "package.module:function" instead of exact match (docs/extending.md)
     teacher_term: TeacherTermConfig = field(default_factory=TeacherTermConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
@@ -332,6 +347,9 @@ class TrainConfig:
     save_every: int = 50  # the last step is saved in any case; 0: it alone
     keep_last: int = 2  # checkpoints
     keep_best: int = 1  # checkpoints besides, by exact match on data.validation_file; validated steps are saved then
+    # Steps whose checkpoints are kept besides, each as train/models/step_N. A later stage, as in the inverted order,
+    # starts from the last of them instead of the last step.
+    keep_steps: list[int] = field(default_factory=list)
     validate_every: int = 200
     log_episodes_every: int | None = 20  # steps between samples for train/episodes (docs/report.md); None: never
     num_logged_episodes: int = 8  # in a sample
@@ -353,6 +371,7 @@ class TestConfig:
     __test__ = False  # not a pytest class
 
     models: dict[str, str] = field(default_factory=dict)  # name in the table -> checkpoint
+    modes: dict[str, str] = field(default_factory=dict)  # name in the table -> agent (else) | rag | closed_book
     sets: list[str] | None = None  # some of data.test_files; None: all of them
     max_questions: int | None = None  # per set
     temperature: float | None = None  # None: 0 (greedy); 1 with several samples or compat=upstream

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from dgpo.config.methods import has_exact_teacher
 from dgpo.config.schema import Config, HardwareConfig
 from dgpo.hardware import memory
 from dgpo.hardware.known_gpus import GIB, KNOWN_GPUS, Gpu
@@ -85,7 +86,7 @@ def rl_budget(config: Config, models: Models) -> Budget:
     tokens = hardware.max_tokens_per_gpu or hardware.micro_batch_size * context_length(config)
     trained = {"actor": models.student.parameters} | ({"critic": models.student.critic} if models.critic else {})
     engine = engine_share(config, models.student)
-    exact = models.teacher is not None and config.train.teacher_term.form == "exact"
+    exact = models.teacher is not None and has_exact_teacher(config)
 
     def states(*, using: str | None = None, training: bool = False) -> dict[str, float]:
         """Sharded weights, optimiser and gradients on the GPU while `using` is at work."""

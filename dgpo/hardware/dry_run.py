@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dgpo.config.load import ConfigError, changed_settings
+from dgpo.config.load import ConfigError, changed_settings, recipe_settings
 from dgpo.config.schema import Config
 from dgpo.hardware.budget import Models, find_gpu, is_on_this_node
 from dgpo.hardware.checks import check_engine, check_heads, check_training
@@ -52,6 +52,12 @@ def print_dry_run(config: Config, stage: str, what: str, notes: Sequence[str], *
     console.print(f"dry run: {what}", soft_wrap=True, markup=False)
     console.print("\nSettings that differ from the defaults")
     for setting in changed_settings(config):
+        console.print(f" {setting}", soft_wrap=True, markup=False)
+    recipe = recipe_settings(config, stage)
+    console.print(
+        "\nSettings on which the paper and our recommendation differ (recipe=paper|recommended)" * bool(recipe)
+    )
+    for setting in recipe:
         console.print(f" {setting}", soft_wrap=True, markup=False)
     console.print()
     for note in [*notes, *_placement_notes(config, stage)]:

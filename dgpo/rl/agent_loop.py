@@ -36,14 +36,8 @@ class RolloutPolicy:
     async def generate(
         self, token_ids: list[int], *, max_tokens: int, stop: Sequence[str], seed: int | None, request_id: str
     ) -> Generation:
-        params = dict(
-            self.sampling_params,
-            max_tokens=max_tokens,
-            stop=list(stop),
-            include_stop_str_in_output=True,
-            detokenize=True,
-            seed=seed,
-        )
+        # `BoundServer` makes the rest of the turn's sampling parameters, with the engine's tokenizer.
+        params = {**self.sampling_params, "max_tokens": max_tokens, "stop": list(stop), "seed": seed}
         started = time.time()
         output = await self.server.generate(request_id=request_id, prompt_ids=token_ids, sampling_params=params)
         self.spans.append(("generate", started, time.time()))
@@ -64,9 +58,8 @@ class Surroundings:
     Args:
         settings: JSON, from `dgpo.rl.verl_config`: the fields of `EpisodeConfig` and `RetrieverConfig` as `episode`
             and `retriever`; `reward`, the name of a reward function, or null for exact match; `seed`, the run's: a turn
-            samples with a seed derived from (seed, step, episode, session, turn), or, without `request_seeds`, with
-            whatever the engine draws; `concurrency`, the episodes in
-            flight in this worker, or null for no bound.
+            samples with a seed derived from (seed, step, row of the batch, session, turn), or, without `request_seeds`,
+            with whatever the engine draws; `concurrency`, the episodes in flight in this worker, or null for no bound.
     """
 
     def __init__(self, settings: str) -> None:
@@ -193,5 +186,5 @@ class SearchAgentLoop(AgentLoopBase):
 
 
 def _episode_seed(seed: int, row: Mapping[str, Any]) -> int:
-    info = row["extra_info"]
-    return derive_seed(seed, row["global_steps"], info.get("id", info.get("index")), row["session_id"])
+    """By the row's place in its batch, and not by what its file calls it: ids may be absent, or equal."""
+    return derive_seed(seed, row["global_steps"], row["uid"], row["session_id"])
