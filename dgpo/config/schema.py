@@ -45,9 +45,11 @@ class HubFilesConfig:
 
 @dataclass
 class DownloadConfig:
-    what: list[str] = field(default_factory=lambda: ["corpus", "index", "train"])  # and benchmarks
+    what: list[str] = field(default_factory=lambda: ["corpus", "index", "train"])  # and benchmarks, models
     folder: str = "data"  # each goes to a folder of its name below
     endpoint: str | None = None  # of a mirror; None: HF_ENDPOINT, else the hub
+    # Fetched by `models` into the hub's cache (HF_HOME), besides student and teacher: the retriever's encoder
+    models: list[str] = field(default_factory=lambda: ["intfloat/e5-base-v2"])
     verify: bool = False  # read again what is there already, and compare its checksums
     corpus: HubFilesConfig = field(
         default_factory=lambda: HubFilesConfig("PeterJinGo/wiki-18-corpus", files=["wiki-18.jsonl.gz"])

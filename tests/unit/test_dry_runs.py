@@ -151,7 +151,7 @@ def test_a_teacher_that_is_not_published_is_planned(inputs, capsys):
 
 def test_a_real_run_misses_what_no_stage_has_written(inputs, tmp_path, capsys):
     overrides = [f"student.path={make_model(tmp_path / 'student')}", "train.teacher_term.gate=none", *inputs[:-1]]
-    assert main(["train", *overrides]) == 2
+    assert main(["train", "hardware=cpu", *overrides]) == 2
     error = capsys.readouterr().err
     assert "run the stage before it (distill) with this run_dir first, or set train.init" in error
 
