@@ -40,7 +40,7 @@ def export_models(config: Config, folder: Path) -> Path:
     for name, checkpoint in sources.items():
         _export(checkpoint, folder / "models" / name)
     steps = {name: int(path.name.removeprefix(CHECKPOINT)) for name, path in sources.items()}
-    atomic_write_text(folder / MODEL_STEPS, json.dumps({"last": last, **steps}, indent=1) + "\n")
+    atomic_write_text(folder / MODEL_STEPS, json.dumps({"model": last, **steps}, indent=1) + "\n")
     target = _export(folder / "checkpoints" / f"{CHECKPOINT}{last}", folder / "model")
     write_manifest(
         target,

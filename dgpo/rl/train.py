@@ -7,7 +7,6 @@ python -m dgpo train world=tiny hardware=cpu dry_run=true ...
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
