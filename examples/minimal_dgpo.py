@@ -17,44 +17,42 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonl_search import JsonlSearch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dgpo.agent.episode import EpisodeLimits, Generation, run_episode
 from dgpo.agent.protocol import STOP_STRINGS, encode_prompt
 from dgpo.agent.trajectory import Trajectory
+from dgpo.algorithms.advantages import generalised_advantages
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES, LossSettings
 from dgpo.algorithms.exact_kl import exact_reverse_kl
 from dgpo.algorithms.reduce import divide, masked_mean
-from dgpo.algorithms.selective_kl import compute_gate, selective_kl_rewards
+from dgpo.algorithms.selective_kl import compute_gate, subtract_teacher_kl
 from dgpo.config.load import load_config
 from dgpo.data.rows import read_rows
 from dgpo.metrics.exact_match import exact_match
+from dgpo.tinyworld.build import WorldSettings, build_world
+from dgpo.tinyworld.teacher import train_teacher
 
 CONFIG = load_config(["world=tiny", "hardware=cpu"])
-EPISODE, DISTILL, TRAIN = CONFIG.episode, CONFIG.distill, CONFIG.train
-NUM_TEST = 200
-
-# ---------------------------------------------------------------------------------------------- playing episodes
+EPISODE, DISTILL, TRAIN, NUM_TEST = CONFIG.episode, CONFIG.distill, CONFIG.train, 200
 
 
 class TorchPolicy:
     """A model as an episode policy: turns that wait at the same time are sampled as one batch."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, temperature: float, seed: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, temperature: float) -> None:
         self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
-        self.generator = torch.Generator().manual_seed(seed)
         self.waiting: list[tuple[list[int], int, asyncio.Future[Generation]]] = []
 
-    async def generate(
-        self, token_ids: list[int], *, max_tokens: int, stop: Sequence[str], seed: int | None, request_id: str
-    ) -> Generation:
+    async def generate(self, token_ids: list[int], *, max_tokens: int, stop: Sequence[str], **_: Any) -> Generation:
         loop = asyncio.get_running_loop()
         if not self.waiting:
             loop.call_soon(self._answer, stop)  # after all other episodes that go on now
@@ -62,57 +60,30 @@ class TorchPolicy:
         return await self.waiting[-1][2]
 
     def _answer(self, stop: Sequence[str]) -> None:
-        waiting, self.waiting = self.waiting, []
-        prompts, budgets, futures = zip(*waiting, strict=True)
+        prompts, budgets, futures = zip(*self.waiting, strict=True)
+        self.waiting = []
         try:
-            turns = self._sample(prompts, budgets, stop)
+            for future, turn in zip(futures, self._sample(prompts, budgets, stop), strict=True):
+                future.set_result(turn)
         except Exception as error:  # nobody else waits for a callback
-            for future in futures:
-                future.set_exception(error)
-            return
-        for future, turn in zip(futures, turns, strict=True):
-            future.set_result(turn)
+            futures[0].set_exception(error)
 
-    @torch.no_grad()
-    def _sample(self, prompts: list[list[int]], budgets: list[int], stop: Sequence[str]) -> list[Generation]:
-        longest, tokenizer = max(map(len, prompts)), self.tokenizer
-        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts])
-        attention = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        turns = [Generation([], [], "") for _ in prompts]
-        cache = None
-        while not all(turn.finish_reason for turn in turns):
-            positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            output = self.model(
-                ids,
-                attention_mask=attention,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache, logits = output.past_key_values, output.logits[:, -1]
-            log_probs = (logits / (self.temperature or 1.0)).log_softmax(-1)
-            sampled = torch.multinomial(log_probs.exp(), 1, generator=self.generator)
-            ids = sampled if self.temperature else log_probs.argmax(-1, keepdim=True)
-            attention = torch.cat([attention, torch.ones_like(ids)], dim=1)
-            chosen = log_probs.gather(1, ids)
-            for row, turn in enumerate(turns):
-                if not turn.finish_reason:
-                    turn.token_ids.append(int(ids[row]))
-                    turn.log_probs.append(float(chosen[row]))
-                    turns[row] = replace(turn, finish_reason=self._finished(turn.token_ids, budgets[row], stop))
-        return turns
-
-    def _finished(self, token_ids: list[int], budget: int, stop: Sequence[str]) -> str:
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=False)
-        if token_ids[-1] == self.tokenizer.eos_token_id or any(tag in text for tag in stop):
-            return "stop"
-        return "length" if len(token_ids) == budget else ""
+    def _sample(self, prompts: list[list[int]], budgets: list[int], stop: Sequence[str]) -> Iterator[Generation]:
+        longest, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
+        output = self.model.generate(
+            torch.tensor([[pad] * (longest - len(p)) + p for p in prompts]),
+            attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
+            max_new_tokens=max(budgets),
+            stop_strings=list(stop),
+            tokenizer=self.tokenizer,
+            **({"do_sample": True, "temperature": self.temperature, "top_k": 0} if self.temperature else {}),
+        )
+        for row, budget in zip(output[:, longest:].tolist(), budgets, strict=True):
+            turn = list(takewhile(lambda token: token != pad, row))
+            yield Generation(turn[:budget], [], "stop" if len(turn) < budget else "length")
 
 
-async def play(
-    policy: TorchPolicy, rows: Sequence[dict[str, Any]], search: JsonlSearch, *, stop: Sequence[str] = STOP_STRINGS
-) -> list[Trajectory]:
+async def play(policy: TorchPolicy, rows: list[dict], search: JsonlSearch, stop: Sequence[str]) -> list[Trajectory]:
     """One episode per question, by the loop that all of the framework uses."""
     limits = EpisodeLimits(**{k: v for k, v in vars(EPISODE).items() if k in EpisodeLimits.__annotations__})
     episodes = (
@@ -132,22 +103,18 @@ async def play(
 
 
 def is_correct(trajectory: Trajectory, row: dict[str, Any]) -> float:
-    answer = trajectory.answer
-    return float(answer is not None and exact_match(answer, row["reward_model"]["ground_truth"]["target"]))
-
-
-# ------------------------------------------------------------------------------------------------------- batches
+    return float(exact_match(trajectory.answer or "", row["reward_model"]["ground_truth"]["target"]))
 
 
 @dataclass
 class Batch:
     """Episodes, padded on the right. `mask` is I(y_t): 1 where the policy wrote the token, never on observations.
 
-    ids [B, L]; all else [B, L - 1], at position t about token t + 1.
+    ids [B, L]; all else is [B, L - 1], at position t about token t + 1.
     """
 
-    ids: torch.Tensor
-    mask: torch.Tensor
+    ids: Tensor
+    mask: Tensor
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory], *, pad_token_id: int) -> Batch:
@@ -160,19 +127,13 @@ class Batch:
             mask[row, begin:end] = torch.tensor(t.response_mask, dtype=torch.float32)
         return cls(ids, mask[:, 1:])
 
-    def rows(self, part: slice) -> Batch:
-        return Batch(self.ids[part], self.mask[part])
-
-    def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+    def log_probs(self, logits: Tensor) -> Tensor:
         return logits.log_softmax(-1).gather(-1, self.ids[:, 1:, None])[..., 0]
 
-    def scores(self, correct: torch.Tensor) -> torch.Tensor:
+    def scores(self, correct: Tensor) -> Tensor:
         """The outcome reward, on each episode's last token."""
         positions = torch.arange(self.mask.shape[1]) * self.mask
         return torch.zeros_like(self.mask).scatter(1, positions.argmax(1, keepdim=True), correct[:, None])
-
-
-# -------------------------------------------------------------------------------------------- phase 1: cold start
 
 
 def distil(student: nn.Module, teacher: nn.Module, episodes: list[Trajectory], *, pad_token_id: int, seed: int) -> None:
@@ -184,10 +145,9 @@ def distil(student: nn.Module, teacher: nn.Module, episodes: list[Trajectory], *
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, DISTILL.learning_rate, num_steps, pct_start=0.1)
     rng = random.Random(seed)
     for _ in range(DISTILL.epochs):
-        for start in range(0, len(shuffled := rng.sample(episodes, len(episodes))), DISTILL.batch_size):
-            if len(part := shuffled[start : start + DISTILL.batch_size]) < DISTILL.batch_size:
-                break
-            batch = Batch.of(part, pad_token_id=pad_token_id)
+        shuffled = rng.sample(episodes, len(episodes) // DISTILL.batch_size * DISTILL.batch_size)
+        for part in slices(len(shuffled), DISTILL.batch_size):
+            batch = Batch.of(shuffled[part], pad_token_id=pad_token_id)
             at = batch.mask.bool()
             with torch.no_grad():
                 teacher_logits = teacher(batch.ids).logits[:, :-1][at]
@@ -196,70 +156,41 @@ def distil(student: nn.Module, teacher: nn.Module, episodes: list[Trajectory], *
             schedule.step()
 
 
-# -------------------------------------------------------------------------------------------------- phase 2: DGPO
-
-
 class Critic(nn.Module):
-    """The student's backbone with a value head."""
-
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(student.model)
         self.head = nn.Linear(student.config.hidden_size, 1)
-        nn.init.zeros_(self.head.weight)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.backbone(ids).last_hidden_state)[..., 0]
 
 
-def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whitened advantages and returns (Schulman et al. 2016), stepping over tokens that the environment wrote."""
-    advantage = next_value = torch.zeros(len(rewards))
-    reversed_advantages = []
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + TRAIN.gamma * next_value - values[:, t]
-        advantage = torch.where(mask[:, t] > 0, delta + TRAIN.gamma * TRAIN.gae_lambda * advantage, advantage)
-        next_value = torch.where(mask[:, t] > 0, values[:, t], next_value)
-        reversed_advantages.append(advantage)
-    advantages = torch.stack(reversed_advantages[::-1], dim=1)
-    policy_tokens = advantages[mask > 0]
-    return (advantages - policy_tokens.mean()) * torch.rsqrt(policy_tokens.var() + 1e-8), advantages + values
-
-
-def policy_loss(
-    log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
+def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """PPO's clipped objective (Schulman et al. 2017), averaged over policy tokens."""
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - TRAIN.clip_ratio, 1 + TRAIN.clip_ratio)
     return masked_mean(torch.maximum(-advantages * ratio, -advantages * clipped), mask)
 
 
-def value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     clipped = old_values + (values - old_values).clamp(-TRAIN.value_clip, TRAIN.value_clip)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
-def teacher_loss(logits: torch.Tensor, batch: Batch, gate: torch.Tensor, teacher: nn.Module) -> torch.Tensor:
+def teacher_loss(logits: Tensor, batch: Batch, gate: Tensor, teacher: nn.Module) -> Tensor:
     """sum(gate * I(y_t) * KL(student || teacher)) / policy tokens: the term's `exact` form, over the vocabulary."""
     rows = torch.nonzero((batch.mask * gate[:, None]).flatten())[:, 0]
     with torch.no_grad():
         hidden = teacher.model(batch.ids).last_hidden_state[:, :-1].flatten(0, 1)[rows]
-    kl = exact_reverse_kl(
-        logits.flatten(0, 1),
-        rows=rows,
-        teacher_hidden=hidden,
-        teacher_head=teacher.lm_head.weight,
-        chunk_size=TRAIN.teacher_term.chunk_tokens,
-    )
+    head, chunk = teacher.lm_head.weight, TRAIN.teacher_term.chunk_tokens
+    kl = exact_reverse_kl(logits.flatten(0, 1), rows=rows, teacher_hidden=hidden, teacher_head=head, chunk_size=chunk)
     return divide(kl.sum(), batch.mask.sum())
 
 
 def losses(
-    student: nn.Module, critic: nn.Module, teacher: nn.Module, batch: Batch, correct: torch.Tensor, *, form: str
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    student: nn.Module, critic: nn.Module, teacher: nn.Module, batch: Batch, correct: Tensor, *, form: str
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(actor's loss, critic's loss) of each mini-batch of one step; what they share is from before the first update.
 
     Args:
@@ -273,7 +204,7 @@ def losses(
         old_values = critic(batch.ids)[:, :-1] * batch.mask
         rewards = batch.scores(correct)
         if form == "reward":
-            rewards = selective_kl_rewards(
+            rewards = subtract_teacher_kl(
                 rewards,
                 student_log_probs=old_log_probs,
                 teacher_log_probs=batch.log_probs(teacher(batch.ids).logits[:, :-1]),
@@ -281,10 +212,11 @@ def losses(
                 gate=gate,
                 kl_coef=0.001,
             )
-        advantages, returns = gae(rewards, old_values, batch.mask)
-    for start in range(0, len(batch.ids), TRAIN.mini_batch_size):
-        part = slice(start, start + TRAIN.mini_batch_size)
-        mini = batch.rows(part)
+        advantages, returns = generalised_advantages(
+            rewards, response_mask=batch.mask, values=old_values, gamma=TRAIN.gamma, lam=TRAIN.gae_lambda
+        )
+    for part in slices(len(batch.ids), TRAIN.mini_batch_size):
+        mini = Batch(batch.ids[part], batch.mask[part])
         logits = student(mini.ids).logits[:, :-1]
         actor = policy_loss(mini.log_probs(logits), old_log_probs[part], advantages[part], mini.mask)
         if form == "exact":
@@ -292,33 +224,15 @@ def losses(
         yield actor, value_loss(critic(mini.ids)[:, :-1], old_values[part], returns[part], mini.mask)
 
 
-def step(loss: torch.Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def slices(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def step(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), TRAIN.max_grad_norm)
     optimizer.step()
-
-
-def main() -> dict[str, float]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", type=Path, help="a tiny world with its teacher; made if not given (a minute)")
-    parser.add_argument("--steps", type=int, default=TRAIN.num_steps, help="of DGPO")
-    parser.add_argument("--form", choices=("exact", "reward"), default="exact", help="of the teacher term")
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    torch.manual_seed(options.seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        world = options.world or make_world(Path(scratch), seed=options.seed)
-        return run(world, steps=options.steps, form=options.form, seed=options.seed)
-
-
-def make_world(folder: Path, *, seed: int) -> Path:
-    from dgpo.tinyworld.build import WorldSettings, build_world
-    from dgpo.tinyworld.teacher import train_teacher
-
-    build_world(folder, WorldSettings(seed=seed))
-    train_teacher(folder, folder / "models" / "teacher", seed=seed, hardware=CONFIG.hardware)
-    return folder
 
 
 def run(world: Path, *, steps: int, form: str, seed: int) -> dict[str, float]:
@@ -330,9 +244,8 @@ def run(world: Path, *, steps: int, form: str, seed: int) -> dict[str, float]:
     questions = {name: read_rows(world / "data" / f"{name}.parquet") for name in ("collect", "train", "test")}
     ems, started = {}, time.perf_counter()
 
-    def sampled(model: nn.Module, rows: list, temperature: float, index: int = 0, **kwargs: Any) -> list[Trajectory]:
-        policy = TorchPolicy(model, tokenizer, temperature=temperature, seed=seed * 1000 + index)
-        return asyncio.run(play(policy, rows, search, **kwargs))
+    def sampled(model: nn.Module, rows: list, temperature: float, stop: Sequence[str] = STOP_STRINGS) -> list:
+        return asyncio.run(play(TorchPolicy(model, tokenizer, temperature), rows, search, stop))
 
     def test(name: str) -> None:
         rows = questions["test"][:NUM_TEST]
@@ -349,19 +262,34 @@ def run(world: Path, *, steps: int, form: str, seed: int) -> dict[str, float]:
     critic = Critic(student)
     actor_optimizer = torch.optim.AdamW(student.parameters(), lr=TRAIN.actor_learning_rate, weight_decay=0.0)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=TRAIN.critic_learning_rate, weight_decay=0.0)
+    warm_up = max(1, round(TRAIN.actor_warmup_ratio * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(actor_optimizer, lambda index: min(1.0, (index + 1) / warm_up))
     order = random.Random(seed).sample(questions["train"], len(questions["train"]))
     for index in range(steps):
         rows = [order[(index * TRAIN.batch_size + i) % len(order)] for i in range(TRAIN.batch_size)]
-        episodes = sampled(student, rows, TRAIN.temperature, index)
+        episodes = sampled(student, rows, TRAIN.temperature)
         correct = torch.tensor([is_correct(t, row) for t, row in zip(episodes, rows, strict=True)])
         batch = Batch.of(episodes, pad_token_id=tokenizer.pad_token_id)
         for actor_loss, critic_loss in losses(student, critic, teacher, batch, correct, form=form):
             step(critic_loss, critic, critic_optimizer)
             step(actor_loss, student, actor_optimizer)
+        schedule.step()
         print(f"step {index + 1:>3}   exact match in training {correct.mean():.3f}", flush=True)
     test("dgpo")
     return ems
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", type=Path, help="a tiny world with its teacher; made if not given (a minute)")
+    parser.add_argument("--steps", type=int, default=TRAIN.num_steps, help="of DGPO")
+    parser.add_argument("--form", choices=("exact", "reward"), default="exact", help="of the teacher term")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        if not options.world:
+            build_world(Path(scratch), WorldSettings(seed=options.seed))
+            output = Path(scratch, "models/teacher")
+            train_teacher(Path(scratch), output, seed=options.seed, hardware=CONFIG.hardware)
+        run(options.world or Path(scratch), steps=options.steps, form=options.form, seed=options.seed)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dgpo.config.load import group_choices, load_config
-from dgpo.config.methods import ALGORITHMS, GATES, TEACHER_FORMS, support_table
-from dgpo.config.schema import DEFAULT_TEACHER_COEF, Config
+from dgpo.config.methods import ALGORITHMS, GATES, TEACHER_FORMS, support_table, teacher_coef
+from dgpo.config.schema import Config
 from dgpo.evaluation.paper import EXACT_MATCH, LABELS, MAIN_PAIR, ROWS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
@@ -67,8 +67,7 @@ def _teacher_term(config: Config) -> str:
     term = config.train.teacher_term
     if term.gate == "none":
         return "none"
-    coef = term.coef if term.coef is not None else DEFAULT_TEACHER_COEF[term.form]
-    return f"{term.form}, {term.gate}, {coef:g}"
+    return f"{term.form}, {term.gate}, {teacher_coef(term):g}"
 
 
 def rule_table() -> list[str]:

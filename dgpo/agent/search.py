@@ -271,8 +271,8 @@ def check_health(url: str, timeout_s: float = 5.0, *, token: str | None = None) 
     """Checks every server of `url` and returns what they serve. Synchronous: for checks at start-up.
 
     Returns:
-        the corpora that every server has, under `corpora`; without that key where a server of the same protocol
-        answers `/health` but does not tell.
+        the corpora that every server has, under `corpora`, and the first one's `default` where it names it; nothing
+        where a server of the same protocol answers `/health` but does not tell.
 
     Raises:
         RetrieverUnavailableError: a server does not answer or is not ready; names the way out.
@@ -281,7 +281,8 @@ def check_health(url: str, timeout_s: float = 5.0, *, token: str | None = None) 
     told = [info["corpora"] for info in served if "corpora" in info]
     if len(told) < len(served):
         return {}
-    return {"corpora": {name: corpus for name, corpus in told[0].items() if all(name in other for other in told)}}
+    corpora = {name: corpus for name, corpus in told[0].items() if all(name in other for other in told)}
+    return {"corpora": corpora, **{key: value for key, value in served[0].items() if key == "default"}}
 
 
 def _check_one(url: str, timeout_s: float, token: str | None) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from dgpo.checks.values import check_optimizer, check_values
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
+from dgpo.hardware.machine import check_start
 
 
 def check_distill(config: Config) -> list[str]:
     """What the cold start needs: collected episodes, a student, a different teacher that shares its tokenizer."""
     notes: list[str] = []
     check_values(config, "hardware", "distill")
+    check_start(config, "distill")
     check_stage_folder(config, "distill")
     settings = config.distill
     _check_distill_values(config)
@@ -29,12 +31,12 @@ def check_distill(config: Config) -> list[str]:
                 f"distill.demonstrations={settings.demonstrations} with distill.loss={settings.loss}: the teacher "
                 "never saw such a prompt, so only its tokens are learned; set distill.loss=seqkd"
             )
-        check_rows(config.data.collect_file, key="data.collect_file")
+        check_rows(config, config.data.collect_file, key="data.collect_file", notes=notes)
     if settings.loss == "distillm":
         check_values(config, "episode")
         if there:
             check_lengths(config, key, student)
-        check_retriever(config, [])
+        check_retriever(config, [], notes)
     return notes
 
 

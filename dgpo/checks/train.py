@@ -12,12 +12,14 @@ from dgpo.config.methods import rl_conflict
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
 from dgpo.hardware.checks import check_engine, check_training
+from dgpo.hardware.machine import check_start
 
 
 def check_train(config: Config) -> list[str]:
     """What RL needs, before Ray starts: models that match, questions, batches that divide, lengths, a retriever."""
     notes: list[str] = []
     check_values(config, "hardware", "episode", "train")
+    check_start(config, "train")
     check_stage_folder(config, "train")
     _check_stability(config)
     _check_updates(config)
@@ -27,14 +29,14 @@ def check_train(config: Config) -> list[str]:
     if conflict:
         raise ConfigError(conflict)
     train = config.train
-    rows = check_rows(config.data.train_file, key="data.train_file")
-    if len(rows) < train.batch_size:
+    rows = check_rows(config, config.data.train_file, key="data.train_file", notes=notes)
+    if rows and len(rows) < train.batch_size:
         raise ConfigError(
             f"data.train_file={config.data.train_file} has {len(rows)} questions, fewer than "
             f"train.batch_size={train.batch_size}: lower train.batch_size or add questions"
         )
     if config.data.validation_file:
-        rows += check_rows(config.data.validation_file, key="data.validation_file")
+        rows += check_rows(config, config.data.validation_file, key="data.validation_file", notes=notes)
     key, student = initial_model(config, "train")
     there = check_model(config, student, key=key, notes=notes)
     if there:
@@ -43,7 +45,7 @@ def check_train(config: Config) -> list[str]:
         check_teacher(config, key, student if there else None, notes)
     check_engine(config)
     check_training(config)
-    check_retriever(config, rows)
+    check_retriever(config, rows, notes)
     return notes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from dgpo.agent.modes import MODES
@@ -12,7 +12,7 @@ from dgpo.config.methods import ALGORITHMS, GATES, INIT_KL_FORMS, TEACHER_FORMS
 from dgpo.config.schema import Config
 from dgpo.config.stages import STAGES
 
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {
     "hardware.platform": ("cuda", "cpu"),
     "hardware.dtype": ("bfloat16", "float32", "float16"),
     "hardware.offload": ("none", "idle", "full"),

@@ -9,7 +9,6 @@ python -m dgpo distill experiment=taid pair=qwen3b_05b run_dir=runs/taid hardwar
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,10 @@ from dgpo.config.stages import collection, initial_model
 from dgpo.data.rows import DataError, read_rows, row_id, row_question
 from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
-from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
+from dgpo.runs.artifacts import prepare_run_folder, read_manifest, write_manifest
+from dgpo.runs.identity import file_identity, model_identity, retriever_identity
+from dgpo.runs.owner import owned
+from dgpo.runs.settings import fixed_settings, is_finished, record_or_check
 
 LOSSES_WITHOUT_TEACHER = ("seqkd",)
 
@@ -39,9 +41,9 @@ def distill(config: Config) -> Path | None:
         The stage's folder, or None for a dry run.
 
     Raises:
-        ConfigError: from the checks, before any model is loaded.
+        ConfigError: from the checks, before any model is loaded; or `resume=true` under other settings.
+        RunFolderExistsError: another command works in the folder.
         ManifestError: the collection did not finish, or was changed since.
-        CheckpointMismatchError: `resume=true` under other settings.
         DivergedError: the loss or its gradient is not finite.
         SearchOutageError: of `distillm`, the retriever failed too often; `resume=true` continues.
     """
@@ -52,11 +54,36 @@ def distill(config: Config) -> Path | None:
         return None
     read_manifest(collected, stage="collect")
     output = Path(config.run_dir) / "distill"
-    if config.resume and (output / MANIFEST).exists():
-        read_manifest(output, stage="distill")
-        print(f"distill: {output} is finished already; to repeat it, delete the folder", file=sys.stderr)
-        return output
+    with owned(output):
+        _distill(config, collected, output)
+    return output
+
+
+def distill_settings(config: Config) -> dict[str, Any]:
+    """What the cold start depends on. Changes of `MAY_CHANGE` apart, its checkpoints are continued under no others."""
+    episodes = collection(config) / "episodes.jsonl"
+    without_teacher = config.distill.loss in LOSSES_WITHOUT_TEACHER
+    settings = {
+        **fixed_settings(config, "distill", "hardware.dtype"),
+        "weights at the start": model_identity(initial_model(config, "distill")[1]),
+        "weights of the teacher": None if without_teacher else model_identity(config.teacher.path or ""),
+        "episodes": file_identity(episodes),
+    }
+    if config.distill.demonstrations != "agent":  # prompts of their own
+        settings["data.collect_file"] = file_identity(config.data.collect_file or "")
+    if config.distill.loss != "distillm":
+        return settings
+    rows = [{"extra_info": {"corpus": trajectory.corpus}} for trajectory in read_trajectories(episodes)]
+    searched = {"retriever": retriever_identity(config.retriever, rows)}
+    return {**settings, **searched, **fixed_settings(config, "episode", "hardware.engine.dtype")}
+
+
+def _distill(config: Config, collected: Path, output: Path) -> None:
+    settings = distill_settings(config)
+    if config.resume and is_finished(output, stage="distill", settings=settings):
+        return
     prepare_run_folder(output, resume=config.resume)
+    record_or_check(output, settings)
     export_environment(config.hardware)
     counts = run_on_ranks(distill_rank, config, folder=output)
     write_manifest(
@@ -70,8 +97,8 @@ def distill(config: Config) -> Path | None:
         config=to_yaml(config),
         counts=counts,
         seed=config.seed,
+        settings=settings,
     )
-    return output
 
 
 def distill_rank(config: Config, *, rank: int = 0, num_ranks: int = 1) -> dict[str, Any]:

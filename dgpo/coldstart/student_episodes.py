@@ -25,7 +25,7 @@ from dgpo.coldstart.errors import CheckpointMismatchError
 from dgpo.coldstart.examples import TrainingExample
 from dgpo.coldstart.replay import AdaptiveSchedule, ReplayBuffer
 from dgpo.config.schema import Config
-from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
+from dgpo.engines.episode_runner import PlannedEpisode, forget_episodes, play_episodes
 from dgpo.engines.play import make_policy
 from dgpo.engines.vllm_policy import VllmPolicy
 from dgpo.files import atomic_write_text
@@ -152,13 +152,15 @@ class StudentEpisodes:
             PlannedEpisode(f"step{step}/{self.rank}/{i}", {"extra_info": {"corpus": e.corpus}}, e.prompt_ids)
             for i, e in enumerate(examples)
         ]
+        path = self.folder / "student_episodes" / f"step_{step:06d}_rank_{self.rank}.jsonl"
+        forget_episodes(path)  # of a run that was killed in this step: its weights were others in their last digits
         return await play_episodes(
             planned,
             policy=policy,
             tokenizer=self.tokenizer,
             config=self.config,
-            path=self.folder / "student_episodes" / f"step_{step:06d}_rank_{self.rank}.jsonl",
-            settings={"temperature": policy.temperature, "step": step},
+            path=path,
+            settings={},
             name=f"student episodes, step {step}",
         )
 

@@ -7,7 +7,6 @@ import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from transformers import (
 )
 
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES
-from dgpo.coldstart.checkpoints import check_settings
 from dgpo.coldstart.examples import TrainingExample, num_micro_batches, split_held_out
 from dgpo.coldstart.metrics import MetricsFile
 from dgpo.coldstart.student_episodes import StudentEpisodes
@@ -35,8 +33,6 @@ from dgpo.runs.stopping import StoppedOnRequestError
 
 CHECKPOINT = "checkpoint-"  # Hugging Face's name of one, before the step
 KEPT_CHECKPOINTS = 3  # the newest, the one before it in case that one is damaged, and the best
-# May differ between a run and its continuation.
-FREE_SETTINGS = ("micro_batch_size", "chunk_tokens", "patience", "episodes", "init")
 
 
 def train_on_examples(
@@ -73,7 +69,7 @@ def train_on_examples(
 
     Raises:
         ValueError: unknown loss, missing teacher, or no examples.
-        CheckpointMismatchError: resuming under other settings.
+        CheckpointMismatchError: resuming `distillm` with another number of ranks.
         DivergedError: the loss or its gradient is not finite.
         StoppedOnRequestError: on a signal (`dgpo.runs.stopping`); the step in progress was finished and saved.
     """
@@ -94,7 +90,7 @@ def train_on_examples(
         teacher=teacher,
         examples=training,
         held_out=held_out,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id or 0,  # any id: no trained position sees padding, and Llama's have none
         settings=settings,
         num_steps=num_steps,
         args=_training_arguments(
@@ -118,8 +114,6 @@ def train_on_examples(
     trainer.add_callback(StopOnRequest(trainer))
     if checkpoints is not None and trainer.is_world_process_zero():
         checkpoints.mkdir(parents=True, exist_ok=True)
-        recorded = {key: value for key, value in asdict(settings).items() if key not in FREE_SETTINGS}
-        check_settings(checkpoints, {**recorded, "seed": seed, "episodes": len(examples)})
         set_aside_later(checkpoints, CHECKPOINT, state)
     trainer.accelerator.wait_for_everyone()
     if state is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict
 from pathlib import Path
@@ -29,6 +30,9 @@ FREE_MAPPINGS = (
 )
 NUM_NODES = "SLURM_NNODES"  # read by configs/hardware/h200x8xN.yaml
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+
+
+OmegaConf.register_new_resolver("cores", lambda ranks: max(1, len(os.sched_getaffinity(0)) // ranks), replace=True)
 
 
 class ConfigError(ValueError):

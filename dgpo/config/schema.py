@@ -12,7 +12,6 @@ from typing import Any
 # Coefficient of the teacher term when `train.teacher_term.coef` is not set. The paper's beta for `reward`; for `token`,
 # beside whitened advantages, and for `exact`, where the KL is averaged over all policy tokens, values that learned in
 # the tiny world.
-DEFAULT_TEACHER_COEF = {"reward": 0.001, "token": 0.3, "exact": 1.0}
 
 
 @dataclass
@@ -357,6 +356,9 @@ class TrainConfig:
     # The rollout's own log-probs as the old ones, in steps where a sample of episodes differs from the trainer's by at
     # most this much (nats) on every token; in others, and with None, the trainer computes all (docs/performance.md)
     reuse_log_probs_within: float | None = None
+    # A seed of its own for every turn. None: on CPUs only, where it makes a run repeatable; on GPUs the numbers of an
+    # engine depend on what else is in a batch, and each seed costs a kernel per token (docs/hardware.md)
+    request_seeds: bool | None = None
     generation_concurrency: int | None = None  # episodes in flight; 1 makes a CPU run repeatable to the last bit
     loggers: list[str] = field(default_factory=lambda: ["console"])  # veRL's names; metrics.jsonl is always written
     timeline: bool = False  # train/timeline.jsonl: when each part of every step and episode was (docs/performance.md)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,9 @@ from dgpo.data.natural_questions import join_long_answers
 from dgpo.data.questions import Question, question_rows, read_questions
 from dgpo.data.rows import DataError, row_id, row_question, write_rows
 from dgpo.metrics.exact_match import normalize_answer
-from dgpo.runs.artifacts import RunFolderExistsError, write_manifest
+from dgpo.runs.artifacts import write_manifest
+from dgpo.runs.checkpoints import writing
+from dgpo.runs.replacing import check_target
 
 Rows = list[dict[str, Any]]
 
@@ -37,15 +37,19 @@ def prepare(config: Config) -> Path:
     Raises:
         ConfigError: settings that do not go together, unknown sets.
         DataError: a source that is missing, has unusable lines, or another size than published.
-        RunFolderExistsError: the folder is there, and `prepare.overwrite` is not set.
+        RunFolderExistsError: the folder is there and `prepare.overwrite` is not set, or it is not `prepare`'s own.
     """
     settings = config.prepare
     out = Path(settings.out)
     own = settings.source is not None or settings.documents is not None
-    if out.exists() and not settings.overwrite:
-        raise RunFolderExistsError(
-            f"{out} exists: choose another prepare.out, or replace it with prepare.overwrite=true"
-        )
+    check_target(
+        out,
+        key="prepare.out",
+        stage="prepare",
+        replace=settings.overwrite,
+        flag="prepare.overwrite",
+        inputs=(settings.source, settings.documents, settings.nq_annotations, *(() if own else (settings.benchmarks,))),
+    )
     bad = BadLines(settings.max_bad_lines)
     counts: dict[str, Any] = {}
     train, tests = _own_questions(config, bad, counts) if own else _benchmarks(config, bad, counts)
@@ -64,7 +68,7 @@ def prepare(config: Config) -> Path:
         for line in (*bad.reasons, f"dry run: {out} would hold", *_summary(out, counts)):
             print(line)
         return out
-    with _whole_folder(out) as folder:
+    with writing(out) as folder:
         for name, rows in tests.items():
             write_rows(folder / f"{name}_test.parquet", rows)
         if train:
@@ -195,24 +199,6 @@ def _described(questions: Sequence[Question]) -> dict[str, int]:
         "with_gold_passages": sum(bool(question.gold_passages) for question in questions),
         "with_hops": sum(question.hops is not None for question in questions),
     }
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill beside `out`, which takes its place when the block ends, and leaves nothing when it raises."""
-    work = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
-    work.mkdir(parents=True)
-    try:
-        yield work
-        old = out.with_name(f".{out.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.replace(old)
-        work.replace(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _summary(out: Path, counts: Mapping[str, Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dgpo.agent.protocol import build_messages, normalize_question
 from dgpo.data.lines import BadLines, read_objects
+from dgpo.data.rows import is_id
 
 ANSWER_FIELDS = ("golden_answers", "answers", "answer")
 SPLITS = ("train", "test")
@@ -87,6 +88,8 @@ def parse_question(record: Mapping[str, Any], *, default_id: str) -> Question:
     if record.get("gold_passages"):
         passages = tuple(_passage(each) for each in record["gold_passages"])
     identity = record.get("id")
+    if not is_id(identity):
+        raise ValueError(f"`id` is {identity!r}, expected a text or a whole number, or none")
     return Question(
         id=default_id if identity in (None, "") else str(identity),
         text=text.strip(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import sys
 import time
@@ -22,7 +21,7 @@ from dgpo.agent.trajectory import Trajectory, write_trajectories
 from dgpo.config.schema import Config
 from dgpo.data.rows import DataError, row_id, row_question
 from dgpo.engines.bounded_policy import BoundedPolicy
-from dgpo.files import atomic_write_text
+from dgpo.runs.settings import SETTINGS, check_same, differences, read_settings, write_settings
 
 # Failures are judged against at least this many episodes, so that one early failure among many does not stop a run.
 MIN_EPISODES_FOR_SHARE = 50
@@ -31,10 +30,6 @@ REPORT_EVERY_S = 10.0
 
 class SearchOutageError(RuntimeError):
     """Too many episodes lost a search; what was finished is kept and the stage can be resumed."""
-
-
-class ResumeMismatchError(ValueError):
-    """The episodes in the folder were played under other settings."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +123,8 @@ async def play_episodes(
 
     Args:
         path: the jsonl file that holds all trajectories in the end, in the order of `planned`.
-        settings: what the trajectories depend on (model, temperature, ..); resuming under others is refused.
+        settings: what the trajectories depend on (`dgpo.runs.settings.episode_settings`); resuming under others is
+            refused.
         stop: strings that end a turn.
         name: of the progress line.
         concurrency: episodes in flight; None: `hardware.engine.concurrency`, which is of one engine.
@@ -136,9 +132,9 @@ async def play_episodes(
     Raises:
         EngineLostError: the policy's engine died or hangs.
         SearchOutageError: the share of episodes with a failed search exceeds `retriever.max_failed_share`.
-        ResumeMismatchError: the partial file was made under other settings.
+        ConfigError: the partial file was made under other settings.
     """
-    partial = _Partial(path, {**settings, "episode": asdict(config.episode), "seed": config.seed, "stop": list(stop)})
+    partial = _Partial(path, settings)
     finished = {t.episode_id: t for t in partial.read()}
     pending = iter([episode for episode in planned if episode.episode_id not in finished])
     progress = _Progress(name, total=len(planned), done=len(finished))
@@ -194,21 +190,33 @@ async def play_episodes(
     return trajectories
 
 
+def forget_episodes(path: Path, *, unless: Mapping[str, Any] | None = None) -> None:
+    """Removes the partial file of `path`, and says why; not where it was made under the settings `unless`."""
+    partial, settings = _partial_files(path)
+    if not partial.exists():
+        return
+    before = read_settings(settings) or {}
+    difference = differences(before, unless) if unless is not None else "they are played in one go"
+    if difference:
+        print(f"{partial}: its episodes are played again ({difference})", file=sys.stderr, flush=True)
+        partial.unlink()
+        settings.unlink(missing_ok=True)
+
+
+def _partial_files(path: Path) -> tuple[Path, Path]:
+    """Where the finished episodes of an unfinished `path` are, and what they depend on."""
+    return Path(f"{path}.partial"), Path(f"{path}.{SETTINGS}")
+
+
 class _Partial:
     """The growing file beside the final one, with the settings under which it grew."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path = Path(f"{path}.partial")
-        self.settings_path = Path(f"{path}.settings.json")
-        text = json.dumps(settings, indent=1, sort_keys=True, default=str)
-        if self.path.exists() and self.settings_path.exists() and self.settings_path.read_text() != text:
-            before, now = json.loads(self.settings_path.read_text()), json.loads(text)
-            changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-            raise ResumeMismatchError(
-                f"{self.path} was made with other settings ({', '.join(changed)}): go back to them, delete the file, "
-                "or choose another run_dir"
-            )
-        atomic_write_text(self.settings_path, text)
+        self.path, self.settings_path = _partial_files(path)
+        if self.path.exists():
+            check_same(read_settings(self.settings_path) or {}, settings, made=self.path)
+        else:
+            write_settings(self.settings_path, settings)
         self._drop_torn_line()
         self._file = self.path.open("ab", buffering=0)  # nothing is left to be written when a disk is full
 

@@ -15,6 +15,7 @@ from dgpo.config.stages import absolute
 from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
 from dgpo.engines.policy_pool import PolicyPool, num_engines
 from dgpo.engines.vllm_policy import VllmPolicy
+from dgpo.runs.identity import model_identity
 from dgpo.runs.stopping import cancelled_on_request
 
 
@@ -68,8 +69,8 @@ def play_model(
     path: Path,
     name: str,
     stop: Sequence[str] = STOP_STRINGS,
+    settings: Mapping[str, Any],
     log_probs: bool = False,
-    settings: Mapping[str, Any] | None = None,
 ) -> list[Trajectory]:
     """Starts an engine with `model`, plays every episode that `path`'s partial file lacks, and ends the engine.
 
@@ -77,8 +78,11 @@ def play_model(
 
     Args:
         log_probs: whether the trajectories hold them.
-        settings: what the episodes depend on beside the model, its temperature and the rules of the episode.
+        settings: of `dgpo.runs.settings.episode_settings`.
         path, name, stop: of `dgpo.engines.episode_runner.play_episodes`; what it raises is raised here.
+
+    Raises:
+        ConfigError: the model is no longer the one that the settings name.
     """
 
     place = absolute(model)
@@ -99,10 +103,13 @@ def play_model(
                     tokenizer=tokenizer,
                     config=config,
                     path=path,
-                    settings={"model": model, "temperature": temperature, **(settings or {})},
+                    settings=settings,
                     stop=stop,
                     name=name,
                     concurrency=size * config.hardware.engine.concurrency,
                 )
 
-    return asyncio.run(play())
+    trajectories = asyncio.run(play())
+    if model_identity(model) != settings["weights"]:
+        raise ConfigError(f"{model} was changed while its episodes were played: repeat the command with resume=true")
+    return trajectories

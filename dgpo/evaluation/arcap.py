@@ -31,13 +31,14 @@ from dgpo.evaluation.arcap_chart import DIMENSIONS
 from dgpo.evaluation.paper import paper_arcap
 from dgpo.evaluation.report import find_pair
 from dgpo.evaluation.scores import Score, average_samples, group_by
-from dgpo.evaluation.stage import load_tokenizers, measure_model, read_test_sets, sampling_temperature
+from dgpo.evaluation.stage import Measured, load_tokenizers, measure_model, read_test_sets, sampling_temperature
 from dgpo.files import atomic_write_text
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.metrics.exact_match import exact_match
 from dgpo.metrics.hits import answer_in_passages
 from dgpo.metrics.intervals import bootstrap_ci
 from dgpo.runs.artifacts import prepare_run_folder
+from dgpo.runs.owner import owned
 from dgpo.runs.summary import table_console
 
 FORCED_ANSWER = "<answer>"
@@ -62,6 +63,7 @@ def arcap(config: Config) -> Path | None:
 
     Raises:
         ConfigError: from the checks.
+        RunFolderExistsError: another command works in the folder.
         SearchOutageError: the retriever failed too often; `resume=true` continues.
     """
     notes = check_test(config, "arcap")
@@ -79,11 +81,22 @@ def arcap(config: Config) -> Path | None:
         print_dry_run(config, "arcap", plan, notes)
         return None
     tokenizers = load_tokenizers(config)
-    folder = prepare_run_folder(Path(config.run_dir) / "arcap", resume=config.resume)
-    scores = {name: _measure(config, name, sets, folder / name, each) for name, each in tokenizers.items()}
+    folder = Path(config.run_dir) / "arcap"
+    with owned(folder):
+        _arcap(config, sets, tokenizers, folder)
+    print("\n".join(notes), end="\n" if notes else "")
+    return folder
+
+
+def _arcap(
+    config: Config, sets: Mapping[str, Sequence[Mapping[str, Any]]], tokenizers: Mapping[str, Any], folder: Path
+) -> None:
+    prepare_run_folder(folder, resume=config.resume)
+    measured = {name: _measure(config, name, sets, folder / name, each) for name, each in tokenizers.items()}
     result = {
         "models": {
-            name: {"checkpoint": config.test.models[name], **summarize(group)} for name, group in scores.items()
+            name: {"checkpoint": config.test.models[name], "weights": each.weights, **summarize(each.scores)}
+            for name, each in measured.items()
         },
         "hits": upstream.LABEL if config.test.compat == "upstream" else "ours",
         "samples": config.test.samples,
@@ -92,13 +105,11 @@ def arcap(config: Config) -> Path | None:
     }
     atomic_write_text(folder / "arcap.json", json.dumps(result, indent=1) + "\n")
     print_arcap(result, pair=find_pair(Path(config.run_dir)))
-    print("\n".join(notes), end="\n" if notes else "")
-    return folder
 
 
 def _measure(
     config: Config, name: str, sets: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path, tokenizer: Any
-) -> list[Score]:
+) -> Measured:
     raw = config.test.compat == "upstream"
 
     def plan(tokenizer: Any) -> list[PlannedEpisode]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dgpo.config.load import ConfigError
+from dgpo.config.methods import has_exact_teacher
 from dgpo.config.schema import Config
 from dgpo.hardware.known_gpus import KNOWN_GPUS
 
@@ -46,8 +47,21 @@ def check_training(config: Config) -> None:
         )
     else:
         _check_longest_episode(config, hardware.max_tokens_per_gpu)
+    check_attention(config)
     if hardware.ulysses_size > 1:
         _check_ulysses(config)
+
+
+def check_attention(config: Config) -> None:
+    """Packed episodes are kept apart by flash attention alone; others would attend over each other's padding's cost."""
+    hardware = config.hardware
+    if hardware.attention != "flash_attention_2" and (hardware.remove_padding or hardware.max_tokens_per_gpu):
+        raise ConfigError(
+            f"hardware.attention={hardware.attention} with packed episodes (hardware.remove_padding="
+            f"{str(hardware.remove_padding).lower()}, hardware.max_tokens_per_gpu={hardware.max_tokens_per_gpu}): set "
+            "hardware.remove_padding=false hardware.max_tokens_per_gpu=null, and hardware.micro_batch_size to the "
+            "episodes per GPU and forward"
+        )
 
 
 def _check_longest_episode(config: Config, max_tokens: int) -> None:
@@ -64,7 +78,7 @@ def _check_ulysses(config: Config) -> None:
     size = config.hardware.ulysses_size
     if not config.hardware.remove_padding:
         raise ConfigError(f"hardware.ulysses_size={size} cuts packed sequences: set hardware.remove_padding=true")
-    if config.train.teacher_term.form == "exact" and config.train.teacher_term.gate != "none":
+    if has_exact_teacher(config):
         raise ConfigError(
             f"hardware.ulysses_size={size} with train.teacher_term.form=exact: each GPU has a part of a sequence's "
             "logits, and the term reads whole episodes; set hardware.ulysses_size=1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from dgpo.checks.files import check_rows
@@ -35,20 +36,20 @@ def missing(config: Config, plan: Plan) -> tuple[list[str], list[str]]:
 def _checks(config: Config, stages: set[str], notes: list[str]) -> Iterator[Callable[[], object]]:
     data = config.data
     if "collect" in stages:
-        yield lambda: check_rows(data.collect_file, key="data.collect_file")
+        yield lambda: check_rows(config, data.collect_file, key="data.collect_file", notes=notes)
     if "train" in stages:
-        yield lambda: check_rows(data.train_file, key="data.train_file")
+        yield lambda: check_rows(config, data.train_file, key="data.train_file", notes=notes)
         if data.validation_file:
-            yield lambda: check_rows(data.validation_file, key="data.validation_file")
+            yield lambda: check_rows(config, data.validation_file, key="data.validation_file", notes=notes)
     if {"test", "arcap"} & stages:
         if not data.test_files:
             yield lambda: _refuse("data.test_files is empty: name test sets, or take data=prepared")
         for name, file in data.test_files.items():
-            yield lambda name=name, file=file: check_rows(file, key=f"data.test_files.{name}")  # type: ignore[misc]
+            yield partial(check_rows, config, file, key=f"data.test_files.{name}", notes=notes)
     for key, path in (("student.path", config.student.path), ("teacher.path", config.teacher.path)):
         if not (key == "teacher.path" and _is_made_here(config)):
-            yield lambda key=key, path=path: check_model(config, path, key=key, notes=notes)  # type: ignore[misc]
-    yield lambda: check_retriever(config, [])
+            yield partial(check_model, config, path, key=key, notes=notes)
+    yield lambda: check_retriever(config, [], notes)
 
 
 def _is_made_here(config: Config) -> bool:

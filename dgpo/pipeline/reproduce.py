@@ -29,7 +29,10 @@ from dgpo.pipeline import tiny
 from dgpo.pipeline.missing import missing
 from dgpo.pipeline.plan import Plan, PlannedStage, distinct, plan_table
 from dgpo.pipeline.processes import Stages, python_module
+from dgpo.pipeline.reuse import is_current
 from dgpo.runs.artifacts import package_versions
+from dgpo.runs.owner import owned
+from dgpo.runs.settings import check_same
 
 BASELINE = {"main": "kd", "ablation": "dgpo", "pairs": "kd"}  # the row that the paired differences are against
 PROTOCOL_NOTE = (
@@ -40,14 +43,15 @@ SETTINGS = "reproduce.json"
 
 
 def reproduce(overrides: Sequence[str]) -> Path | None:
-    """Runs what is missing of a table into `run_dir`; what is complete there stays.
+    """Runs what is missing of a table into `run_dir`; what is complete there, of the same models and data, stays.
 
     Returns:
         The table as a Markdown file (figures: the last page), or None for a dry run, which prints the plan.
 
     Raises:
-        ConfigError: an override is wrong, the folder was made with other settings, or, of a dry run, something is
-            missing, all of which it lists; nothing was started.
+        ConfigError: an override is wrong, the folder or a stage in it was made with other settings, or, of a dry run,
+            something is missing, all of which it lists; nothing was started.
+        RunFolderExistsError: another command works in the folder.
         StageFailedError: a stage failed; the same command continues.
     """
     config = load_config(overrides)
@@ -59,18 +63,19 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
     if config.dry_run:
         _dry_run(pairs, folder, config, own)
         return None
-    _check_settings(folder, own)
-    stages = Stages(folder)
-    plans: dict[str, Plan] = {}
-    for pair in pairs:
-        with _inputs(pair, stages, folder, config) as inputs:
-            plan = plans[pair] = _plan(pair, folder, config, inputs, own)
-            _print_plan(pair, plan)
-            for stage in plan.stages:
-                if not stage.is_done:
-                    resume = ["resume=true"] if stage.has_begun else []
-                    stages.run(**{stage.name: [*python_module("dgpo"), *stage.command, *resume]})
-    return _write(folder, config.table, plans)
+    with owned(folder / "reproduce"):
+        _check_settings(folder, own)
+        stages = Stages(folder)
+        plans: dict[str, Plan] = {}
+        for pair in pairs:
+            with _inputs(pair, stages, folder, config) as inputs:
+                plan = plans[pair] = _plan(pair, folder, config, inputs, own)
+                _print_plan(pair, plan)
+                for stage in plan.stages:
+                    if not (stage.is_done and is_current(stage)):
+                        resume = ["resume=true"] if stage.has_begun else []
+                        stages.run(**{stage.name: [*python_module("dgpo"), *stage.command, *resume]})
+        return _write(folder, config.table, plans)
 
 
 def _dry_run(pairs: Sequence[str], folder: Path, config: Config, own: Sequence[str]) -> None:
@@ -115,12 +120,11 @@ def _check_settings(folder: Path, own: Sequence[str]) -> None:
     path = folder / SETTINGS
     now = {"overrides": sorted(own), "versions": package_versions()}
     if path.exists():
-        before = json.loads(path.read_text())
-        if before["overrides"] != now["overrides"]:
-            raise ConfigError(
-                f"{folder} was made with {' '.join(before['overrides']) or 'no overrides'}, now {' '.join(own)}: "
-                "repeat those, or choose another run_dir"
-            )
+        before, present = (
+            dict(override.partition("=")[::2] for override in overrides)
+            for overrides in (json.loads(path.read_text())["overrides"], own)
+        )
+        check_same(before, present, made=folder)
         return
     atomic_write_text(path, json.dumps(now, indent=1) + "\n")
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
@@ -22,34 +24,39 @@ from dgpo.config.stages import MODEL_STEPS, initial_model, step_model
 from dgpo.files import atomic_write_text
 from dgpo.models.model_folders import state_dtype, write_generation_config
 from dgpo.runs.artifacts import write_manifest
-from dgpo.runs.checkpoints import checkpoint_steps
+from dgpo.runs.checkpoints import checkpoint_steps, writing
 from dgpo.runs.rollback import CHECKPOINT, LAST_GOOD, METRICS, TRACKER, link_or_copy, num_rollbacks
 
 VALIDATION_SCORE = "validation/em"
 
 
-def export_models(config: Config, folder: Path) -> Path:
+def export_models(config: Config, folder: Path, settings: Mapping[str, Any]) -> Path:
     """Writes what the module's docstring lists. Returns `train/model`, whose manifest is the stage's last act.
 
     Args:
         folder: of the stage, its last checkpoint whole.
+        settings: what the run depends on, for the manifest.
     """
     last = int((folder / "checkpoints" / TRACKER).read_text())
     sources = _sources(config, folder, last)
     shutil.rmtree(folder / "models", ignore_errors=True)
     for name, checkpoint in sources.items():
-        _export(checkpoint, folder / "models" / name)
+        with writing(folder / "models" / name) as temporary:
+            _copy(checkpoint, temporary)
     steps = {name: int(path.name.removeprefix(CHECKPOINT)) for name, path in sources.items()}
     atomic_write_text(folder / MODEL_STEPS, json.dumps({"model": last, **steps}, indent=1) + "\n")
-    target = _export(folder / "checkpoints" / f"{CHECKPOINT}{last}", folder / "model")
-    write_manifest(
-        target,
-        stage="train",
-        inputs={"init": initial_model(config, "train")[1], "teacher": config.teacher.path},
-        config=to_yaml(config),
-        counts={"steps": last, "rollbacks": num_rollbacks(folder)},
-        seed=config.seed,
-    )
+    target = folder / "model"
+    with writing(target) as temporary:
+        _copy(folder / "checkpoints" / f"{CHECKPOINT}{last}", temporary)
+        write_manifest(
+            temporary,
+            stage="train",
+            inputs={"init": initial_model(config, "train")[1], "teacher": config.teacher.path},
+            config=to_yaml(config),
+            counts={"steps": last, "rollbacks": num_rollbacks(folder)},
+            seed=config.seed,
+            settings=settings,
+        )
     print(f"checkpoint after step {last}: {target}", file=sys.stderr)
     return target
 
@@ -76,12 +83,7 @@ def _validation_scores(folder: Path) -> dict[int, float]:
     return {int(record["step"]): record[VALIDATION_SCORE] for record in records if VALIDATION_SCORE in record}
 
 
-def _export(checkpoint: Path, target: Path) -> Path:
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint / "actor" / "huggingface", temporary, copy_function=link_or_copy)
-    state_dtype(temporary)
-    write_generation_config(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    return target
+def _copy(checkpoint: Path, target: Path) -> None:
+    shutil.copytree(checkpoint / "actor" / "huggingface", target, copy_function=link_or_copy, dirs_exist_ok=True)
+    state_dtype(target)
+    write_generation_config(target)

@@ -1,7 +1,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from dgpo.algorithms.selective_kl import TEACHER_FORMS
 from dgpo.config.load import (
     CONFIG_DIR,
     GROUPS,
@@ -13,7 +15,7 @@ from dgpo.config.load import (
     recipe_settings,
     to_yaml,
 )
-from dgpo.config.schema import DEFAULT_TEACHER_COEF
+from dgpo.config.methods import teacher_coef
 
 PRESETS = [(group, choice) for group in GROUPS for choice in group_choices(group)]
 LEFT_TO_THE_USER = {"h200x8xN": ["hardware.num_nodes=2"]}
@@ -32,7 +34,7 @@ def test_every_fit_belongs_to_a_world_and_an_experiment():
 @pytest.mark.parametrize(("group", "choice"), PRESETS)
 def test_every_preset_composes(group, choice):
     config = load_config([f"{group}={choice}", *LEFT_TO_THE_USER.get(choice, [])])
-    assert config.train.teacher_term.form in DEFAULT_TEACHER_COEF
+    assert config.train.teacher_term.form in TEACHER_FORMS
 
 
 def test_the_paper_preset_has_the_papers_numbers():
@@ -40,7 +42,7 @@ def test_the_paper_preset_has_the_papers_numbers():
     assert (train.num_steps, train.batch_size, train.mini_batch_size) == (1000, 512, 256)
     assert (train.actor_learning_rate, train.critic_learning_rate) == (1e-6, 1e-5)
     assert (train.teacher_term.form, train.teacher_term.gate) == ("reward", "failed")
-    assert DEFAULT_TEACHER_COEF["reward"] == 0.001
+    assert teacher_coef(train.teacher_term) == 0.001
 
 
 def test_the_paper_is_in_force_by_default_and_the_tiny_world_keeps_what_we_recommend():
@@ -133,6 +135,15 @@ def test_free_mappings_take_any_key():
     config = load_config(["test.models.mine=runs/a/train/model", "data.test_files.nq=nq.parquet"])
     assert config.test.models == {"mine": "runs/a/train/model"}
     assert config.data.test_files == {"nq": "nq.parquet"}
+
+
+@pytest.mark.parametrize("hardware", group_choices("hardware"))
+def test_the_hardware_says_which_runner_of_vllm_it_uses_and_the_manifest_will(hardware, monkeypatch):
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    config = load_config([f"hardware={hardware}"])
+    assert yaml.safe_load(to_yaml(config))["hardware"]["env"]["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    other = load_config([f"hardware={hardware}", "hardware.env.VLLM_USE_V2_MODEL_RUNNER='1'"])
+    assert other.hardware.env["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 
 
 def test_every_schema_key_is_read_somewhere():

@@ -87,9 +87,8 @@ def test_what_is_named_exists(path):
 
 
 def test_names_that_do_not_exist_are_seen():
-    text = "`dgpo/nowhere.py`, `dgpo.agent.episode.run_episode`, `dgpo.agent.episode.no_such_name`; `train.algorithmm=ppo` "
-    text += "`python -m dgpo fly`, `pixi run fly`, `train.algorithm=ppo`, `hardware.env.X=1`"
-    text = text.replace("dgpo/nowhere.py", "docs/nowhere.md")
+    text = "`docs/nowhere.md`, `dgpo.agent.episode.run_episode`, `dgpo.agent.episode.no_such_name`; "
+    text += "`train.algorithmm=ppo`, `train.algorithm=ppo`, `hardware.env.X=1`, `python -m dgpo fly`, `pixi run fly`"
     assert unknown_names(text) == [
         "dgpo fly",
         "dgpo.agent.episode.no_such_name",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from dgpo.config.load import group_choices, load_config
 from dgpo.config.methods import support_table
 from dgpo.data.rows import write_rows
 from dgpo.hardware.checks import check_engine, check_heads, check_training
+from dgpo.hardware.machine import Machine, VisibleGpu
 from dgpo.hardware.stages import stage_budget, stage_models
 from tests.unit.stubs import healthy_server, make_model, make_row
 
@@ -111,15 +113,18 @@ def test_what_does_not_fit_is_refused_with_a_setting_that_does(stage, overrides,
 
 
 def test_a_machine_without_the_gpus_is_told_how_to_plan_for_one_that_has_them(inputs, capsys, monkeypatch):
-    monkeypatch.setattr("dgpo.hardware.dry_run.visible_gpus", lambda: [])
+    monkeypatch.setattr("dgpo.hardware.machine.visible_gpus", list)
     assert main(["train", "pair=qwen3b_05b", *inputs]) == 2
-    assert "nvidia-smi finds no GPUs on this machine: plan for another one with dry_run.assume=h200x8" in (
+    assert "nvidia-smi finds no GPUs on this machine: use hardware=cpu, or plan for another machine with dry_run." in (
         capsys.readouterr().err
     )
 
 
 def test_another_gpu_than_configured_is_named(inputs, capsys, monkeypatch):
-    monkeypatch.setattr("dgpo.hardware.dry_run.visible_gpus", lambda: [("NVIDIA H100 80GB HBM3", 79.6 * 2**30)] * 8)
+    h100 = VisibleGpu("NVIDIA H100 80GB HBM3", 79.6 * 2**30, 79 * 2**30, "580.65.06")
+    node = Machine([h100] * 8, 64, 2e12, 1e12, "gcc", Path("/usr/include"))
+    monkeypatch.setattr("dgpo.hardware.machine.this_machine", lambda: node)
+    monkeypatch.setattr("dgpo.hardware.machine._check_flash_attention", lambda *_: None)
     assert main(["train", "pair=qwen3b_05b", *inputs]) == 2
     assert "hardware.gpu=h200 has 139.8 GiB, but this machine's NVIDIA H100 80GB HBM3 has 79.6" in (
         capsys.readouterr().err

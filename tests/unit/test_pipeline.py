@@ -12,11 +12,15 @@ import psutil
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.config.load import group_choices, load_config
+from dgpo.config.load import ConfigError, group_choices, load_config
+from dgpo.evaluation.evaluate import evaluate
 from dgpo.evaluation.paper import EXACT_MATCH, LABELS, ROWS, RULES, SETS, UNTRAINED, paper_value
 from dgpo.hardware.gpu_hours import PAPER_GPU_HOURS, gpu_hours_range, paper_gpu_hours
 from dgpo.pipeline.plan import Plan, PlannedStage, distinct, plan_table
 from dgpo.pipeline.reproduce import collect_rows, render_markdown
+from dgpo.pipeline.reuse import is_current
+from dgpo.runs.artifacts import write_manifest
+from tests.unit.fake_model import FakeModel, fake_config, make_question, use_model
 from tests.unit.stubs import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -243,7 +247,7 @@ def test_a_request_without_sense_is_refused(overrides, message, tmp_path, capsys
 def test_a_folder_made_with_other_overrides_is_refused(tmp_path, capsys):
     (tmp_path / "reproduce.json").write_text(json.dumps({"overrides": ["train.num_steps=5"], "versions": {}}))
     assert main(["reproduce", "train.num_steps=6", f"run_dir={tmp_path}"]) == 2
-    assert "was made with train.num_steps=5" in capsys.readouterr().err
+    assert 'was made with other settings (train.num_steps was "5", now "6")' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("table", ["main", "pairs", "figures"])
@@ -286,3 +290,55 @@ def test_a_stopped_pipeline_takes_its_stages_with_it(tmp_path):
     driver.terminate()
     assert driver.wait(timeout=30) == 143
     assert not psutil.pid_exists(stage)
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A finished stage `test` of one model, as a table would reuse it."""
+    config = fake_config(tmp_path, {"own": [make_question(0, "right")]}, {"x": ["y"]})
+    use_model(monkeypatch, FakeModel(lambda text, seed: "<answer>right</answer>"))
+    evaluate(config)
+    monkeypatch.setattr(PlannedStage, "config", property(lambda _: config))
+    return PlannedStage("row/test", "test", Path(config.run_dir), ()), config
+
+
+def test_a_finished_test_is_reused_for_the_weights_and_questions_that_it_measured(measured):
+    stage, config = measured
+    assert stage.is_done
+    assert is_current(stage)
+    weights = Path(config.test.models["mine"]) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert stage.is_done
+    assert not is_current(stage)
+
+
+def test_a_table_of_a_test_that_was_interrupted_is_not_reused(measured):
+    """The model was played again, and results.json is still of before."""
+    stage, config = measured
+    results = Path(config.run_dir) / "test" / "results.json"
+    results.write_text(results.read_text().replace(json.loads(results.read_text())["models"]["mine"]["weights"], "0"))
+    assert not is_current(stage)
+
+
+def test_another_stage_of_something_else_is_refused_and_an_old_one_stands_with_a_note(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dgpo.pipeline.reuse.distill_settings", lambda config: {"seed": config.seed})
+    stage = PlannedStage("kd/distill", "distill", tmp_path, ("seed=2",))
+    made = {"stage": "distill", "inputs": {}, "config": {}, "counts": {}, "seed": 1}
+    write_manifest(tmp_path / "distill", **made)
+    assert is_current(stage)
+    assert "what it was made from was not recorded" in capsys.readouterr().err
+    write_manifest(tmp_path / "distill", **made, settings={"seed": 2})
+    assert is_current(stage)
+    write_manifest(tmp_path / "distill", **made, settings={"seed": 1})
+    with pytest.raises(ConfigError, match=r"distill was made with other settings \(seed was 1, now 2\)"):
+        is_current(stage)
+
+
+def test_of_two_quickstarts_in_one_folder_one_is_refused(tmp_path, capsys, monkeypatch):
+    """The other makes the folder after this one has looked."""
+    folder, exists = tmp_path / "run", Path.exists
+    folder.mkdir()
+    monkeypatch.setattr(Path, "exists", lambda path: path != folder and exists(path))
+    assert main(["quickstart", f"run_dir={folder}"]) == 2
+    assert f"{folder} exists: choose another run_dir" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []

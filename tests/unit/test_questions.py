@@ -182,6 +182,9 @@ def test_compressed_lines_are_read(tmp_path):
         ('{"question": "a?", "answer": "x", "metadata": "m"}', "`metadata` is 'm', expected an object"),
         ('{"question": "a?", "answer": "x", "gold_passages": [3]}', "a gold passage is 3, expected a text"),
         ('{"id": "q", "question": "a?", "answer": "x"}', "id 'q' is also on line 1; ids must be unique"),
+        ('{"id": ["q"], "question": "a?", "answer": "x"}', "`id` is ['q'], expected a text or a whole number, or none"),
+        ('{"id": NaN, "question": "a?", "answer": "x"}', "`id` is nan, expected a text or a whole number, or none"),
+        ('{"id": true, "question": "a?", "answer": "x"}', "`id` is True, expected a text or a whole number, or none"),
     ],
 )
 def test_a_bad_line_is_named_with_file_number_and_reason(tmp_path, line, reason):

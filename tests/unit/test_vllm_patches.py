@@ -1,9 +1,9 @@
-"""One number per sequence samples from the distribution, and what a sequence draws is its own."""
+"""Sampling by one number per sequence, and which linear layers stay plain."""
 
 import pytest
 import torch
 
-from dgpo.engines.cpu_sampling import draw
+from dgpo.engines.vllm_patches import MIN_PACKED_ELEMENTS, _dispatch, draw
 
 PROBABILITIES = torch.tensor([0.1, 0.0, 0.6, 0.3])
 
@@ -46,3 +46,17 @@ def test_a_generator_goes_on_from_draw_to_draw():
 
 def test_weights_that_do_not_sum_to_one_are_probabilities_up_to_a_factor():
     assert draw(7 * PROBABILITIES[None], {0: generator(5)}) == draw(PROBABILITIES[None], {0: generator(5)})
+
+
+SMALL, LARGE = torch.nn.Linear(64, 320), torch.nn.Linear(512, MIN_PACKED_ELEMENTS // 512)
+
+
+@pytest.mark.parametrize(
+    ("layer", "packs", "packed"), [(SMALL, True, False), (LARGE, True, True), (LARGE, False, False)]
+)
+def test_only_large_layers_of_weights_that_stay_are_packed(layer, packs, packed):
+    calls = []
+    _dispatch(layer, True, pack=(lambda *arguments: calls.append(arguments)) if packs else None)
+    assert calls == ([(layer, True)] if packed else [])
+    assert (getattr(layer, "cpu_linear", None) is torch.nn.functional.linear) is not packed
+    layer.__dict__.pop("cpu_linear", None)
