@@ -16,9 +16,9 @@ from dgpo.agent.protocol import build_messages
 from dgpo.agent.trajectory import Trajectory
 
 CLOSED_BOOK_PROMPT = (
-    "Answer the given question. You must conduct reasoning inside <think> and </think> first. After reasoning, give the "
-    "answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>. "
-    "Question: {question}\n"
+    "Answer the given question. You must conduct reasoning inside <think> and </think> first. After reasoning, give "
+    "the answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing "
+    "</answer>. Question: {question}\n"
 )
 RAG_PROMPT = (
     "Answer the given question. Search results for it stand between <information> and </information>. You must conduct "

@@ -99,6 +99,8 @@ class PrepareConfig:
     documents: str | None = None  # a folder of .txt and .md files, or a jsonl: becomes corpus.jsonl
     passage_words: int = 100  # longer documents are cut
     passage_overlap: int = 0  # words that a passage repeats of the one before
+    # Of the paper's training questions, drawn by seed and taken out (at most a tenth): what `train` validates on
+    validation_questions: int = 1000
     max_bad_lines: int = 0  # more stop the command; up to here they are named, left out and counted
     drop_overlap: bool = False  # training questions that also stand in a test set
 
@@ -432,7 +434,7 @@ class Config:
     # What the experiment consists of, in order. A stage whose `init` is not set starts from what the stage before it
     # wrote in this run_dir.
     stages: list[str] = field(default_factory=lambda: ["collect", "distill", "train"])
-    table: str = "main"  # of `reproduce`: main | ablation | pairs
+    table: str = "main"  # of `reproduce`: main | ablation | pairs | arcap | figures | teacher_time
     seed: int = 1
     resume: bool = False
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)

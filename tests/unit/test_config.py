@@ -24,7 +24,7 @@ LEFT_TO_THE_USER = {"h200x8xN": ["hardware.num_nodes=2"]}
 
 def test_every_preset_is_known_to_this_test():
     fits = list(CONFIG_DIR.glob("fit/*.yaml"))
-    assert len(PRESETS) == len(list(CONFIG_DIR.glob("*/*.yaml"))) - len(fits) == 28
+    assert len(PRESETS) == len(list(CONFIG_DIR.glob("*/*.yaml"))) - len(fits) == 29
 
 
 def test_every_fit_belongs_to_a_world_and_an_experiment():
@@ -157,8 +157,9 @@ def test_every_schema_key_is_read_somewhere():
 
 
 def test_changed_settings_are_those_that_differ():
-    assert changed_settings(load_config()) == []
+    assert changed_settings(load_config(["recipe=recommended"])) == []
     overrides = ["train.num_steps=7", "hardware.env.A=b", "test.models.mine=x", "train.stability.patience=3"]
+    overrides = ["recipe=recommended", *overrides]
     assert changed_settings(load_config(overrides)) == ["hardware.env.A=b", "train.num_steps=7", "test.models.mine=x"]
 
 

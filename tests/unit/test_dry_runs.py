@@ -52,7 +52,7 @@ def dry_run(stage: str, overrides: list[str], capsys: pytest.CaptureFixture[str]
 
 
 def test_the_rows_of_the_paper_are_all_there():
-    assert len(EXPERIMENTS) == 15
+    assert len(EXPERIMENTS) == 18
     assert len(PAIRS) == 3
 
 
