@@ -48,7 +48,8 @@ def preset_table() -> list[str]:
     names = list(dict.fromkeys([*ROWS["main"], *ROWS["ablation"], *ROWS["figures"], "teacher_ppo"]))
     rows = [name for name in names if name in group_choices("experiment")]
     assert set(rows) == set(group_choices("experiment"))
-    head = ("preset", "row of the paper", "stages", "cold start", "RL", "teacher term", "initial KL", "paper's EM", "of")
+    settings = ("stages", "cold start", "RL", "teacher term", "initial KL")
+    head = ("preset", "row of the paper", *settings, "paper's EM", "of")
     return _table(head, [_preset_row(name) for name in rows])
 
 

@@ -20,7 +20,7 @@ def missing_inputs(options: JobOptions) -> list[str]:
 
 def _files(options: JobOptions) -> Iterator[str]:
     data = options.config.data
-    wanted = {"collect": {"data.collect_file": data.collect_file}}
+    wanted: dict[str, str | None] = {"collect": {"data.collect_file": data.collect_file}}
     wanted["train"] = {"data.train_file": data.train_file}
     wanted["train"] |= {"data.validation_file": data.validation_file} if data.validation_file else {}
     wanted["test"] = {f"data.test_files.{name}": file for name, file in data.test_files.items()}
@@ -44,7 +44,7 @@ def _indexes(options: JobOptions) -> Iterator[str]:
 
 def _models(options: JobOptions) -> Iterator[str]:
     config = options.config
-    wanted = {"teacher.path": config.teacher.path} if "collect" in options.stages else {}
+    wanted: dict[str, str | None] = {"teacher.path": config.teacher.path} if "collect" in options.stages else {}
     for stage in options.stages:
         if stage in ("distill", "train"):
             key, path = initial_model(config, stage)
