@@ -20,7 +20,7 @@ def missing_inputs(options: JobOptions) -> list[str]:
 
 def _files(options: JobOptions) -> Iterator[str]:
     data = options.config.data
-    wanted: dict[str, str | None] = {"collect": {"data.collect_file": data.collect_file}}
+    wanted = {"collect": {"data.collect_file": data.collect_file}}
     wanted["train"] = {"data.train_file": data.train_file}
     wanted["train"] |= {"data.validation_file": data.validation_file} if data.validation_file else {}
     wanted["test"] = {f"data.test_files.{name}": file for name, file in data.test_files.items()}
@@ -47,8 +47,7 @@ def _models(options: JobOptions) -> Iterator[str]:
     wanted: dict[str, str | None] = {"teacher.path": config.teacher.path} if "collect" in options.stages else {}
     for stage in options.stages:
         if stage in ("distill", "train"):
-            key, path = initial_model(config, stage)
-            wanted[key] = path
+            wanted.update([initial_model(config, stage)])
     if "train" in options.stages and config.train.teacher_term.gate != "none":
         wanted["teacher.path"] = config.teacher.path
     for key, path in wanted.items():
