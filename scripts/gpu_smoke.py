@@ -4,14 +4,15 @@
     python scripts/gpu_smoke.py --steps 1,2,6    what needs torch, transformers and small pure wheels only
     python scripts/gpu_smoke.py --cpu            small shapes on the CPU: rehearses the script itself
 
-Models of the real shapes are made on the spot, with random weights. Each step has a limit of its own; one whose packages
-are missing is SKIPped with the reason, and --budget drops steps from the end. The status is 0 where no step failed. The
-steps are in scripts/smoke/, one file each.
+Models of the real shapes are made on the spot, with random weights. Each step has a limit of its own; one whose
+packages are missing is SKIPped with the reason, and --budget drops steps from the end. The status is 0 where no step
+failed. The steps are in scripts/smoke/, one file each.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -124,10 +125,8 @@ def _run_step(step: Step, options: argparse.Namespace, folder: Path, left: float
 
 
 def _kill_group(group: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _run_here(options: argparse.Namespace) -> int:

@@ -82,8 +82,8 @@ def chosen(group: str, overrides: Sequence[str]) -> str | None:
 
 
 def changed_settings(config: Config) -> list[str]:
-    """`key=value` of each leaf that differs from the schema's default."""
-    default = dict(_leaves(asdict(Config())))
+    """`key=value` of each leaf that differs from what no override at all gives."""
+    default = dict(_leaves(asdict(load_config())))
     return [f"{key}={value}" for key, value in _leaves(asdict(config)) if default.get(key, MISSING) != value]
 
 

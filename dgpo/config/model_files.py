@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -22,6 +23,11 @@ PROBE_S = 5.0
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether a model is named as on the hub, owner/name, and no folder."""
+    return bool(_HUB_NAME.fullmatch(path)) and not Path(path).is_dir() and not Path(path.split("/")[0]).is_dir()
+
+
 def model_file(path: str, name: str, *, key: str) -> Path | None:
     """The file `name` of the model at `path` (a folder, or a hub name: fetched or from the cache); None if it has none.
 
@@ -32,7 +38,7 @@ def model_file(path: str, name: str, *, key: str) -> Path | None:
     folder = Path(path)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
-    if not _HUB_NAME.fullmatch(path) or Path(path.split("/")[0]).is_dir():
+    if not is_hub_name(path):
         raise ConfigError(f"{key}={path}: no such folder; expected a Hugging Face model folder or a hub name")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -78,6 +84,14 @@ def hub_answers() -> bool:
     return True
 
 
+def use_cache_alone() -> None:
+    """Tells the hub's library, here and in processes that start from here, not to ask for what is cached."""
+    from huggingface_hub import constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
+
+
 def check_model_folder(path: str | None, *, key: str) -> None:
     """Raises `ConfigError` unless `path` names a model: a folder with config.json and weights, or a hub name."""
     if not path:
@@ -89,6 +103,8 @@ def check_model_folder(path: str | None, *, key: str) -> None:
                 f"`python -m dgpo import checkpoint={path} out=FOLDER`, and name that"
             )
         raise ConfigError(f"{key}={path}: no config.json there; expected a Hugging Face model folder")
+    if is_hub_name(path) and not hub_answers():
+        use_cache_alone()
     if Path(path).is_dir() and not _weight_files(Path(path)):
         raise ConfigError(f"{key}={path}: no *.safetensors or *.bin weights there; save the model with save_pretrained")
     folder = Path(path)

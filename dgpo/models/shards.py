@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy._core.multiarray import _reconstruct
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 _SHARD = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")
 
 
 # What an array is made of: the state of numpy's random generator is one.
-_NUMPY_STATE = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+_NUMPY_STATE: list[Any] = [_reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
 class ShardError(ValueError):

@@ -53,8 +53,9 @@ def run(checks: Checks, *, device: str, folder: Path) -> None:
         checks.number(f"{name}: tokens per s", result["tokens_per_s"])
     checks.within("FSDP2's last loss", sharded["losses"][-1], whole["losses"][-1], 0.01)
     here = _in_process(Variant("tiny", device, layers=TINY), folder)
-    cpu = _in_process(Variant("tiny-cpu", "cpu", layers=TINY), folder)
-    checks.within("the loss of a tiny model, against float32 on the CPU", here["losses"][-1], cpu["losses"][-1], 0.01)
+    if device == "cuda":
+        cpu = _in_process(Variant("tiny-cpu", "cpu", layers=TINY), folder)
+        checks.within("a tiny model's loss, against float32 on the CPU", here["losses"][-1], cpu["losses"][-1], 0.01)
     _in_process(Variant("stopped", device, layers=TINY, stops=True), folder)
     resumed = _in_process(Variant("resumed", device, layers=TINY, resume=True, folder="stopped"), folder)
     checks.within("the last loss after a stop and a resume", resumed["losses"][-1], here["losses"][-1], 1e-3)
@@ -128,7 +129,7 @@ def _config(variant: Variant) -> Config:
         hardware += ["hardware.attention=sdpa"]
     settings = [f"distill.max_steps={STEPS}", "distill.batch_size=8", "distill.micro_batch_size=4"]
     settings += ["distill.held_out_share=0", "distill.warmup_ratio=0", "distill.learning_rate=1e-3"]
-    settings += ["distill.evaluate_every=1", f"distill.sharding={variant.sharding}"]
+    settings += ["distill.kl_ratio=0.5", "distill.evaluate_every=1", f"distill.sharding={variant.sharding}"]
     if variant.device == "cuda":
         settings += ["episode.max_prompt_tokens=64", "episode.max_response_tokens=448"]
     return load_config([*hardware, *settings])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from dgpo.coldstart.examples import TrainingExample
@@ -16,9 +19,24 @@ SMALL |= {"head_dim": 32, "intermediate_size": 128, "vocab_size": 2048, "tie_wor
 POSITIONS = 8192
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """The tiny world's; models have more rows than it has tokens, as Qwen's have."""
-    return build_tokenizer(["Lyon", "France"], ["What is the country of ?"])
+def make_tokenizer(vocab: int | None = None) -> PreTrainedTokenizerFast:
+    """The tiny world's, with a nameless token for every further row of a model, which a random one will sample."""
+    tokenizer = build_tokenizer(["Lyon", "France"], ["What is the country of ?"])
+    known = len(tokenizer)
+    if vocab is None or vocab <= known:
+        return tokenizer
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    data["model"]["vocab"] |= {f"unused{index}": index for index in range(known, vocab)}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(data))
+    return tokenizer
+
+
+def save_model(name: str, folder: Path, *, seed: int, device: str) -> Path:
+    """A model of a known shape with random weights in bfloat16, beside its tokenizer. Returns the folder."""
+    model = make_model(name, seed=seed, device=device, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    make_tokenizer(model.config.vocab_size).save_pretrained(folder)
+    return folder
 
 
 def shape(name: str, *, device: str, layers: int | None = None) -> dict[str, Any]:

@@ -268,7 +268,7 @@ def test_every_stage_with_episodes_asks_a_backend_of_the_users_and_no_server(con
         (["train", "trian.num_steps=3"], "did you mean train.num_steps?"),
         (["trian"], "expected one of quickstart"),
         (["train", "hardware=gpu"], "cpu, gpu24gb, h200x8, h200x8xN"),
-        (["collect"], "data.collect_file"),
+        (["collect", "hardware=cpu"], "data.collect_file"),
     ],
 )
 def test_the_command_line_prints_one_line_and_exits_with_2(arguments, part, capsys):
