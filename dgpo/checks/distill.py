@@ -31,7 +31,7 @@ def check_distill(config: Config) -> list[str]:
                 f"distill.demonstrations={settings.demonstrations} with distill.loss={settings.loss}: the teacher "
                 "never saw such a prompt, so only its tokens are learned; set distill.loss=seqkd"
             )
-        check_rows(config.data.collect_file, key="data.collect_file")
+        check_rows(config, config.data.collect_file, key="data.collect_file", notes=notes)
     if settings.loss == "distillm":
         check_values(config, "episode")
         if there:
