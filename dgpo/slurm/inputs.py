@@ -44,7 +44,7 @@ def _indexes(options: JobOptions) -> Iterator[str]:
 
 def _models(options: JobOptions) -> Iterator[str]:
     config = options.config
-    wanted = {"teacher.path": config.teacher.path} if "collect" in options.stages else {}
+    wanted: dict[str, str | None] = {"teacher.path": config.teacher.path} if "collect" in options.stages else {}
     for stage in options.stages:
         if stage in ("distill", "train"):
             key, path = initial_model(config, stage)
