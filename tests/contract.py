@@ -89,8 +89,14 @@ VERL = {
     },
     "workers/rollout/vllm_rollout/vllm_async_server.py": {
         "overridden by dgpo/rl/rollout_server.py": "vLLMHttpServer.run_server vLLMHttpServer.generate "
-        "vLLMHttpServer.collective_rpc vLLMReplica.__init__",
+        "vLLMHttpServer.collective_rpc vLLMHttpServer.__init__ vLLMReplica.__init__",
     },
+    "workers/rollout/vllm_rollout/bucketed_weight_transfer.py": {
+        "overridden by dgpo/rl/weight_sync.py": "BucketedWeightSender.__init__ BucketedWeightSender._init_buffer",
+        "called by dgpo/rl/weight_sync.py": "create_shared_memory",
+        "meets dgpo/rl/weight_sync.py": "BucketedWeightReceiver",
+    },
+    "workers/rollout/vllm_rollout/vllm_rollout.py": {"patched by dgpo/rl/worker.py": "BucketedWeightSender"},
     "workers/rollout/vllm_rollout/utils.py": {"subclassed by dgpo/engines": "vLLMColocateWorkerExtension"},
     "plugin/platform/platform_base.py": {"subclassed by dgpo/platforms/cpu/platform.py": "PlatformBase"},
     "plugin/platform/platform_manager.py": {"called by dgpo/platforms/cpu/platform.py": "PlatformRegistry.register"},

@@ -255,7 +255,7 @@ class _Episode:
             prompt_ids=list(self.prompt_ids),
             response_ids=self.ids,
             response_mask=self.mask,
-            log_probs=self.log_probs if self.has_log_probs else [],
+            log_probs=list(self.log_probs) if self.has_log_probs else [],
             turns=self.turns,
             searches=self.searches,
             answer=answer,

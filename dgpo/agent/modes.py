@@ -16,9 +16,9 @@ from dgpo.agent.protocol import build_messages
 from dgpo.agent.trajectory import Trajectory
 
 CLOSED_BOOK_PROMPT = (
-    "Answer the given question. You must conduct reasoning inside <think> and </think> first. After reasoning, give the "
-    "answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>. "
-    "Question: {question}\n"
+    "Answer the given question. You must conduct reasoning inside <think> and </think> first. After reasoning, give "
+    "the answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing "
+    "</answer>. Question: {question}\n"
 )
 RAG_PROMPT = (
     "Answer the given question. Search results for it stand between <information> and </information>. You must conduct "
@@ -68,12 +68,13 @@ def cut_to_mode(trajectory: Trajectory, name: str, prompt_ids: Sequence[int]) ->
     evidence = slice(searched[-1].end, _next_start(trajectory, searched[-1].end)) if searched else slice(0, 0)
     before = trajectory.response_ids[evidence] if name == "rag" else []
     log_probs = trajectory.log_probs
+    environment: list[float | None] = [0.0] * len(before)
     return Trajectory(
         episode_id=trajectory.episode_id,
         prompt_ids=list(prompt_ids),
         response_ids=before + trajectory.response_ids[turn.start : turn.end],
         response_mask=[0] * len(before) + trajectory.response_mask[turn.start : turn.end],
-        log_probs=log_probs and [0.0] * len(before) + log_probs[turn.start : turn.end],
+        log_probs=log_probs and environment + log_probs[turn.start : turn.end],
         turns=[type(turn)(len(before), len(before) + turn.end - turn.start, turn.kind, turn.content)],
         searches=trajectory.searches[-1:] if before else [],
         answer=trajectory.answer,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from omegaconf import OmegaConf
+
 from dgpo.agent.plugins import load_reward
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model, check_teacher
@@ -14,6 +16,15 @@ from dgpo.config.stages import initial_model
 from dgpo.hardware.checks import check_engine, check_training
 from dgpo.hardware.machine import check_start
 
+REPLACED = {  # raw key of veRL -> what to do
+    "algorithm.adv_estimator": "set train.algorithm, or add an entry to ALGORITHMS (docs/extending.md)",
+    "algorithm.use_pf_ppo": "add an entry to ALGORITHMS (docs/extending.md)",
+    "trainer.total_epochs": "set train.num_steps",
+    "trainer.v1.trainer_mode": "the synchronous trainer is the only one",
+    "trainer.v1.sync.parameter_sync_step": "the engine gets new weights after every step",
+    "actor_rollout_ref.rollout.agent.agent_loop_manager_class": "episodes are those of dgpo/rl/agent_loop.py",
+}
+
 
 def check_train(config: Config) -> list[str]:
     """What RL needs, before Ray starts: models that match, questions, batches that divide, lengths, a retriever."""
@@ -25,6 +36,7 @@ def check_train(config: Config) -> list[str]:
     _check_updates(config)
     if config.train.reward:
         check_extension(load_reward, config.train.reward)
+    _check_raw_keys(config)
     conflict = rl_conflict(config)
     if conflict:
         raise ConfigError(conflict)
@@ -47,6 +59,16 @@ def check_train(config: Config) -> list[str]:
     check_training(config)
     check_retriever(config, rows, notes)
     return notes
+
+
+def _check_raw_keys(config: Config) -> None:
+    """Keys of veRL that its own loop would read, and ours does not."""
+    verl = OmegaConf.create({})
+    for key, value in config.hardware.verl.items():
+        OmegaConf.update(verl, key, value, force_add=True)
+    for key, instead in REPLACED.items():
+        if OmegaConf.select(verl, key) is not None:
+            raise ConfigError(f"hardware.verl.{key} is read by nothing here: {instead}")
 
 
 def _check_updates(config: Config) -> None:

@@ -69,6 +69,8 @@ def distill_settings(config: Config) -> dict[str, Any]:
         "weights of the teacher": None if without_teacher else model_identity(config.teacher.path or ""),
         "episodes": file_identity(episodes),
     }
+    if config.distill.demonstrations != "agent":  # prompts of their own
+        settings["data.collect_file"] = file_identity(config.data.collect_file or "")
     if config.distill.loss != "distillm":
         return settings
     rows = [{"extra_info": {"corpus": trajectory.corpus}} for trajectory in read_trajectories(episodes)]

@@ -25,7 +25,7 @@ class AdaptiveSchedule:
     Attributes:
         threshold: the share, raised by `increment` up to 1.
         level: the held-out loss that the next one is compared with; None before the first.
-        increment, min_rise: constants of the run (0.1 in both; `loss_eps` is 0.1 nats in the release, 0 in the library).
+        increment, min_rise: constants of the run (0.1 in both; `loss_eps`: 0.1 nats in the release, 0 in the library).
         level_follows_down: whether `level` is the lowest loss since the last rise.
     """
 

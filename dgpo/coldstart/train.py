@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
@@ -24,6 +25,8 @@ from dgpo.coldstart.metrics import MetricsFile
 from dgpo.coldstart.student_episodes import StudentEpisodes
 from dgpo.coldstart.trainer import DistillationTrainer
 from dgpo.config.schema import DistillConfig, HardwareConfig
+from dgpo.config.stages import MODEL_STEPS
+from dgpo.files import atomic_write_text
 from dgpo.models.model_folders import write_generation_config
 from dgpo.runs.checkpoints import newest_whole, set_aside_later
 from dgpo.runs.stopping import StoppedOnRequestError
@@ -125,6 +128,8 @@ def train_on_examples(
         )
     trainer.loss_in_head.remove()
     _save_result(trainer, tokenizer, checkpoint)
+    if watched and checkpoints is not None and trainer.is_world_process_zero():
+        _keep_last(trainer, checkpoint, checkpoints)
     if checkpoints is not None and trainer.is_world_process_zero():
         shutil.rmtree(checkpoints)
     return {
@@ -223,3 +228,14 @@ def _save_result(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBas
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     write_generation_config(folder, fallback=model.config.to_dict())
+
+
+def _keep_last(trainer: DistillationTrainer, best: Path, checkpoints: Path) -> None:
+    """The last state beside the best one, as `models/last`: where the training ended, for tables that show both."""
+    last = best.parent / "models" / "last"
+    shutil.rmtree(last, ignore_errors=True)
+    shutil.copytree(best, last)
+    for file in (checkpoints / f"{CHECKPOINT}{trainer.state.global_step}").glob("*.safetensors*"):
+        shutil.copy(file, last / file.name)
+    steps = {"model": trainer.state.best_global_step, "last": trainer.state.global_step}
+    atomic_write_text(best.parent / MODEL_STEPS, json.dumps(steps, indent=1) + "\n")

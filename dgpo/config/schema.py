@@ -99,6 +99,8 @@ class PrepareConfig:
     documents: str | None = None  # a folder of .txt and .md files, or a jsonl: becomes corpus.jsonl
     passage_words: int = 100  # longer documents are cut
     passage_overlap: int = 0  # words that a passage repeats of the one before
+    # Of the paper's training questions, drawn by seed and taken out (at most a tenth): what `train` validates on
+    validation_questions: int = 1000
     max_bad_lines: int = 0  # more stop the command; up to here they are named, left out and counted
     drop_overlap: bool = False  # training questions that also stand in a test set
 
@@ -190,7 +192,9 @@ class HardwareConfig:
     logical_gpus: int | None = None  # GPUs announced to Ray; None: Ray counts them
     object_store_gb: float | None = None  # Ray's shared memory on a node; None: 30% of its memory
     replay_poll_s: float = 0.05  # how often the trainer looks for finished episodes
-    env: dict[str, str] = field(default_factory=dict)  # exported before any engine is imported
+    # Exported before any engine is imported. vLLM would take its V2 model runner for Llama and V1 for Qwen2, whose
+    # samplers and speed differ; V1 serves all models, on both platforms (V2 needs Triton), and is what the tests run.
+    env: dict[str, str] = field(default_factory=lambda: {"VLLM_USE_V2_MODEL_RUNNER": "0"})
     verl: dict[str, Any] = field(default_factory=dict)  # raw veRL keys ("a.b.c": value), laid over everything else
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -430,7 +434,7 @@ class Config:
     # What the experiment consists of, in order. A stage whose `init` is not set starts from what the stage before it
     # wrote in this run_dir.
     stages: list[str] = field(default_factory=lambda: ["collect", "distill", "train"])
-    table: str = "main"  # of `reproduce`: main | ablation | pairs
+    table: str = "main"  # of `reproduce`: main | ablation | pairs | arcap | figures | teacher_time
     seed: int = 1
     resume: bool = False
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)

@@ -1,7 +1,8 @@
 """`dgpo prepare`: the paper's question sets, or your own questions and documents, in the forms that all stages read.
 
 Everything is read and checked before anything is written, and the folder appears whole: `<set>_test.parquet`,
-`train.parquet`, `corpus.jsonl` (as far as asked for) and `manifest.json` with what was kept, dropped and cut.
+`train.parquet`, `validation.parquet`, `corpus.jsonl` (as far as asked for), and `manifest.json` with what was kept,
+dropped and cut.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dgpo.data.documents import passages, read_documents, write_corpus
 from dgpo.data.lines import BadLines
 from dgpo.data.natural_questions import join_long_answers
 from dgpo.data.questions import Question, question_rows, read_questions
-from dgpo.data.rows import DataError, row_question, write_rows
+from dgpo.data.rows import DataError, row_id, row_question, write_rows
 from dgpo.metrics.exact_match import normalize_answer
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import writing
@@ -54,6 +55,10 @@ def prepare(config: Config) -> Path:
     train, tests = _own_questions(config, bad, counts) if own else _benchmarks(config, bad, counts)
     if settings.drop_overlap:
         train = _without_overlap(config, train, tests, counts)
+    validation: Rows = []
+    if not own:
+        train, validation = take_validation(train, settings.validation_questions, seed=config.seed)
+        counts["train"], counts["validation"] = {"questions": len(train)}, {"questions": len(validation)}
     corpus: list[dict[str, str]] = []
     if settings.documents:
         documents = read_documents(Path(settings.documents), bad)
@@ -68,6 +73,8 @@ def prepare(config: Config) -> Path:
             write_rows(folder / f"{name}_test.parquet", rows)
         if train:
             write_rows(folder / "train.parquet", train)
+        if validation:
+            write_rows(folder / "validation.parquet", validation)
         if corpus:
             write_corpus(folder / "corpus.jsonl", corpus)
         inputs = {name: getattr(settings, name) for name in ("source", "documents", "nq_annotations")}
@@ -132,6 +139,14 @@ def _own_questions(config: Config, bad: BadLines, counts: dict[str, Any]) -> tup
     rows = question_rows(train, source=settings.name, split="train", with_passages=False)
     test_rows = question_rows(test, source=settings.name, split="test", with_passages=True)
     return rows, {settings.name: test_rows} if test_rows else {}
+
+
+def take_validation(train: Rows, count: int, *, seed: int) -> tuple[Rows, Rows]:
+    """(the rest, `count` rows drawn by seed, at most a tenth), both in their order. The choice is of hashes of ids."""
+    ranked = sorted(range(len(train)), key=lambda i: hashlib.sha256(f"{seed}/{row_id(train[i])}".encode()).digest())
+    chosen = set(ranked[: min(count, len(train) // 10)])
+    rest = [row for index, row in enumerate(train) if index not in chosen]
+    return rest, [row for index, row in enumerate(train) if index in chosen]
 
 
 def split_questions(

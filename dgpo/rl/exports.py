@@ -44,7 +44,7 @@ def export_models(config: Config, folder: Path, settings: Mapping[str, Any]) -> 
         with writing(folder / "models" / name) as temporary:
             _copy(checkpoint, temporary)
     steps = {name: int(path.name.removeprefix(CHECKPOINT)) for name, path in sources.items()}
-    atomic_write_text(folder / MODEL_STEPS, json.dumps({"last": last, **steps}, indent=1) + "\n")
+    atomic_write_text(folder / MODEL_STEPS, json.dumps({"model": last, **steps}, indent=1) + "\n")
     target = folder / "model"
     with writing(target) as temporary:
         _copy(folder / "checkpoints" / f"{CHECKPOINT}{last}", temporary)

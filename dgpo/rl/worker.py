@@ -65,6 +65,7 @@ class TeacherGuidedWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="ref"))
     def compute_teacher_log_prob(self, data: Any) -> Any:
         """Teacher log-probs of the sampled tokens of the given episodes, under the key `log_probs`."""
+        assert self.teacher is not None
         output = self.teacher.infer_batch(data=data)
         return output.cpu() if output is not None else None
 

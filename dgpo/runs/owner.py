@@ -190,7 +190,8 @@ def _silence_s(claim: Path) -> float:
 def _named(owner: Mapping[str, Any]) -> str:
     if not owner:
         return "a command that has just begun"
-    return f"`{owner['command']}` on {owner['host']} (process {owner['pid']}, since {owner['since']})"
+    command = " ".join(owner["command"].split()[:2])  # the file holds its settings too
+    return f"`{command}` on {owner['host']} (process {owner['pid']}, since {owner['since']})"
 
 
 def _refusal(folder: Path, owner: Mapping[str, Any]) -> RunFolderExistsError:

@@ -47,8 +47,7 @@ def _models(options: JobOptions) -> Iterator[str]:
     wanted: dict[str, str | None] = {"teacher.path": config.teacher.path} if "collect" in options.stages else {}
     for stage in options.stages:
         if stage in ("distill", "train"):
-            key, path = initial_model(config, stage)
-            wanted[key] = path
+            wanted.update([initial_model(config, stage)])
     if "train" in options.stages and config.train.teacher_term.gate != "none":
         wanted["teacher.path"] = config.teacher.path
     for key, path in wanted.items():

@@ -52,7 +52,7 @@ def dry_run(stage: str, overrides: list[str], capsys: pytest.CaptureFixture[str]
 
 
 def test_the_rows_of_the_paper_are_all_there():
-    assert len(EXPERIMENTS) == 15
+    assert len(EXPERIMENTS) == 18
     assert len(PAIRS) == 3
 
 
@@ -179,6 +179,7 @@ def test_the_inverted_order_distils_what_rl_made(inputs):
         (["experiment=gkd", "train.init_kl_coef=0.001"], "set it to 0"),
         (["experiment=dgpo_grpo", "train.samples_per_question=1"], "train.samples_per_question=1 leaves nothing"),
         (["train.teacher_term.form=exact", "train.temperature=0.7"], "train.temperature=0.7"),
+        (["hardware.verl.algorithm.adv_estimator=rloo"], "adv_estimator is read by nothing here: set train.algorithm"),
         (["stages=[train,train]"], "at most once"),
         (["stages=[distil]"], "expected each of collect, distill, train, test"),
     ],

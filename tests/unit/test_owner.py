@@ -164,6 +164,20 @@ def test_whoever_was_suspended_for_so_long_that_its_place_was_taken_ends_when_it
     assert "was taken over by" in holder.stderr.read()
 
 
+@pytest.mark.parametrize("looked", ["before the other began", "when a dead claim had this name"])
+def test_whoever_looked_too_early_does_not_win_over_one_that_is_there(folder, holder, monkeypatch, looked):
+    (path,) = folder.parent.glob("train.owner.*")
+    said, claims_now, wait = path.read_text(), owner._claims, owner._wait_until_dead
+    seen = [[]] if looked == "before the other began" else []
+    dead = [] if seen else [{"pid": 1}]
+    monkeypatch.setattr(owner, "_claims", lambda folder: seen.pop() if seen else claims_now(folder))
+    monkeypatch.setattr(owner, "_wait_until_dead", lambda *of: dead.pop() if dead else wait(*of))
+    with pytest.raises(RunFolderExistsError, match="is in use by"), owned(folder):
+        pass
+    assert path.read_text() == said
+    assert claims(folder) == ["train.owner.1"]
+
+
 @pytest.mark.parametrize("found", ["nothing", "a dead claim"])
 def test_of_many_that_start_at_the_same_time_one_wins(folder, found):
     if found == "a dead claim":
@@ -180,5 +194,5 @@ def test_of_many_that_start_at_the_same_time_one_wins(folder, found):
 
 def test_the_command_is_refused_with_and_without_resume(folder, holder, capsys):
     for more in ([], ["resume=true"]):
-        assert main(["train", f"run_dir={folder.parent}", *more]) == 2
+        assert main(["train", "hardware=cpu", f"run_dir={folder.parent}", *more]) == 2
         assert f"{folder} is in use by" in capsys.readouterr().err

@@ -8,8 +8,9 @@ from fastapi import FastAPI, Path, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from retriever import openapi
-from retriever.front import Service, error_response, json_response
 from retriever.protocol import RequestError
+from retriever.responses import error_response, json_response
+from retriever.service import Service
 
 
 def create_app(service: Service) -> FastAPI:

@@ -1,8 +1,8 @@
 """Measure retrieval servers of Search-R1's protocol against each other, in one interleaved run.
 
-python scripts/bench/retriever.py                          # ours against the reference server; about 10 minutes
-python scripts/bench/retriever.py --loads 64x1 --rounds 1  # a quick look
-python scripts/bench/retriever.py --url other=http://127.0.0.1:8001@4711
+python scripts/bench/retrieval.py                          # ours against the reference server; about 10 minutes
+python scripts/bench/retrieval.py --loads 64x1 --rounds 1  # a quick look
+python scripts/bench/retrieval.py --url other=http://127.0.0.1:8001@4711
                                    # also a server of your own on the data of retriever_data.py; @pid for its CPU time
 
 Every round gives every server the same load in turn, so that what else the machine does meets all of them; the ratios
@@ -27,8 +27,6 @@ import numpy as np
 import orjson
 import psutil
 import uvloop
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from retriever_data import StubEncoder, load_bench_encoder, make, query_text, vector_file
 from retriever_load import LoadResult, http_request, run_load
 from retriever_servers import Target, end_servers_on_sigterm, started
