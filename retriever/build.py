@@ -32,6 +32,7 @@ from retriever.encoder_config import (
     Library,
     Pooling,
     check_device,
+    require_encoder,
     resolve_config,
     resolve_dtype,
 )
@@ -45,7 +46,7 @@ from retriever.encoding import (
     write_texts,
 )
 from retriever.errors import RetrieverError
-from retriever.faiss_file import ReadRows, make_index, refuse_non_finite, write_index
+from retriever.faiss_file import ReadRows, check_trainable, make_index, refuse_non_finite, write_index
 from retriever.manifest import (
     BM25_TYPE,
     NUM_PROBES,
@@ -95,9 +96,10 @@ def build_indexes(
     if method == "bm25":
         plan |= {"k1": bm25_k1, "b": bm25_b}
     else:
+        config = resolve_config(EncoderConfig(spec=encoder) if isinstance(encoder, str) else encoder)
         check_device(device)
         make_index(index_type, PLAUSIBLE_DIMENSION, search_params)  # a mistake should not wait for the encoding
-        config = resolve_config(EncoderConfig(spec=encoder) if isinstance(encoder, str) else encoder)
+        require_encoder(config)
         # Every part in one number format, on whatever machine the build goes on; searching may choose its own.
         encoding = replace(config, dtype=resolve_dtype(config.dtype, device))
         plan |= {"encoder": asdict(encoding), "passages_per_part": passages_per_part}
@@ -110,6 +112,8 @@ def build_indexes(
                 BM25Index.write(work / name / "bm25", (row["contents"] for row in corpus), k1=bm25_k1, b=bm25_b)
                 write_manifest(work / name, corpus, index="bm25", index_type=BM25_TYPE)
         else:
+            for corpus in opened.values():
+                check_trainable(index_type, PLAUSIBLE_DIMENSION, len(corpus))
             numbers = write_texts(work, opened)
             parts = Parts(Job(work, tuple(sources), encoding, passages_per_part))
             encode_missing(

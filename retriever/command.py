@@ -30,7 +30,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse."""
-        self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message}; --help lists what there is\n")
+        told = " ".join(message.split())
+        self.exit(2, f"{self.prog.removeprefix('python -m ')}: {told}; --help lists what there is\n")
 
 
 def whole_number(least: int, most: int = MAX_INT) -> Callable[[str], int]:

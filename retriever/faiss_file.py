@@ -206,6 +206,7 @@ def write_index(
 
     index = make_index(index_type, dimension, search_params)
     if not index.is_trained:
+        check_trainable(index_type, dimension, num_rows)
         index.train(read_sample(read_rows, num_rows, _num_training_rows(index)))
     blocks = read_blocks(read_rows, num_rows, dimension)
     if not isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer):
@@ -240,6 +241,25 @@ def make_index(index_type: str, dimension: int, search_params: str = "") -> Any:
         ) from None
     set_search_params(index, search_params)
     return index
+
+
+def check_trainable(index_type: str, dimension: int, num_rows: int) -> None:
+    """Raise `RetrieverError` when a type has more centroids to learn than there are rows to learn them from."""
+    import faiss
+
+    index: Any = make_index(index_type, dimension)
+    lists: Any = faiss.try_extract_index_ivf(index)
+    if lists and lists.nlist > num_rows:
+        raise RetrieverError(
+            f"index type {index_type!r} has {lists.nlist} inverted lists, the corpus {num_rows} passages; expected "
+            "fewer lists, or Flat for a corpus of this size"
+        )
+    quantizer = getattr(faiss.downcast_index(lists or index), "pq", None)
+    if quantizer and quantizer.ksub > num_rows:
+        raise RetrieverError(
+            f"index type {index_type!r} learns {quantizer.ksub} centroids, the corpus has {num_rows} passages; "
+            "expected at least as many, or Flat for a corpus of this size"
+        )
 
 
 def set_search_params(index: Any, search_params: str) -> None:

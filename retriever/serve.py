@@ -62,7 +62,8 @@ def _serve(options: ServeOptions) -> None:
     # Read by OpenMP and the tokenizer when they load, which is below.
     os.environ["OMP_NUM_THREADS"] = str(options.num_threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    faulthandler.enable()  # a mapped file that is cut short ends the process: not without a word
+    if sys.__stderr__:
+        faulthandler.enable(sys.__stderr__)  # a mapped file that is cut short ends the process: not without a word
     _raise_file_limit()
     listener = listen(options.host, options.port)
     port = listener.getsockname()[1]

@@ -85,6 +85,7 @@ def word_hash_encoder(monkeypatch: pytest.MonkeyPatch) -> WordHashEncoder:
     encoder = WordHashEncoder()
     for module in ("build", "collection", "recall"):
         monkeypatch.setattr(f"retriever.{module}.load_encoder", lambda *_, **__: encoder)
+    monkeypatch.setattr("retriever.build.require_encoder", lambda _: None)
     return encoder
 
 
