@@ -6,6 +6,7 @@ dgpo train {data} {student} {teacher} {exp}        dgpo test {data} {model} {exp
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def _overrides(command: str, values: dict[str, str]) -> list[str]:
     data = Path(os.environ.get("DATA_ROOT", "data"), values["data"])
     run_dir = Path(os.environ.get("EXP_ROOT", "runs"), values["exp"])
     if command == "test":
-        name = Path(values["model"]).name
+        name = re.sub(r"\W", "_", Path(values["model"]).name)  # a dot would nest keys
         return [
             f"test.models.{name}={values['model']}",
             f"data.test_files.all={data}/test.parquet",

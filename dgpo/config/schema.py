@@ -49,6 +49,7 @@ class DownloadConfig:
     folder: str = "data"  # each goes to a folder of its name below
     endpoint: str | None = None  # of a mirror; None: HF_ENDPOINT, else the hub
     verify: bool = False  # read again what is there already, and compare its checksums
+    pinned: bool = True  # the test sets are refused where they are not the bytes that the published sizes are of
     corpus: HubFilesConfig = field(
         default_factory=lambda: HubFilesConfig("PeterJinGo/wiki-18-corpus", files=["wiki-18.jsonl.gz"])
     )

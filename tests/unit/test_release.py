@@ -40,7 +40,7 @@ def test_a_bare_command_is_the_releases_where_its_variable_is_set(monkeypatch):
     assert with_positions("train", ["world=tiny"]) == ["world=tiny"]
     monkeypatch.setenv("DATA_ROOT", "/data")
     assert load_config(with_positions("test", [])).test.models == {
-        "DGPO-qwen2.5-0.5b": "omron-sinicx/DGPO-qwen2.5-0.5b"
+        "DGPO_qwen2_5_0_5b": "omron-sinicx/DGPO-qwen2.5-0.5b"
     }
     assert with_positions("train", ["world=tiny"]) == ["world=tiny"]
 
