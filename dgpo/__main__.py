@@ -129,23 +129,25 @@ def _distill(overrides: Sequence[str]) -> None:
         raise CommandFailedError(str(error)) from error
 
 
-def _train(overrides: Sequence[str]) -> None:
+def _train(arguments: Sequence[str]) -> None:
+    from dgpo.config.release import with_positions
     from dgpo.rl.train import TrainingFailedError, train
     from dgpo.runs.stopping import raised_on_request
 
     try:
         with raised_on_request():
-            train(load_config(overrides))
+            train(load_config(with_positions("train", arguments)))
     except TrainingFailedError as error:
         raise CommandFailedError(str(error)) from error
     except OSError as error:
         raise CommandFailedError(f"{error}; when that is mended, repeat the command with resume=true") from error
 
 
-def _test(overrides: Sequence[str]) -> None:
+def _test(arguments: Sequence[str]) -> None:
+    from dgpo.config.release import with_positions
     from dgpo.evaluation.evaluate import evaluate
 
-    _play(evaluate, load_config(overrides))
+    _play(evaluate, load_config(with_positions("test", arguments)))
 
 
 def _arcap(overrides: Sequence[str]) -> None:

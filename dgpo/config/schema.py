@@ -51,6 +51,7 @@ class DownloadConfig:
     # Fetched by `models` into the hub's cache (HF_HOME), besides student and teacher: the retriever's encoder
     models: list[str] = field(default_factory=lambda: ["intfloat/e5-base-v2"])
     verify: bool = False  # read again what is there already, and compare its checksums
+    pinned: bool = True  # the test sets are refused where they are not the bytes that the published sizes are of
     corpus: HubFilesConfig = field(
         default_factory=lambda: HubFilesConfig("PeterJinGo/wiki-18-corpus", files=["wiki-18.jsonl.gz"])
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
-from dgpo.data.benchmarks import check_names, load_benchmark
+from dgpo.data.benchmarks import BENCHMARKS, check_names, load_benchmark
 from dgpo.data.contamination import find_overlaps
 from dgpo.data.documents import passages, read_documents, write_corpus
 from dgpo.data.lines import BadLines
@@ -111,7 +111,11 @@ def _benchmarks(config: Config, bad: BadLines, counts: dict[str, Any]) -> tuple[
         if name == "nq" and settings.nq_annotations:
             questions, counts["nq_annotations"] = join_long_answers(questions, Path(settings.nq_annotations), bad)
         tests[name] = question_rows(questions, source=name, split="test", with_passages=True)
-        counts[f"{name}_test"] = _described(questions)
+        counts[f"{name}_test"] = described = _described(questions)
+        if not described["with_gold_passages"] and (BENCHMARKS[name].has_evidence or name == "nq"):
+            why = "set prepare.nq_annotations" if name == "nq" else "its metadata holds no known paragraphs"
+            counts[f"{name}_without_gold_passages"] = described["questions"]
+            print(f"note: no question of {name} has gold passages ({why}): ARCap measures no evidence on it")
     train: Rows = []
     for name in settings.train_sets:
         questions = load(name, training=True)
