@@ -74,6 +74,17 @@ def _quickstart(overrides: Sequence[str]) -> None:
         raise CommandFailedError(str(error)) from error
 
 
+def _own(arguments: Sequence[str]) -> None:
+    from dgpo.pipeline.own import own
+    from dgpo.pipeline.processes import StageFailedError, stopped_by_sigterm
+
+    try:
+        with stopped_by_sigterm():
+            own(arguments)
+    except StageFailedError as error:
+        raise CommandFailedError(f"{error}\nthe same command continues") from error
+
+
 def _download(overrides: Sequence[str]) -> None:
     from dgpo.data.download import download
     from dgpo.data.hub import DownloadError
@@ -104,8 +115,12 @@ def _contamination(overrides: Sequence[str]) -> None:
 
 def _collect(overrides: Sequence[str]) -> None:
     from dgpo.coldstart.collect import collect
+    from dgpo.coldstart.errors import NothingKeptError
 
-    _play(collect, load_config(overrides))
+    try:
+        _play(collect, load_config(overrides))
+    except NothingKeptError as error:
+        raise CommandFailedError(str(error)) from error
 
 
 def _distill(overrides: Sequence[str]) -> None:
@@ -234,6 +249,7 @@ def _play(stage: Callable[[Config], object], config: Config) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "quickstart": (_quickstart, "the whole method on the tiny world, on a CPU: collect, distil, train, test, report"),
+    "own": (_own, "FOLDER of documents and questions: an agent of your own, from a small model, on this machine"),
     "download": (_download, "corpus, index, training set, benchmark files from the hub; resumable, checksummed"),
     "prepare": (_prepare, "question files and corpora: the paper's sets, or your own questions and documents"),
     "contamination": (_contamination, "duplicates, train/test overlap and answers in the question, as a report"),

@@ -103,6 +103,7 @@ async def run_episode(
     on_event: Callable[[str, str], None] | None = None,
     given: str = "",
     forced: str = "",
+    query: str | None = None,
 ) -> Trajectory:
     """Plays one question from prompt to end. Token in, token out: sampled ids are kept, never tokenised again.
 
@@ -126,6 +127,8 @@ async def run_episode(
         given: text of the environment with which the response begins, such as an observation that no search asked for.
         forced: the beginning of the first turn, written by the environment too: a policy that must go on with
             `<answer>`. It is parsed with the turn, and the episode ends after that turn.
+        query: a search of the environment before the first turn, whose observation comes after `given`: RAG, with
+            `forced`.
 
     Raises:
         EmptyEpisodeError: the first turn has no token, nor has any other.
@@ -134,7 +137,11 @@ async def run_episode(
         SearchRefusedError: the server will never answer such a search; from the search function.
     """
     episode = _Episode(episode_id, prompt_ids, tokenizer, limits, corpus, on_event)
-    episode.open(given, forced)
+    try:
+        found = await episode.search_for(query, search) if query is not None else ""
+    except SearchFailedError:
+        return episode.end("search_failed")
+    episode.open(given, found, forced)
     last_turn = 0 if forced else limits.max_turns
     for turn_index in range(last_turn + 1):
         generation = await policy.generate(
@@ -210,8 +217,12 @@ class _Episode:
         """What the environment replies to the last turn: what a search found, or how to write an action."""
         if action.kind != "search":
             return INVALID_ACTION_TEXT
+        return await self.search_for(action.content, search)
+
+    async def search_for(self, query: str, search: Search) -> str:
+        """The observation of a search, which is recorded as the last turn's."""
         record = await _execute_search(
-            action.content,
+            query,
             turn=len(self.turns) - 1,
             search=search,
             tokenizer=self.tokenizer,
@@ -232,7 +243,7 @@ class _Episode:
     def end(self, status: Status, *, answer: str | None = None) -> Trajectory:
         """The record of the episode, which ends on a token of the policy."""
         self._drop_trailing_observations()
-        if not self.ids:
+        if not self.ids and status != "search_failed":
             raise EmptyEpisodeError(
                 f"episode {self.episode_id!r}: the policy generated no token in {len(self.turns)} turns: check that "
                 "the engine returns the end-of-sequence token that it samples, and that the prompt leaves room for a "

@@ -8,6 +8,7 @@ from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_values
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
+from dgpo.config.stages import writer
 from dgpo.hardware.checks import check_engine
 
 
@@ -18,8 +19,9 @@ def check_collect(config: Config) -> list[str]:
     check_engine(config)
     check_stage_folder(config, "collect")
     rows = check_rows(config.data.collect_file, key="data.collect_file")
-    if check_model(config, config.teacher.path, key="teacher.path", notes=notes):
-        check_lengths(config, "teacher.path", config.teacher.path)
+    key = "teacher.path" if config.collect.source == "teacher" else "student.path"
+    if check_model(config, writer(config), key=key, notes=notes):
+        check_lengths(config, key, writer(config))
     if config.collect.samples_per_question > 1 and config.collect.temperature <= 0:
         raise ConfigError(
             f"collect.samples_per_question={config.collect.samples_per_question} with collect.temperature=0 samples "

@@ -15,6 +15,7 @@ CHOICES = {
     "hardware.platform": ("cuda", "cpu"),
     "hardware.dtype": ("bfloat16", "float32", "float16"),
     "hardware.offload": ("none", "idle", "full"),
+    "collect.source": ("teacher", "oracle", "transcripts"),
     "train.algorithm": ALGORITHMS,
     "train.teacher_term.form": TEACHER_FORMS,
     "train.teacher_term.gate": GATES,

@@ -196,8 +196,11 @@ class HardwareConfig:
 
 @dataclass
 class CollectConfig:
-    """Phase 1a: episodes of the teacher."""
+    """Phase 1a: episodes of the teacher, or demonstrations from elsewhere."""
 
+    # teacher | oracle (scripted, from golds and what the retriever returns) | transcripts (data.collect_file is then a
+    # jsonl of other people's episodes as text). Also `collect.from` on the command line
+    source: str = "teacher"
     max_questions: int | None = None
     samples_per_question: int = 1
     temperature: float = 1.0
@@ -352,6 +355,7 @@ class TestConfig:
     max_questions: int | None = None  # per set
     temperature: float | None = None  # None: 0 (greedy); 1 with several samples or compat=upstream
     samples: int = 1  # episodes of each question
+    rag: bool = False  # the question is the query, and one answer turn follows what it finds: no agent, the baseline
     baseline: str | None = None  # the model against which paired differences are shown
     compat: str = "none"  # none | upstream: the protocol of the authors' release, faults included
     upstream_batch_size: int = 256  # of compat=upstream; the last batch is dropped when it is not full
@@ -364,6 +368,7 @@ class AskConfig:
 
     model: str | None = None  # a checkpoint; None with world=tiny: the latest quickstart's
     temperature: float = 0.0
+    rag: bool = False  # as test.rag
     prompt: str | None = None  # a template with {question}; None: Search-R1's, which the checkpoints were trained on
     corpus: str | None = None  # the retrieval server's named corpus; None: its default
     web: bool = False  # a page on this machine instead of the terminal

@@ -71,3 +71,8 @@ def with_absolute_paths(config: Config) -> Config:
             setattr(owner, name, absolute(getattr(owner, name)))
     config.run_dir = str(Path(config.run_dir).absolute())
     return config
+
+
+def writer(config: Config) -> str:
+    """The model in whose tokens demonstrations are written: the teacher, or the student where nothing else is known."""
+    return (config.teacher.path if config.collect.source == "teacher" else config.student.path) or ""

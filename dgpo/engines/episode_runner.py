@@ -15,11 +15,11 @@ from typing import Any
 
 from dgpo.agent.episode import EpisodeLimits, Policy, Search, run_episode
 from dgpo.agent.plugins import open_search
-from dgpo.agent.protocol import STOP_STRINGS, encode_prompt
+from dgpo.agent.protocol import FORCED_ANSWER, STOP_STRINGS, encode_prompt
 from dgpo.agent.seeds import derive_seed
 from dgpo.agent.trajectory import Trajectory, write_trajectories
 from dgpo.config.schema import Config
-from dgpo.data.rows import DataError, row_id
+from dgpo.data.rows import DataError, row_golds, row_id, row_question
 from dgpo.engines.bounded_policy import BoundedPolicy
 from dgpo.files import atomic_write_text
 
@@ -47,6 +47,7 @@ class PlannedEpisode:
         question_id: the same for all samples of a question.
         sample: its number among them.
         given, forced: how the response begins before the policy writes (`dgpo.agent.episode.run_episode`).
+        query: what the environment searches for before the policy writes (the same).
         labels: what its score carries, such as the set.
     """
 
@@ -57,11 +58,18 @@ class PlannedEpisode:
     sample: int = 0
     given: str = ""
     forced: str = ""
+    query: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def corpus(self) -> str | None:
         return self.row["extra_info"].get("corpus")
+
+    def label(self, trajectory: Trajectory) -> Trajectory:
+        """The trajectory with question and golds of the row, where it has them."""
+        if "reward_model" in self.row:
+            trajectory.question, trajectory.golds = row_question(self.row), row_golds(self.row)
+        return trajectory
 
 
 def plan_episodes(
@@ -71,8 +79,11 @@ def plan_episodes(
     config: Config,
     samples: int = 1,
     labels: Mapping[str, str] | None = None,
+    rag: bool = False,
 ) -> list[PlannedEpisode]:
     """Episodes for `rows`, `samples` of each, in row order; their ids begin with the labels.
+
+    With `rag` the question is the query, and one answer turn follows what it finds.
 
     Raises:
         DataError: two rows share an id, or a prompt is longer than `episode.max_prompt_tokens`.
@@ -93,9 +104,14 @@ def plan_episodes(
             )
         ids = [name] if samples == 1 else [f"{name}#{sample}" for sample in range(samples)]
         planned += [
-            PlannedEpisode(each, row, prompt_ids, name, sample, labels=labels) for sample, each in enumerate(ids)
+            PlannedEpisode(each, row, prompt_ids, name, sample, labels=labels, **_begun(row, rag))
+            for sample, each in enumerate(ids)
         ]
     return planned
+
+
+def _begun(row: Mapping[str, Any], rag: bool) -> dict[str, str]:
+    return {"query": row_question(row), "forced": FORCED_ANSWER} if rag else {}
 
 
 async def play_episodes(
@@ -150,7 +166,9 @@ async def play_episodes(
                 seed=derive_seed(config.seed, episode.episode_id),
                 given=episode.given,
                 forced=episode.forced,
+                query=episode.query,
             )
+            episode.label(trajectory)
             finished[episode.episode_id] = trajectory
             progress.advance()
             if trajectory.status != "search_failed":

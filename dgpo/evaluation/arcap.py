@@ -20,7 +20,7 @@ import numpy as np
 from rich.table import Table
 
 from dgpo.agent.episode import Tokenizer, cut_passage
-from dgpo.agent.protocol import render_observation, render_passages
+from dgpo.agent.protocol import FORCED_ANSWER, render_observation, render_passages
 from dgpo.agent.trajectory import Trajectory
 from dgpo.checks import check_test
 from dgpo.config.load import ConfigError
@@ -41,7 +41,6 @@ from dgpo.metrics.intervals import bootstrap_ci
 from dgpo.runs.artifacts import prepare_run_folder
 from dgpo.runs.summary import table_console
 
-FORCED_ANSWER = "<answer>"
 # Dimension -> (how its episodes are played, field of an episode's score that it averages).
 MEASURED = {
     "source_referencing": ("at_once", "em"),

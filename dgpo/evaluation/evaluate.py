@@ -86,7 +86,12 @@ def _evaluate_model(
             episode
             for set_name, group in rows.items()
             for episode in plan_episodes(
-                group, tokenizer, config=config, samples=config.test.samples, labels={"set": set_name}
+                group,
+                tokenizer,
+                config=config,
+                samples=config.test.samples,
+                labels={"set": set_name},
+                rag=config.test.rag,
             )
         ]
 

@@ -96,6 +96,7 @@ def _inputs(config: Config, name: str) -> dict[str, Any]:
         "max_questions": config.test.max_questions,
         "temperature": sampling_temperature(config),
         "samples": config.test.samples,
+        "rag": config.test.rag,
         "compat": config.test.compat,
         "upstream_batch_size": config.test.upstream_batch_size,
         "seed": config.seed,

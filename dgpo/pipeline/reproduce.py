@@ -24,8 +24,7 @@ from dgpo.files import atomic_write_text
 from dgpo.hardware.gpu_hours import gpu_hours_range
 from dgpo.pipeline import tiny
 from dgpo.pipeline.plan import Plan, plan_table
-from dgpo.pipeline.processes import Stages, python_module
-from dgpo.runs.artifacts import package_versions
+from dgpo.pipeline.processes import Stages, check_settings, python_module
 
 BASELINE = {"main": "kd", "ablation": "dgpo", "pairs": "kd"}  # the row that the paired differences are against
 SETTINGS = "reproduce.json"
@@ -52,7 +51,7 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
             inputs = ["student.path=student", "teacher.path=teacher"] if pair == "tiny" else [f"pair={pair}"]
             _print_plan(pair, _plan(pair, folder, config, inputs, own))
         return None
-    _check_settings(folder, own)
+    check_settings(folder / SETTINGS, {"overrides": sorted(own)})  # rows of other settings would not be one table
     stages = Stages(folder)
     plans: dict[str, Plan] = {}
     for pair in pairs:
@@ -84,21 +83,6 @@ def _pairs(config: Config, overrides: Sequence[str]) -> list[str]:
             raise ConfigError("table=pairs with world=tiny: the tiny world has one pair; take table=main or ablation")
         return ["tiny"]
     return group_choices("pair") if config.table == "pairs" else [chosen("pair", overrides) or MAIN_PAIR]
-
-
-def _check_settings(folder: Path, own: Sequence[str]) -> None:
-    """One folder, one set of overrides: rows made under different settings would not be one table."""
-    path = folder / SETTINGS
-    now = {"overrides": sorted(own), "versions": package_versions()}
-    if path.exists():
-        before = json.loads(path.read_text())
-        if before["overrides"] != now["overrides"]:
-            raise ConfigError(
-                f"{folder} was made with {' '.join(before['overrides']) or 'no overrides'}, now {' '.join(own)}: "
-                "repeat those, or choose another run_dir"
-            )
-        return
-    atomic_write_text(path, json.dumps(now, indent=1) + "\n")
 
 
 @contextlib.contextmanager
