@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dgpo {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"dgpo {name}: interrupted; resume=true continues where the stage can", file=sys.stderr)
+        hint = "; resume=true continues" if name in RESUMABLE else ""
+        print(f"dgpo {name}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 
@@ -271,6 +272,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "import": (_import, "a veRL or Search-R1 checkpoint as a Hugging Face folder: checkpoint=FOLDER out=FOLDER"),
     "compare": (_compare, "two run folders: configuration, metrics, paired tests; out=FILE.md"),
 }
+
+
+RESUMABLE = ("collect", "distill", "train", "test", "arcap")
 
 
 def _usage() -> str:

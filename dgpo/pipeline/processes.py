@@ -10,11 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from dgpo.config.load import ConfigError
+from dgpo.engines.die_with_parent import die_with_parent
 from dgpo.files import atomic_write_text
 from dgpo.runs.artifacts import package_versions
 
@@ -73,10 +74,14 @@ class Stages:
             for child in pending.values():
                 stop(child)
 
-    def start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    def start(
+        self, name: str, command: Sequence[str], *, preexec: Callable[[], None] | None = None
+    ) -> subprocess.Popen[bytes]:
         """Starts a command in a process group of its own, its output appended to `logs/<name>.log`."""
         with self._log(name).open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            return subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=preexec
+            )
 
     def _log(self, name: str) -> Path:
         return self.logs / f"{name.replace('/', '-')}.log"
@@ -120,15 +125,18 @@ def python_module(module: str) -> list[str]:
 
 @contextlib.contextmanager
 def retrieval_server(stages: Stages, indexes: Path, *, default: str) -> Iterator[str]:
-    """Serves every index below `indexes` on a free port of the loopback address while the context lasts."""
-    port_file = indexes / "port"
+    """Serves every index below `indexes` on a free port of the loopback address while the context lasts.
+
+    Nothing is written beside the indexes, which may be someone else's. The server dies with this process.
+    """
+    port_file = stages.logs / "retriever.port"
     port_file.unlink(missing_ok=True)  # of a run that was killed
     command = [*python_module("retriever.serve"), "--port", "0", "--port-file", str(port_file), "--default", default]
     for path in sorted(indexes.iterdir()):
         if path.is_dir():
             command += ["--index", f"{path.name}={path}"]
     started = time.perf_counter()
-    child = stages.start("retriever", command)
+    child = stages.start("retriever", command, preexec=die_with_parent)
     try:
         while not port_file.exists():
             if child.poll() is not None or time.perf_counter() - started > SERVER_START_TIMEOUT_S:
@@ -142,16 +150,17 @@ def retrieval_server(stages: Stages, indexes: Path, *, default: str) -> Iterator
 
 @contextlib.contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """Turns SIGTERM into an exception, so that the children of whoever is stopped are stopped too."""
+    """Turns SIGTERM, and the SIGHUP of a closed terminal, into an exception: children of who is stopped stop too."""
 
-    def exit_(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+    def exit_(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, exit_)
+    before = {number: signal.signal(number, exit_) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
