@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dgpo.agent.episode import Search
 from dgpo.agent.plugins import open_search
 from dgpo.agent.search import RetrieverUnavailableError, check_health, read_token
 from dgpo.ask.asker import Asker
@@ -77,15 +78,15 @@ def asked_config(overrides: Sequence[str]) -> tuple[Config, AskedRun | None]:
 
 
 @contextlib.asynccontextmanager
-async def opened(config: Config) -> AsyncIterator[Asker]:
-    """The checkpoint, loaded, with its search."""
+async def opened(config: Config, *, search: Search | None = None) -> AsyncIterator[Asker]:
+    """The checkpoint, loaded, with the search that is given or configured."""
     _quiet()
     model, trusted = config.ask.model or "", config.student.trust_remote_code
     config.hardware.env.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings would stand between the questions
     tokenizer = load_tokenizer(model, trust_remote_code=trusted)
     policy = make_policy(config, model, temperature=config.ask.temperature, trust_remote_code=trusted)
-    async with policy, open_search(config.retriever) as search:
-        yield Asker(config, policy=policy, tokenizer=tokenizer, search=search)
+    async with policy, contextlib.nullcontext(search) if search else open_search(config.retriever) as found:
+        yield Asker(config, policy=policy, tokenizer=tokenizer, search=found)
 
 
 @contextlib.contextmanager
