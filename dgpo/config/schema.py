@@ -24,6 +24,15 @@ class ModelConfig:
 @dataclass
 class TeacherConfig(ModelConfig):
     init: str | None = None  # the model that `experiment=teacher_ppo` makes the teacher from
+    # An OpenAI-compatible server (`/v1/completions`) that plays `collect`, for distill.loss=seqkd. Its episodes are
+    # written in the tokens of student.path; teacher.path, where it is set, gives the prompt's chat template
+    url: str | None = None
+    url_model: str | None = None  # the name that requests carry; None: the first that the server lists
+    url_ids: bool = False  # the server takes and returns token ids of teacher.path's tokenizer, as vLLM's can
+    url_key_file: str | None = None  # holds the bearer token
+    url_concurrency: int = 16  # episodes in flight
+    url_max_retries: int = 5  # of a turn
+    url_timeout_s: float = 300.0  # of a request
 
 
 @dataclass

@@ -168,7 +168,7 @@ async def play_episodes(
                 forced=episode.forced,
                 query=episode.query,
             )
-            episode.label(trajectory)
+            episode.label(trajectory).origin = getattr(policy, "origin", "sampled")
             finished[episode.episode_id] = trajectory
             progress.advance()
             if trajectory.status != "search_failed":

@@ -38,7 +38,7 @@ OVERRIDES = ("world=own", "hardware=cpu", "experiment=seqkd")
 HUB_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 HUB_TIMEOUT_S = 3.0
 HUB_MODEL_MEMORY = 12e9  # bytes that its cold start takes; with less the smaller model is the default
-PASSES_PER_CORE = 110  # demonstrations that the cold start sees, over all epochs
+PASSES_PER_CORE = 80  # demonstrations that the cold start sees, over all epochs
 NUM_EXAMPLES = 6
 CORPUS = "own"
 BEFORE, AGENT, RAG = "before", "agent", "rag"
