@@ -97,9 +97,8 @@ async def test_a_server_of_token_ids_gives_the_same_episode_as_the_model_in_proc
         async def generate(self, token_ids, **options):
             generation = await super().generate(token_ids, **options)
             ends = [EOS_ID] * bytes(generation.token_ids).endswith(b"</answer>")
-            return type(generation)(
-                generation.token_ids + ends, [-0.5] * (len(generation.token_ids) + len(ends)), "stop"
-            )
+            ids = generation.token_ids + ends
+            return Generation(ids, [-0.5] * len(ids), "stop")
 
     settings = {"search": RecordingSearch(), "tokenizer": Tokenizer(), "limits": make_limits()}
     inside = await run_episode(
