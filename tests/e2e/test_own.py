@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dgpo.agent.protocol import SEARCH_R1_PROMPT, render_observation, render_passages
 from dgpo.agent.trajectory import read_trajectories
-from tests.conftest import run_command
+from dgpo.runs.artifacts import MANIFEST
+from tests.conftest import ROOT, run_command
 
 pytestmark = pytest.mark.e2e
 
@@ -62,6 +67,20 @@ def write_student(folder: Path, words: list[str]) -> None:
     save_model_folder(make_model(TEACHER_SIZE, tokenizer, seed=1), tokenizer, folder)
 
 
+def stop_after(path: Path, command: list[str]) -> None:
+    """Asks a command to stop as soon as a file is there; nothing that it started is left."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    deadline = time.monotonic() + 600
+    while not path.exists():
+        assert process.poll() is None, "it ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert [child for child in children if child.is_running()] == []
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The finished run folder and what stood on the screen."""
@@ -69,17 +88,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     documents = base / "documents"
     documents.mkdir()
     write_student(base / "student", write_folder(documents))
-    command = [
-        "-m",
-        "dgpo",
-        "own",
-        str(documents),
-        f"run_dir={base / 'run'}",
-        f"student.path={base / 'student'}",
-        *SHORT,
-    ]
-    stopped = run_command(*command, "test.max_questions=0", timeout_s=600)  # refused by `test`, after the cold start
-    assert stopped.returncode == 2
+    folders = [str(documents), f"run_dir={base / 'run'}", f"student.path={base / 'student'}"]
+    command = ["-m", "dgpo", "own", *folders, *SHORT]
+    stop_after(base / "run" / "collect" / MANIFEST, [sys.executable, *command])
     result = run_command(*command, timeout_s=900)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     return base / "run", result.stdout
@@ -101,10 +112,8 @@ def test_training_and_held_out_questions_share_no_document_and_keep_their_source
     folder, _ = run
     counts = json.loads((folder / "data" / "manifest.json").read_text())["counts"]
     assert (counts["train"], counts["held_out"], counts["dropped"]) == (45, 15, 0)
-    assert sorted(file.name for file in (folder / "data").glob("*_test.parquet")) == [
-        "a_test.parquet",
-        "b_test.parquet",
-    ]
+    sets = sorted(file.name for file in (folder / "data").glob("*_test.parquet"))
+    assert sets == ["a_test.parquet", "b_test.parquet"]
     trained = {episode.searches[0].documents[0]["contents"] for episode in episodes(folder / "collect")}
     assert len(trained) > 30
 

@@ -87,9 +87,8 @@ def test_too_few_documents_to_divide_are_told(tmp_path):
 
 
 def test_a_page_is_read_as_it_is_seen():
-    markup = (
-        "<head><title> A\n title</title><script>if (a<b) x</script></head><body>One<br>two &lt;3<style>p</style></body>"
-    )
+    head = "<head><title> A\n title</title><script>if (a<b) x</script></head>"
+    markup = f"{head}<body>One<br>two &lt;3<style>p</style></body>"
     assert read_html(markup, title="file") == ("A title", "One two <3")
     assert read_html("<p>text</p>", title="file") == ("file", "text")
 
