@@ -18,6 +18,7 @@ from dgpo.agent.protocol import TEMPLATE_DATE
 from dgpo.agent.search import read_token
 from dgpo.agent.trajectory import Trajectory, write_trajectories
 from dgpo.checks import check_collect
+from dgpo.checks.collect import served_model
 from dgpo.coldstart.errors import NothingKeptError
 from dgpo.coldstart.filter import keep_correct
 from dgpo.coldstart.oracle import OraclePolicy
@@ -28,7 +29,7 @@ from dgpo.config.stages import writer
 from dgpo.data.lines import BadLines
 from dgpo.data.rows import read_rows
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
-from dgpo.engines.http_policy import HttpPolicy, first_model
+from dgpo.engines.http_policy import HttpPolicy
 from dgpo.engines.play import load_tokenizer, play_model, play_policy
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, write_manifest
@@ -169,10 +170,9 @@ def _served_teacher(config: Config, planned: Sequence[PlannedEpisode], tokenizer
     teacher = config.teacher
     theirs = load_tokenizer(teacher.path, trust_remote_code=teacher.trust_remote_code) if teacher.path else tokenizer
     key = read_token(teacher.url_key_file)
-    url = teacher.url or ""
     return HttpPolicy(
-        url,
-        model=teacher.url_model or first_model(url, key=key),
+        teacher.url or "",
+        model=served_model(config),
         tokenizer=tokenizer,
         prompts=None if teacher.url_ids else {each.episode_id: prompt_text(theirs, each.row) for each in planned},
         num_prompt_tokens={each.episode_id: len(each.prompt_ids) for each in planned},

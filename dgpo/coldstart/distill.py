@@ -18,7 +18,7 @@ from dgpo.checks import check_distill
 from dgpo.coldstart.ranks import run_on_ranks
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
-from dgpo.config.stages import collection, initial_model
+from dgpo.config.stages import collection, initial_model, stage_model
 from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
@@ -67,7 +67,14 @@ def distill(config: Config) -> Path | None:
         counts=counts,
         seed=config.seed,
     )
+    print(f"model in {stage_model(config, 'distill')}; next: {_next(config)}", flush=True)
     return output
+
+
+def _next(config: Config) -> str:
+    if "train" in config.stages:
+        return f"python -m dgpo train run_dir={config.run_dir}"
+    return f"python -m dgpo test run_dir={config.run_dir} test.models.agent={stage_model(config, 'distill')}"
 
 
 def distill_rank(config: Config, *, rank: int = 0, num_ranks: int = 1) -> dict[str, Any]:

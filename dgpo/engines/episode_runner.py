@@ -278,4 +278,5 @@ class _Progress:
     def _line(self) -> None:
         self.reported = time.monotonic()
         rate = (self.done - self.first) / max(self.reported - self.started, 1e-9)
-        print(f"{self.name}: {self.done}/{self.total} episodes, {rate:.1f} a second", file=sys.stderr, flush=True)
+        left = f", {(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else ""
+        print(f"{self.name}: {self.done}/{self.total} episodes, {rate:.2g} a second{left}", file=sys.stderr, flush=True)

@@ -7,8 +7,6 @@ trajectory says so (`origin=text`). A server that takes and gives token ids, as 
 from __future__ import annotations
 
 import asyncio
-import json
-import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +15,6 @@ import aiohttp
 
 from dgpo.agent.episode import Generation
 from dgpo.agent.trajectory import Origin
-from dgpo.config.load import ConfigError
 from dgpo.engines.bounded_policy import EngineLostError
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -149,20 +146,3 @@ class HttpPolicy:
         for name in ("prompt_tokens", "completion_tokens"):
             self.counts[name] += (answer.get("usage") or {}).get(name) or 0
         return answer
-
-
-def first_model(url: str, *, key: str | None = None, timeout_s: float = 10.0) -> str:
-    """The name of the first model that a server lists.
-
-    Raises:
-        ConfigError: it does not answer, or lists none.
-    """
-    address = f"{url.rstrip('/').removesuffix('/v1')}/v1/models"
-    request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
-    try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
-            return str(json.load(response)["data"][0]["id"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(
-            f"teacher.url={url}: {address} names no model ({error}): start the server, or set teacher.url_model"
-        ) from error

@@ -68,7 +68,9 @@ class Stages:
                 if self.report_every_s and pending and time.perf_counter() - shown > self.report_every_s:
                     shown = time.perf_counter()
                     for name in pending:
-                        print(f"[{_clock()}]   {name}: {self._last_line(name)}", flush=True)
+                        seconds = shown - started
+                        line = self._last_line(name) or f"no word yet after {seconds:.0f} s"
+                        print(f"[{_clock()}]   {name}: {line}", flush=True)
                 time.sleep(0.1)
         finally:
             for child in pending.values():
@@ -90,7 +92,7 @@ class Stages:
         with self._log(name).open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = log.read().decode(errors="replace").replace("\r", "\n").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "starts")[:LINE_WIDTH]
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")[:LINE_WIDTH]
 
     def failure(self, name: str, code: int) -> str:
         """What a failed stage's user needs to see: its exit code and the end of its log."""

@@ -320,3 +320,32 @@ def test_a_wandb_that_refuses_costs_no_result(model, tmp_path, monkeypatch, caps
     evaluate(config)
     assert results_of(config)["models"]["mine"]["num_questions"] == 3
     assert "wandb did not take the metrics of mine (No API key configured.)" in capsys.readouterr().err
+
+
+def test_rag_searches_for_the_question_itself_and_only_answers(monkeypatch, tmp_path):
+    def answer(text, seed):
+        return " Ada Lovelace </answer>" if text.endswith("<answer>") and "wrote it" in text else " hm </answer>"
+
+    model = FakeModel(answer)
+    use_model(monkeypatch, model)
+    shelf = {"Q0 ?": ['"Ada"\nAda Lovelace wrote it.']}
+    config = fake_config(tmp_path, {"own": questions()}, shelf)
+    config.test.rag = True
+    evaluate(config)
+    result = results_of(config)["models"]["mine"]
+    assert (result["average"]["em"], result["average"]["hit"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert (result["average"]["num_searches"], model.num_turns) == (1.0, 3)
+    episodes = list(read_trajectories(Path(config.run_dir) / "test" / "mine" / "trajectories.jsonl"))
+    assert (episodes[0].question, episodes[0].golds) == ("Q0 ?", ["Ada Lovelace"])
+    assert [each.searches[0].turn for each in episodes] == [-1, -1, -1]
+
+
+def test_results_are_also_shown_by_the_source_of_each_question(model, tmp_path):
+    rows = [{**row, "data_source": source} for row, source in zip(questions(), ("a", "b", "b"), strict=True)]
+    config = fake_config(tmp_path, {"own": rows}, SHELF)
+    evaluate(config)
+    slices = results_of(config)["models"]["mine"]["slices"]["data_source"]
+    assert {name: (group["num_questions"], group["em"]) for name, group in slices.items()} == {
+        "a": (1, 1.0),
+        "b": (2, 0.0),
+    }
