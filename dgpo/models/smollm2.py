@@ -7,6 +7,7 @@ import importlib.util
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 from dgpo.config.load import ConfigError
 from dgpo.models.model_folders import save_model_folder
@@ -45,13 +46,10 @@ def convert_smollm2(folder: Path) -> Path:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(reader)  # transformers reads the whole file four times over, seconds each
-    try:
+    # transformers reads the whole file four times over, seconds each
+    with mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    finally:
-        gguf.GGUFReader = reader
     # The conversion makes <|im_start|> the end token; the model's configuration has the right one.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     tokenizer.pad_token = tokenizer.eos_token
