@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dgpo import __version__
 from dgpo.config.load import GROUPS, ConfigError, config_keys, group_choices, load_config
 from dgpo.config.schema import Config
 
@@ -13,7 +14,7 @@ USAGE = """usage: python -m dgpo COMMAND [key=value ...]
 
 {commands}
 
-python -m dgpo COMMAND --help lists the configuration.
+python -m dgpo COMMAND --help lists the configuration; --version tells the version.
 """
 
 
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2
+    if arguments == ["--version"]:
+        print(f"dgpo {__version__}")
+        return 0
     name, *overrides = arguments
     if name not in COMMANDS:
         print(f"unknown command {name!r}: expected one of {', '.join(COMMANDS)}", file=sys.stderr)
@@ -69,8 +73,6 @@ def _quickstart(overrides: Sequence[str]) -> None:
     try:
         with stopped_by_sigterm():
             quickstart(overrides)
-    except FileExistsError as error:
-        raise ConfigError(str(error)) from error
     except StageFailedError as error:
         raise CommandFailedError(str(error)) from error
 
@@ -84,6 +86,13 @@ def _own(arguments: Sequence[str]) -> None:
             own(arguments)
     except StageFailedError as error:
         raise CommandFailedError(f"{error}\nthe same command continues") from error
+
+
+def _doctor(overrides: Sequence[str]) -> None:
+    from dgpo.hardware.doctor import doctor
+
+    if not doctor(load_config(overrides)):
+        raise CommandFailedError("not all is well, see the lines above")
 
 
 def _download(overrides: Sequence[str]) -> None:
@@ -233,15 +242,13 @@ def _reproduce(overrides: Sequence[str]) -> None:
 def _play(stage: Callable[[Config], object], config: Config) -> None:
     """A stage that plays episodes: an outage of the retriever, or a full disk, is for its user to mend."""
     from dgpo.engines.bounded_policy import EngineLostError
-    from dgpo.engines.episode_runner import ResumeMismatchError, SearchOutageError
+    from dgpo.engines.episode_runner import SearchOutageError
     from dgpo.engines.vllm_policy import EngineStartError
     from dgpo.runs.stopping import raised_on_request
 
     try:
         with raised_on_request():
             stage(config)
-    except ResumeMismatchError as error:
-        raise ConfigError(str(error)) from error
     except (SearchOutageError, EngineStartError, EngineLostError) as error:
         raise CommandFailedError(str(error)) from error
     except OSError as error:
@@ -251,6 +258,7 @@ def _play(stage: Callable[[Config], object], config: Config) -> None:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "quickstart": (_quickstart, "the whole method on the tiny world, on a CPU: collect, distil, train, test, report"),
     "own": (_own, "FOLDER of documents and questions: an agent of your own, from a small model, on this machine"),
+    "doctor": (_doctor, "this machine and environment, a line each: ok, or what to do"),
     "download": (_download, "corpus, index, training set, benchmark files from the hub; resumable, checksummed"),
     "prepare": (_prepare, "question files and corpora: the paper's sets, or your own questions and documents"),
     "contamination": (_contamination, "duplicates, train/test overlap and answers in the question, as a report"),

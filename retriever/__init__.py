@@ -4,3 +4,5 @@ Its own package: it shares a wire format with `dgpo`, not code.
 `python -m retriever.build` turns a corpus into an index folder, `python -m retriever.convert` a published index;
 `python -m retriever.serve` serves such folders, `python -m retriever.recall` tells what an approximate one misses.
 """
+
+from __future__ import annotations

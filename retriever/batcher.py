@@ -3,6 +3,8 @@
 There is no fixed wait: an idle server answers at once, and batches grow by themselves under load.
 """
 
+from __future__ import annotations
+
 import asyncio
 import logging
 import threading
@@ -21,14 +23,10 @@ BatchObserver = Callable[[int, float], None]
 """Called on the owner thread after each batch, with its number of queries and its seconds."""
 
 
-class QueueFullError(Exception):
-    """So many queries wait that another request would only make all of them slower."""
-
-
 @dataclass(eq=False)
 class _Pending:
     job: SearchJob
-    future: "asyncio.Future[list[Hits]]"
+    future: asyncio.Future[list[Hits]]
     loop: asyncio.AbstractEventLoop
     taken: bool = False
 
@@ -60,8 +58,8 @@ class Batcher:
         """Begin to load."""
         self._thread.start()
 
-    def submit(self, job: SearchJob) -> "asyncio.Future[list[Hits]]":
-        """The hits of a job, to be awaited; raises `QueueFullError` at once when too many queries wait already.
+    def submit(self, job: SearchJob) -> asyncio.Future[list[Hits]]:
+        """The hits of a job, to be awaited; raises `asyncio.QueueFull` at once when too many queries wait already.
 
         Cancelling the future while the job waits frees its slot: it is never encoded.
         """
@@ -69,7 +67,7 @@ class Batcher:
         pending = _Pending(job, loop.create_future(), loop)
         with self._changed:
             if self._closed or self.num_waiting + len(job.queries) > self._max_waiting:
-                raise QueueFullError
+                raise asyncio.QueueFull
             self._pending[pending] = None
             self.num_waiting += len(job.queries)
             self._changed.notify()
@@ -143,7 +141,7 @@ def _search_alone(search: SearchFunction, job: SearchJob) -> list[Hits] | Except
         return error
 
 
-def _resolve(outcomes: "list[tuple[asyncio.Future[list[Hits]], list[Hits] | Exception]]") -> None:
+def _resolve(outcomes: list[tuple[asyncio.Future[list[Hits]], list[Hits] | Exception]]) -> None:
     for future, outcome in outcomes:
         if future.done():  # its client has gone
             continue

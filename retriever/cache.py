@@ -1,5 +1,7 @@
 """Answers by question, bounded in bytes; the least recently used go first."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
 from typing import Generic, TypeVar
 

@@ -7,6 +7,8 @@ python -m retriever.convert --index indexes/wiki --to SQfp16 --out indexes/wiki-
 python -m retriever.convert --index indexes/wiki --to HNSW32_SQ8 --search-params efSearch=256 --out indexes/wiki-hnsw
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 import time
@@ -16,20 +18,22 @@ from pathlib import Path
 
 from retriever.build import add_encoder_arguments, encoder_config, write_dense
 from retriever.collection import open_corpus
+from retriever.command import Parser, run, whole_number
 from retriever.corpus import Corpus, read_offsets
 from retriever.encoder_config import EncoderConfig, resolve_config
 from retriever.encoding import Progress, ProgressPrinter
-from retriever.errors import IndexFolderError
-from retriever.faiss_file import ROW_DTYPES, make_index, map_rows, read_header, row_reader
+from retriever.errors import RetrieverError
+from retriever.faiss_file import ROW_DTYPES, ReadRows, file_type, make_index, open_rows, read_header
 from retriever.manifest import CORPUS_FILE, OFFSETS_FILE, read_manifest
-from retriever.work_folder import import_once, link_or_copy, publish, work_folder
+from retriever.options import MAX_THREADS
+from retriever.work_folder import import_once, link_or_copy, work_folder
 
 
 def convert_folder(
     source: Path,
     out: Path,
     *,
-    index_type: str,
+    index_type: str | None = None,
     search_params: str = "",
     num_threads: int = 1,
     overwrite: bool = False,
@@ -37,18 +41,25 @@ def convert_folder(
 ) -> None:
     """Make `out` from the index folder `source`, which must hold plain rows (`Flat` or `SQfp16`).
 
-    The corpus is shared by a hard link where the file system can. Raises `IndexFolderError` when `source` is of
-    another type, or `out` exists, and `ValueError` for an index type that FAISS refuses.
+    The corpus is shared by a hard link where the file system can.
+
+    Args:
+        index_type: FAISS's factory string; None = that of `source`.
+
+    Raises:
+        RetrieverError: `source` is of another type, `out` may not be replaced, or FAISS refuses the index type.
     """
     manifest = read_manifest(source)
+    index_type = index_type or manifest.index_type
     if manifest.index_type not in ROW_DTYPES or manifest.encoder is None:
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{source} is a {manifest.index_type} index, which does not hold the vectors; "
             f"convert from {' or '.join(ROW_DTYPES)}"
         )
     open_corpus(source, manifest)
-    with work_folder(out.parent, [out.name], {"convert": str(source), "to": index_type}, overwrite=overwrite) as work:
-        folder = work / out.name
+    plan = {"convert": str(source), "to": index_type}
+    with work_folder(out.parent, [out.name], plan, overwrite=overwrite, inputs=[source]) as work:
+        folder = work.path / out.name
         folder.mkdir(exist_ok=True)
         for name in (CORPUS_FILE, OFFSETS_FILE):
             link_or_copy(source / name, folder / name)
@@ -58,6 +69,7 @@ def convert_folder(
             corpus,
             source / manifest.index,
             manifest.index_type,
+            open_rows(source / manifest.index, manifest.index_type),
             index_type=index_type,
             search_params=search_params,
             encoder=manifest.encoder,
@@ -65,7 +77,7 @@ def convert_folder(
             num_threads=num_threads,
             progress=progress,
         )
-        publish(folder, out)
+        work.publish(out.name, out)
 
 
 def convert_file(
@@ -74,41 +86,58 @@ def convert_file(
     out: Path,
     encoder: EncoderConfig,
     *,
-    from_type: str = "Flat",
-    index_type: str = "Flat",
+    from_type: str | None = None,
+    index_type: str | None = None,
     search_params: str = "",
     num_threads: int = 1,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Make `out` from a FAISS file that someone else wrote (`from_type`: `Flat` or `SQfp16`), and its corpus.
+    """Make `out` from a FAISS file that someone else wrote, and its corpus.
 
-    Raises `IndexFolderError` when the two have different numbers of rows, before anything is converted.
+    Args:
+        from_type: what the file must be; None = what its header says.
+        index_type: FAISS's factory string; None = the file's, which is linked, or copied, as it is.
+
+    Raises:
+        RetrieverError: the two have different numbers of rows, or the file cannot become that, before anything is
+            converted.
     """
     config = resolve_config(encoder)
     if not index.is_file():
-        raise IndexFolderError(f"{index} does not exist; give a FAISS file, or an index folder")
-    rows = map_rows(index, from_type)  # refuses a file that is cut off or of another kind
+        raise RetrieverError(f"{index} does not exist; give a FAISS file, or an index folder")
+    kind = file_type(index)
+    if from_type not in (None, kind):
+        raise RetrieverError(f"{index} is a {kind} index, not {from_type} as --from-type says; leave it out")
+    index_type = index_type or kind
+    if index_type != kind and kind not in ROW_DTYPES:
+        raise RetrieverError(
+            f"{index} is a {kind} index, which does not hold the vectors as they were; leave out --to to take it as it "
+            f"is, or convert from {' or '.join(ROW_DTYPES)}"
+        )
+    read_rows = open_rows(index, kind)  # refuses a file that is cut off
+    num_rows = read_header(index).num_rows
     plan = {"convert": str(index), "corpus": str(corpus), "to": index_type, "encoder": asdict(config)}
-    with work_folder(out.parent, [out.name], plan, overwrite=overwrite) as work:
-        imported = import_once(corpus, work / out.name)
-        if len(imported) != len(rows):
-            raise IndexFolderError(
-                f"{index} holds {len(rows)} vectors, {corpus} has {len(imported)} passages: they do not belong "
+    with work_folder(out.parent, [out.name], plan, overwrite=overwrite, inputs=[index, corpus]) as work:
+        imported = import_once([corpus], work.path / out.name)
+        if len(imported) != num_rows:
+            raise RetrieverError(
+                f"{index} holds {num_rows} vectors, {corpus} has {len(imported)} passages: they do not belong "
                 "together; take the corpus that the index was built from"
             )
         _write(
-            work / out.name,
+            work.path / out.name,
             imported,
             index,
-            from_type,
+            kind,
+            read_rows,
             index_type=index_type,
             search_params=search_params,
             encoder=config,
             num_threads=num_threads,
             progress=progress,
         )
-        publish(work / out.name, out)
+        work.publish(out.name, out)
 
 
 def _write(
@@ -116,6 +145,7 @@ def _write(
     corpus: Corpus,
     source: Path,
     source_type: str,
+    read_rows: ReadRows,
     *,
     index_type: str,
     search_params: str,
@@ -128,13 +158,14 @@ def _write(
 
     faiss.omp_set_num_threads(num_threads)
     dimension = read_header(source).dimension
-    make_index(index_type, dimension, search_params)
+    if source_type != index_type or search_params:
+        make_index(index_type, dimension, search_params)
     if progress:
         progress(0, len(corpus))
     write_dense(
         folder,
         corpus,
-        row_reader(source, source_type),
+        read_rows,
         dimension=dimension,
         index_type=index_type,
         search_params=search_params,
@@ -146,23 +177,30 @@ def _write(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m retriever.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("convert", __doc__)
     parser.add_argument("--index", required=True, type=Path, help="an index folder, or a FAISS file")
     parser.add_argument("--out", required=True, type=Path, help="index folder to make")
     parser.add_argument(
-        "--to", default="Flat", help="FAISS factory string: Flat, SQfp16, SQ8, HNSW32_SQ8, .. (default: %(default)s)"
+        "--to", help="FAISS factory string: Flat, SQfp16, SQ8, HNSW32_SQ8, .. (default: what the vectors are in now)"
     )
     parser.add_argument("--search-params", default="", help="recorded for searching, e.g. efSearch=128 or nprobe=32")
-    parser.add_argument("--num-threads", type=int, default=1, help="of training and adding (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder when it exists")
+    parser.add_argument(
+        "--num-threads",
+        type=whole_number(1, MAX_THREADS),
+        default=1,
+        help="of training and adding (default: %(default)s)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder when it is an index")
     file = parser.add_argument_group("a FAISS file of someone else's (a folder knows these)")
     file.add_argument("--corpus", type=Path, help="what it was built from: .jsonl, .jsonl.gz or .parquet")
-    file.add_argument("--from-type", choices=list(ROW_DTYPES), default="Flat", help="default: %(default)s")
+    file.add_argument("--from-type", choices=list(ROW_DTYPES), help="what it must be (default: what its header says)")
     add_encoder_arguments(parser)
     options = parser.parse_args(arguments)
-    started = time.perf_counter()
+    run("convert", lambda: _convert(options))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    started, out = time.perf_counter(), options.out.resolve()
     common = {
         "index_type": options.to,
         "search_params": options.search_params,
@@ -170,22 +208,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "overwrite": options.overwrite,
         "progress": ProgressPrinter("converted"),
     }
-    try:
-        if options.index.is_dir():
-            convert_folder(options.index, options.out, **common)
-        elif options.corpus is None:
-            raise IndexFolderError(f"{options.index} is no index folder; a FAISS file needs --corpus and an encoder")
-        else:
-            convert_file(
-                options.index,
-                options.corpus,
-                options.out,
-                encoder_config(options),
-                from_type=options.from_type,
-                **common,
-            )
-    except (ValueError, OSError) as error:
-        sys.exit(f"retriever.convert: {error}")
+    if options.index.is_dir():
+        convert_folder(options.index, out, **common)
+    elif options.corpus is None:
+        raise RetrieverError(f"{options.index} is no index folder; a FAISS file needs --corpus and an encoder")
+    else:
+        config = encoder_config(options)
+        convert_file(options.index, options.corpus, out, config, from_type=options.from_type, **common)
     print(f"{options.out}: ready after {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
 

@@ -1,5 +1,7 @@
 """Passages on disk: one json object per line, memory-mapped, any row in constant time."""
 
+from __future__ import annotations
+
 import mmap
 import os
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from retriever.errors import CorpusError
+from retriever.errors import RetrieverError
 
 SCAN_BYTES = 1 << 24
 # Rows at whose start a cached offset table is compared with the file.
@@ -42,6 +44,8 @@ def read_offsets(path: Path, corpus_path: Path) -> np.ndarray | None:
         return None
     if offsets.dtype != np.int64 or offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0:
         return None
+    if (offsets[1:] <= offsets[:-1]).any():
+        return None
     if offsets[-1] != corpus_path.stat().st_size:
         return None
     rows = np.unique(np.linspace(1, len(offsets) - 2, NUM_CHECKED_ROWS).astype(np.int64))
@@ -62,16 +66,26 @@ def write_offsets(path: Path, offsets: np.ndarray) -> None:
 
 
 def parse_row(line: bytes, path: str | Path, row: int) -> dict[str, Any]:
-    """A json line as a document; raises `CorpusError` that names the row when it lacks `id` and `contents`."""
+    """A json line as a document; raises `RetrieverError` that names the row when it lacks `id` and `contents`."""
+    document = parse_json(line, path, row)
+    check_document(document, path, row)
+    return document
+
+
+def parse_json(line: bytes, path: str | Path, row: int) -> Any:
+    """A line's content; raises `RetrieverError` that names the row when it is not JSON."""
     try:
-        document = orjson.loads(line)
+        return orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise CorpusError(f"{path} row {row} is not valid JSON ({error})") from None
+        raise RetrieverError(f"{path} row {row} is not valid JSON ({error})") from None
+
+
+def check_document(document: Any, path: str | Path, row: int) -> None:
+    """Raise `RetrieverError` that names the row unless it has `id` and `contents`, both text."""
     for field in ("id", "contents"):
         value = document.get(field) if isinstance(document, dict) else None
         if not isinstance(value, str):
-            raise CorpusError(f'{path} row {row}: "{field}" is {value!r}; expected {EXPECTED_ROW}')
-    return document
+            raise RetrieverError(f'{path} row {row}: "{field}" is {value!r}; expected {EXPECTED_ROW}')
 
 
 class Corpus:
@@ -85,13 +99,13 @@ class Corpus:
         """Map `path`; `offsets` (from `scan_offsets` or `read_offsets`) saves a pass over the file."""
         self.path = Path(path)
         if not self.path.is_file():
-            raise CorpusError(f"{self.path} does not exist; give a jsonl file of lines like {EXPECTED_ROW}")
+            raise RetrieverError(f"{self.path} does not exist; give a jsonl file of lines like {EXPECTED_ROW}")
         size = self.path.stat().st_size
         if size == 0:
-            raise CorpusError(f"{self.path} is empty; expected lines like {EXPECTED_ROW}")
+            raise RetrieverError(f"{self.path} is empty; expected lines like {EXPECTED_ROW}")
         self.offsets = scan_offsets(self.path) if offsets is None else offsets
         if int(self.offsets[-1]) != size:
-            raise CorpusError(
+            raise RetrieverError(
                 f"{self.path} has {size} bytes, but its offset table was made for {int(self.offsets[-1])}; "
                 "the corpus changed after the index was built: build it again"
             )
@@ -109,7 +123,7 @@ class Corpus:
         return self._bytes[int(self.offsets[row]) : int(self.offsets[row + 1])].rstrip()
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """One row as `{"id", "contents"}`; raises `CorpusError` that names the row when it is anything else."""
+        """One row as `{"id", "contents"}`; raises `RetrieverError` that names the row when it is anything else."""
         return parse_row(self.raw(row), self.path, row)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

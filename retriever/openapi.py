@@ -1,13 +1,13 @@
 """What the OpenAPI page says of requests, answers and errors; the server's limits are part of it."""
 
+from __future__ import annotations
+
 from typing import Any
 
-from retriever.limits import ServerLimits
+from retriever.options import ServerLimits
+from retriever.protocol import FLAGS, TOPK_AS_TEXT
 
 JsonSchema = dict[str, Any]
-
-# Not blank, as Python's str.strip sees it.
-NOT_BLANK = r"[^\s\u001c-\u001f\u0085]"
 
 DOCUMENT: JsonSchema = {
     "type": "object",
@@ -34,10 +34,24 @@ STATUS_MEANINGS = {
 
 def request_body(limits: ServerLimits) -> JsonSchema:
     """The request body of a retrieve operation, as OpenAPI."""
-    text = {"type": "string", "minLength": 1, "maxLength": limits.max_query_chars, "pattern": NOT_BLANK}
+    text = {
+        "type": "string",
+        "description": f"a blank one gets an empty list; one of more than {limits.max_query_chars} characters is cut, "
+        "as is one of more tokens than the encoder takes",
+    }
     options: JsonSchema = {
-        "topk": {"type": ["integer", "null"], "minimum": 1, "maximum": limits.max_topk},
-        "return_scores": {"type": "boolean", "default": False},
+        "topk": {
+            "description": f"at most {limits.max_topk} are given; 0 gives empty lists, null {limits.default_topk}",
+            "anyOf": [
+                {"type": "integer", "minimum": 0},
+                {"type": "string", "pattern": f"^{TOPK_AS_TEXT}$"},
+                {"type": "null"},
+            ],
+        },
+        "return_scores": {
+            "anyOf": [{"type": "boolean"}, {"enum": list(FLAGS)}],
+            "default": False,
+        },
     }
     many = {"type": "array", "items": text, "maxItems": limits.max_queries}
     kinds = [
@@ -87,10 +101,10 @@ def ready_responses() -> dict[int | str, dict[str, Any]]:
         "type": "object",
         "required": ["status", "loaded", "parts"],
         "properties": {
-            "status": {"enum": ["ready", "loading"]},
+            "status": {"enum": ["ready", "loading", "rewritten"]},
             "detail": {"type": "string"},
             "loaded": {"type": "integer"},
-            "parts": {"type": "integer", "description": "corpora, or shards"},
+            "parts": {"type": "integer", "description": "corpora"},
         },
     }
     return {200: _json("all corpora are loaded", state), 503: _json("still loading, and how far", state)}

@@ -1,15 +1,92 @@
-"""What the server can be told: the one home of its options and their defaults (those on size are in `limits`)."""
+"""What the server can be told: the one home of its options and their defaults; `retriever.serve` has flags for all."""
+
+from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal, get_args
 
-from retriever.limits import ServerLimits
-from retriever.search_options import SearchOptions
+from retriever.command import MAX_INT, Parser, device, whole_number
+from retriever.errors import RetrieverError
 
 TOKEN_VARIABLE = "RETRIEVER_TOKEN"
+MAX_THREADS = 4096
+
+Engine = Literal["auto", "faiss", "faiss-gpu", "torch"]
+ScanDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _limit(default: int, meaning: str) -> int:
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerLimits:
+    """What one request and one server may take."""
+
+    default_topk: int = _limit(3, "passages per query when a request has no topk")
+    max_topk: int = _limit(100, "passages per query")
+    max_queries: int = _limit(4096, "queries in one request; Search-R1's client sends a whole rollout batch in one")
+    max_query_chars: int = _limit(8192, "characters of one query")
+    max_body_bytes: int = _limit(16 << 20, "bytes of one request; past it reading stops")
+    body_timeout_s: int = _limit(30, "seconds that a request may take to arrive")
+    max_waiting_queries: int = _limit(16384, "queries that wait, over all requests; past it a request gets 503")
+    retry_after_s: int = _limit(1, "seconds after which a refused request should come back")
+    max_batch: int = _limit(256, "queries that are encoded and searched at once")
+    cache_mb: int = _limit(128, "memory for answers by (corpus, query, topk); 0 turns the cache off")
+    drain_s: int = _limit(10, "seconds that running requests may take to finish after SIGTERM")
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value, least = getattr(self, limit.name), 0 if limit.name == "cache_mb" else 1
+            if not least <= value <= MAX_INT:
+                raise RetrieverError(f"{limit.name} is {value}; expected at least {least}, at most {MAX_INT}")
+        if self.default_topk > self.max_topk:
+            raise RetrieverError(f"default_topk is {self.default_topk}, more than max_topk={self.max_topk}: change one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How a server searches."""
+
+    engine: Engine = field(
+        default="auto",
+        metadata={
+            "choices": get_args(Engine),
+            "help": "faiss (CPU), faiss-gpu, or torch: exact product in 16 bits, the best rescored in float32; auto is "
+            "torch for Flat and SQfp16 indexes on a GPU, else faiss",
+        },
+    )
+    scan_dtype: ScanDtype = field(
+        default="auto",
+        metadata={
+            "choices": get_args(ScanDtype),
+            "help": "of the torch engine's copy; auto is float16 on a GPU, bfloat16 on a CPU that multiplies it, else "
+            "float32",
+        },
+    )
+    num_candidates: int = field(
+        default=16, metadata={"help": "rows scored again in float32, at least; a larger topk takes more"}
+    )
+    search_params: str = field(
+        default="",
+        metadata={"help": "FAISS's, such as efSearch=128 (HNSW) or nprobe=32 (IVF), instead of the manifest's"},
+    )
+    reranker: str = field(
+        default="", metadata={"help": "folder or Hugging Face id of a cross-encoder that reorders the candidates"}
+    )
+    num_reranked: int = field(default=32, metadata={"help": "candidates of each query that the reranker reads"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that a model repository brings; only for models that you trust"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("num_candidates", "num_reranked"):
+            if not 1 <= (value := getattr(self, name)) <= MAX_INT:
+                raise RetrieverError(f"{name} is {value}; expected at least 1, at most {MAX_INT}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +95,6 @@ class ServeOptions:
     """Index folders by the name of their corpus."""
     default: str
     """The corpus behind /retrieve."""
-    shards: Sequence[str] = ()
-    """Servers of the shards of one index, instead of indexes."""
     host: str = "127.0.0.1"
     port: int = 8000
     port_file: Path | None = None
@@ -32,21 +107,18 @@ class ServeOptions:
 
 
 def parse_options(arguments: Sequence[str] | None, *, description: str) -> ServeOptions:
-    """Options of a command line; raises `ValueError` for indexes, defaults or tokens that cannot be."""
+    """Options of a command line; raises `RetrieverError` for indexes, defaults or tokens that cannot be."""
     given = _make_parser(description).parse_args(arguments)
     indexes = _parse_indexes(given.index)
-    if bool(indexes) == bool(given.shard):
-        raise ValueError("expected either --index (folders to serve) or --shard (servers to ask)")
-    default = given.default or next(iter(indexes), "")
-    if default not in indexes and not given.shard:
-        raise ValueError(f"--default {default!r} is not among the indexes: {', '.join(indexes)}")
+    default = given.default or next(iter(indexes))
+    if default not in indexes:
+        raise RetrieverError(f"--default {default!r} is not among the indexes: {', '.join(indexes)}")
     return ServeOptions(
         indexes=indexes,
         default=default,
-        shards=tuple(given.shard),
-        host=given.host,
+        host=given.host.removeprefix("[").removesuffix("]"),  # as IPv6 stands in URLs
         port=given.port,
-        port_file=given.port_file,
+        port_file=_checked_port_file(given.port_file),
         num_threads=given.num_threads,
         device=given.device,
         verify=given.verify,
@@ -57,23 +129,13 @@ def parse_options(arguments: Sequence[str] | None, *, description: str) -> Serve
 
 
 def _make_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m retriever.serve", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("serve", description)
     parser.add_argument(
         "--index",
         action="append",
-        default=[],
+        required=True,
         metavar="NAME=FOLDER",
         help="a folder made by retriever.build; repeat it for several corpora. A bare FOLDER is named after itself",
-    )
-    parser.add_argument(
-        "--shard",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="instead of --index: a server of one shard of an index, in order; the answers are merged. The token, if "
-        "any, is sent to it too",
     )
     parser.add_argument("--default", metavar="NAME", help="the corpus behind /retrieve (default: the first --index)")
     network = parser.add_argument_group("network")
@@ -81,7 +143,10 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
         "--host", default=ServeOptions.host, help="address to listen on (default: %(default)s, loopback only)"
     )
     network.add_argument(
-        "--port", type=int, default=ServeOptions.port, help="0 picks a free one (default: %(default)s)"
+        "--port",
+        type=whole_number(0, 65_535),
+        default=ServeOptions.port,
+        help="0 picks a free one (default: %(default)s)",
     )
     network.add_argument("--port-file", type=Path, help="write the port here once searches are answered")
     network.add_argument(
@@ -92,12 +157,15 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     engine = parser.add_argument_group("engine")
     engine.add_argument(
         "--num-threads",
-        type=int,
+        type=whole_number(1, MAX_THREADS),
         default=ServeOptions.num_threads,
         help="of encoder and index; on a machine of its own, give it all cores (default: %(default)s)",
     )
     engine.add_argument(
-        "--device", default=ServeOptions.device, help="cpu, cuda or cuda:N; one process per GPU (default: %(default)s)"
+        "--device",
+        type=device,
+        default=ServeOptions.device,
+        help="cpu, cuda or cuda:N; one process per GPU (default: %(default)s)",
     )
     engine.add_argument(
         "--verify", action="store_true", help="hash every byte of corpora and indexes before serving, not only samples"
@@ -131,24 +199,35 @@ def _parse_indexes(arguments: Sequence[str]) -> dict[str, Path]:
         path = Path(folder if separator else name)
         name = name if separator else path.name
         if not name or "/" in name:
-            raise ValueError(
+            raise RetrieverError(
                 f"--index {argument}: the name is {name!r}; expected NAME=FOLDER, the name without slashes"
             )
         if name in folders:
-            raise ValueError(f"--index {argument}: the name {name!r} is given twice; give each corpus its own")
+            raise RetrieverError(f"--index {argument}: the name {name!r} is given twice; give each corpus its own")
         folders[name] = path
     return folders
 
 
+def _checked_port_file(path: Path | None) -> Path | None:
+    """Raise `RetrieverError` unless a file with a port can be put there without loss."""
+    if path is None:
+        return None
+    if not path.parent.is_dir():
+        raise RetrieverError(f"--port-file {path}: the folder {path.parent} does not exist")
+    if path.is_dir() or (path.exists() and not path.read_bytes()[:8].strip().isdigit()):
+        raise RetrieverError(f"--port-file {path} exists and holds no port: it is not replaced; choose another file")
+    return path
+
+
 def read_token(path: Path | None) -> str | None:
-    """The token in a file, or in the environment, or None; raises `ValueError` for one that cannot be sent."""
+    """The token in a file, or in the environment, or None; raises `RetrieverError` for one that cannot be sent."""
     source = f"--token-file {path}" if path else f"the variable {TOKEN_VARIABLE}"
     try:
         token = path.read_text().strip() if path else os.environ.get(TOKEN_VARIABLE)
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} cannot be read ({error})") from None
+        raise RetrieverError(f"{source} cannot be read ({error})") from None
     if token is None:
         return None
     if not token.isascii() or not token.isprintable() or not token or " " in token:
-        raise ValueError(f"{source} holds no usable token; expected printable ASCII without spaces")
+        raise RetrieverError(f"{source} holds no usable token; expected printable ASCII without spaces")
     return token

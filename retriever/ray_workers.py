@@ -3,12 +3,15 @@
 Every machine must see the build's folder under the same path. Without a cluster (`RAY_ADDRESS`) the actors run here.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from typing import Any
 
 from retriever.encoders import load_encoder
 from retriever.encoding import Job, Parts
+from retriever.errors import RetrieverError
 
 MAX_RESTARTS = 3
 
@@ -32,13 +35,13 @@ def encode_on_ray(
 ) -> Iterator[int]:
     """Encode parts on `num_workers` actors, and give each number when its file is there.
 
-    An actor that dies is started again and its part repeated. Raises `ValueError` when Ray is absent.
+    An actor that dies is started again and its part repeated. Raises `RetrieverError` when Ray is absent.
     """
     try:
         import ray
         from ray.util import ActorPool
     except ImportError:
-        raise ValueError("--workers above 1 needs ray: pip install 'ray[default]', or use --workers 1") from None
+        raise RetrieverError("--workers above 1 needs ray: pip install 'ray[default]', or use --workers 1") from None
     started_here = not ray.is_initialized()
     if started_here:
         local: dict[str, Any] = {}

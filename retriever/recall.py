@@ -8,28 +8,30 @@ Prints a table, and writes it to recall.json beside the index. Without --queries
 spread over the corpus, which is easier than what people ask: take real questions where you have them.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from retriever.collection import open_corpus, open_dense
+from retriever.command import Parser, device, run, whole_number
 from retriever.corpus import Corpus
+from retriever.encoder_config import check_device
 from retriever.encoders import load_encoder
-from retriever.errors import IndexFolderError
+from retriever.errors import RetrieverError
 from retriever.faiss_file import map_rows
 from retriever.index import DenseIndex
-from retriever.manifest import Manifest, read_manifest
+from retriever.manifest import RECALL_FILE, Manifest, read_manifest
+from retriever.options import MAX_THREADS, Engine, SearchOptions
 from retriever.scan import NO_ROW
-from retriever.search_options import SearchOptions
 
-RECALL_FILE = "recall.json"
 CUTOFFS = (1, 3, 10)
 BATCH_SIZE = 64
 SAME_SCORE = 1e-6
@@ -55,22 +57,23 @@ def measure_recall(
     num_queries: int = 500,
     cutoffs: Sequence[int] = CUTOFFS,
     search_params: Sequence[str] = (),
-    engine: str = "auto",
+    engine: Engine = "auto",
     device: str = "cpu",
     num_threads: int = 1,
 ) -> dict[str, Any]:
     """Compare `folder` with the exact index of the same corpus, and write the report beside the index.
 
-    Raises `IndexFolderError` when the two folders do not hold the same corpus and encoder, or the reference is not
+    Raises `RetrieverError` when the two folders do not hold the same corpus and encoder, or the reference is not
     exact.
     """
     manifest, exact_manifest = read_manifest(folder), read_manifest(exact_folder)
     if exact_manifest.index_type != "Flat":
-        raise IndexFolderError(f"{exact_folder} is a {exact_manifest.index_type} index; the reference must be Flat")
+        raise RetrieverError(f"{exact_folder} is a {exact_manifest.index_type} index; the reference must be Flat")
     if manifest.encoder is None or manifest.encoder != exact_manifest.encoder:
-        raise IndexFolderError(f"{folder} and {exact_folder} have different encoders; compare indexes of the same one")
+        raise RetrieverError(f"{folder} and {exact_folder} have different encoders; compare indexes of the same one")
     if manifest.corpus_sha256 != exact_manifest.corpus_sha256:
-        raise IndexFolderError(f"{folder} and {exact_folder} index different corpora; compare indexes of the same one")
+        raise RetrieverError(f"{folder} and {exact_folder} index different corpora; compare indexes of the same one")
+    check_device(device)
     corpus = open_corpus(folder, manifest)
     open_corpus(exact_folder, exact_manifest)
     if queries is None:
@@ -163,39 +166,50 @@ def _search(index: DenseIndex, vectors: np.ndarray, topk: int) -> np.ndarray:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m retriever.recall", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("recall", __doc__)
     parser.add_argument("--index", required=True, type=Path, help="index folder to measure")
     parser.add_argument("--exact", required=True, type=Path, help="Flat index folder of the same corpus")
     parser.add_argument("--queries", type=Path, help="text file, one query a line")
-    parser.add_argument("--num-queries", type=int, default=500, help="without --queries (default: %(default)s)")
-    parser.add_argument("--k", type=int, nargs="+", default=list(CUTOFFS), help="default: 1 3 10")
+    parser.add_argument(
+        "--num-queries", type=whole_number(1), default=500, help="without --queries (default: %(default)s)"
+    )
+    parser.add_argument("--k", type=whole_number(1), nargs="+", default=list(CUTOFFS), help="default: 1 3 10")
     parser.add_argument(
         "--search-params", action="append", default=[], help="e.g. efSearch=128; repeat it for a row each"
     )
-    parser.add_argument("--engine", default=SearchOptions().engine, help="as of retriever.serve")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--num-threads", type=int, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--engine", choices=get_args(Engine), default=SearchOptions().engine, help="as of retriever.serve"
+    )
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--num-threads", type=whole_number(1, MAX_THREADS), default=1, help="default: %(default)s")
     options = parser.parse_args(arguments)
-    try:
-        queries = None
-        if options.queries:
-            queries = [line for line in options.queries.read_text().splitlines() if line.strip()]
-        report = measure_recall(
-            options.index,
-            options.exact,
-            queries,
-            num_queries=options.num_queries,
-            cutoffs=options.k,
-            search_params=options.search_params,
-            engine=options.engine,
-            device=options.device,
-            num_threads=options.num_threads,
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"retriever.recall: {error}")
+    run("recall", lambda: _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    report = measure_recall(
+        options.index,
+        options.exact,
+        read_queries(options.queries) if options.queries else None,
+        num_queries=options.num_queries,
+        cutoffs=options.k,
+        search_params=options.search_params,
+        engine=options.engine,
+        device=options.device,
+        num_threads=options.num_threads,
+    )
     print(table(report))
+
+
+def read_queries(path: Path) -> list[str]:
+    """The lines of a text file that are not blank; raises `RetrieverError` when there is none."""
+    try:
+        queries = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise RetrieverError(f"--queries {path} is not text in UTF-8 ({error})") from None
+    if not queries:
+        raise RetrieverError(f"--queries {path} holds no query; expected one a line")
+    return queries
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """A cross-encoder that reads query and passage together and puts the first stage's candidates in a better order."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np
 
 from retriever.corpus import Corpus
-from retriever.encoder_config import refuse_pickles, require_model
+from retriever.encoder_config import find_model, refuse_pickles
 from retriever.encoders import Encoder
+from retriever.errors import RetrieverError
 from retriever.index import SearchIndex
 from retriever.scan import NO_ROW
 
@@ -17,26 +20,26 @@ class Reranker:
     """A sentence-transformers `CrossEncoder`: scores of passages for one query."""
 
     def __init__(self, model: str, *, device: str = "cpu", trust_remote_code: bool = False) -> None:
-        """`model` is a folder or a Hugging Face id; raises `ValueError` when it cannot be loaded from safetensors."""
+        """`model` is a folder or a Hugging Face id; raises `RetrieverError` when it has no safetensors to load."""
         from sentence_transformers import CrossEncoder
 
-        require_model(model)
-        refuse_pickles(model)
+        folder = find_model(model)
+        refuse_pickles(folder)
         try:
             self._model = CrossEncoder(
-                model,
+                folder,
                 device=device,
                 max_length=MAX_PAIR_TOKENS,
                 trust_remote_code=trust_remote_code,
                 model_kwargs={"use_safetensors": True},
             )
-        except OSError as error:
-            raise ValueError(
+        except (OSError, ValueError, ImportError) as error:
+            raise RetrieverError(
                 f"reranker {model!r} cannot be loaded: {str(error).splitlines()[0]} (expected a cross-encoder's folder "
                 "or Hugging Face id, with safetensors)"
             ) from None
         if self._model.num_labels != 1:
-            raise ValueError(
+            raise RetrieverError(
                 f"reranker {model!r} gives {self._model.num_labels} values per pair; expected one score: use a model "
                 "trained for ranking, such as a BGE reranker or an MS MARCO cross-encoder"
             )
@@ -47,7 +50,10 @@ class Reranker:
 
         pairs = [(query, passage) for passage in passages]
         scores = self._model.predict(pairs, activation_fn=Identity(), show_progress_bar=False)
-        return np.asarray(scores, dtype=np.float32)
+        scores = np.asarray(scores, dtype=np.float32)
+        if not np.isfinite(scores).all():
+            raise FloatingPointError("the reranker gives a score that is not finite (NaN or infinite)")
+        return scores
 
 
 class RerankedIndex:

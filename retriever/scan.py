@@ -3,6 +3,8 @@
 A scan is used by one thread at a time: FAISS on a GPU is not thread-safe.
 """
 
+from __future__ import annotations
+
 import mmap
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from retriever.encoder_config import has_native_bfloat16
-from retriever.errors import IndexFolderError
-from retriever.faiss_file import ROW_DTYPES, faiss_reason, map_rows, set_search_params
-from retriever.search_options import Engine, ScanDtype
+from retriever.errors import RetrieverError
+from retriever.faiss_file import ROW_DTYPES, faiss_reason, map_rows, open_index, set_search_params
+from retriever.options import Engine, ScanDtype
 
 NO_ROW = -1
 """The id, with score -inf, that fills an answer that has fewer than `topk` passages."""
@@ -52,14 +54,7 @@ class FaissScan:
 
         faiss.cvar.distance_compute_blas_threshold = BLAS_THRESHOLD
         faiss.omp_set_num_threads(num_threads)
-        # Inverted lists have a memory map of their own; the other kinds share their arrays with the mapped file.
-        flag = faiss.IO_FLAG_MMAP if "IVF" in index_type else faiss.IO_FLAG_MMAP_IFC
-        try:
-            index = faiss.read_index(str(path), flag)
-        except RuntimeError as error:
-            raise IndexFolderError(
-                f"{path} cannot be read as a FAISS index ({faiss_reason(error)}); build it again"
-            ) from None
+        index = open_index(path, is_ivf="IVF" in index_type)
         self._mapped, self._dtype = index, ROW_DTYPES.get(index_type)
         self._index = index if gpu is None else _on_gpu(index, path, gpu)
         set_search_params(self._index, search_params)
@@ -90,7 +85,10 @@ class TorchScan:
     """
 
     def __init__(self, rows: np.ndarray, *, device: str = "cpu", dtype: ScanDtype = "auto") -> None:
-        """`rows` `[num_rows, dimension]`, possibly memory-mapped: they are read once, block by block."""
+        """`rows` `[num_rows, dimension]`, possibly memory-mapped: they are read once, block by block.
+
+        Raises `RetrieverError` when the copy is not finite everywhere: each NaN would be among the best of all.
+        """
         import torch
 
         if dtype == "auto":
@@ -103,13 +101,26 @@ class TorchScan:
             return
         if dtype != "float32":
             step = max(1, len(rows) // NUM_ROWS_FOR_MEAN)
-            self._mean = torch.from_numpy(rows[::step][:NUM_ROWS_FOR_MEAN].astype(np.float32)).mean(dim=0)
+            sample = rows[::step][:NUM_ROWS_FOR_MEAN].astype(np.float32)
+            self._mean = torch.from_numpy(sample[np.isfinite(sample).all(axis=1)].mean(axis=0))
         self._rows = torch.empty(rows.shape, dtype=self._dtype, device=self._device)
         mean = self._mean.to(self._device)
+        num_bad, first_bad = 0, -1
         for start in range(0, len(rows), COPY_ROWS):
             block = _as_tensor(rows[start : start + COPY_ROWS])
-            self._rows[start : start + COPY_ROWS] = (block.to(self._device).float() - mean).to(self._dtype)
+            copied = (block.to(self._device).float() - mean).to(self._dtype)
+            total = copied.sum(dtype=torch.float32)  # one number: finite blocks cost next to nothing
+            if not torch.isfinite(total):
+                bad = (~torch.isfinite(copied)).any(dim=1).nonzero()[:, 0]
+                first_bad = int(bad[0]) + start if len(bad) and not num_bad else first_bad
+                num_bad += len(bad)
+            self._rows[start : start + COPY_ROWS] = copied
             advise(rows, mmap.MADV_DONTNEED)  # the file's pages stay in the kernel's cache, if there is room
+        if num_bad:
+            raise RetrieverError(
+                f"{num_bad} of {len(rows)} vectors are not finite in {dtype}, the first is row {first_bad}; expected "
+                "finite numbers: copy the index again or make it again"
+            )
         advise(rows, mmap.MADV_RANDOM)  # from now on only rows that are scored again are read
 
     def candidates(self, vectors: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -172,7 +183,7 @@ def open_scan(
 ) -> tuple[Scan, np.ndarray | None]:
     """The scan of an index file, and the file's exact rows (memory-mapped) where it has them.
 
-    Raises `IndexFolderError` when `engine` cannot search this type.
+    Raises `RetrieverError` when `engine` cannot search this type.
     """
     if engine == "auto":
         engine = "torch" if device != "cpu" and index_type in ROW_DTYPES else "faiss"
@@ -181,7 +192,7 @@ def open_scan(
         scan = FaissScan(path, index_type, num_threads=num_threads, gpu=gpu, search_params=search_params)
         return scan, scan.rows()
     if index_type not in ROW_DTYPES:
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{path} is a {index_type} index, which the torch engine cannot scan; expected {' or '.join(ROW_DTYPES)}: "
             "use --engine faiss, or make one with python -m retriever.convert --to SQfp16"
         )
@@ -210,11 +221,11 @@ def _as_tensor(rows: np.ndarray) -> Any:
 
 
 def _on_gpu(index: Any, path: Path, gpu: int) -> Any:
-    """`index` copied to a GPU, float16 where FAISS can; raises `IndexFolderError` where FAISS cannot."""
+    """`index` copied to a GPU, float16 where FAISS can; raises `RetrieverError` where FAISS cannot."""
     import faiss
 
     if not hasattr(faiss, "StandardGpuResources"):
-        raise IndexFolderError(
+        raise RetrieverError(
             "--engine faiss-gpu needs a FAISS with CUDA: pip install 'dgpo[retriever-gpu]', or use --engine torch"
         )
     options = faiss.GpuClonerOptions()
@@ -224,7 +235,7 @@ def _on_gpu(index: Any, path: Path, gpu: int) -> Any:
         resources = faiss.StandardGpuResources()
         copied: Any = faiss.index_cpu_to_gpu(resources, gpu, index, options)
     except RuntimeError as error:
-        raise IndexFolderError(
+        raise RetrieverError(
             f"{path} cannot be copied to the GPU ({faiss_reason(error)}); use --engine faiss"
         ) from None
     copied.referenced_objects = [resources]

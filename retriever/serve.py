@@ -6,29 +6,37 @@ Ask: POST /retrieve {"queries": ["capital of France"], "topk": 3, "return_scores
 See: GET /health (alive), /ready (loaded), /info (what is served), /metrics (Prometheus), /docs (the whole API)
 """
 
+from __future__ import annotations
+
+import faulthandler
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from retriever.command import run
+from retriever.errors import RetrieverError
 from retriever.options import ServeOptions, parse_options
 
 if TYPE_CHECKING:
     from retriever.collection import Collection, LoadProgress
-    from retriever.front import Service
+    from retriever.service import Service
 
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they rather than we close them
 SWITCH_INTERVAL_S = 0.0005
 BACKLOG = 4096
+FEW_FILES = 1024
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything slow is loaded; raises `ValueError` when the port is taken."""
+    """A listening socket, before anything slow is loaded; raises `RetrieverError` when the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -37,7 +45,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)  # until then another server may bind it too
     except OSError as error:
         listener.close()
-        raise ValueError(
+        raise RetrieverError(
             f"cannot listen on {host}:{port} ({error.strerror}); choose another --port, or 0 for a free one"
         ) from None
     return listener
@@ -46,18 +54,16 @@ def listen(host: str, port: int) -> socket.socket:
 def main(arguments: Sequence[str] | None = None) -> None:
     for stop_signal in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop_signal, _exit_cleanly)
-    try:
-        options = parse_options(arguments, description=__doc__ or "")
-        # Read by OpenMP and the tokenizer when they load, which is below.
-        os.environ["OMP_NUM_THREADS"] = str(options.num_threads)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        _serve(options)
-    except ValueError as error:
-        sys.exit(f"retriever.serve: {error}")
+    run("serve", lambda: _serve(parse_options(arguments, description=__doc__ or "")))
 
 
 def _serve(options: ServeOptions) -> None:
     started = time.perf_counter()
+    # Read by OpenMP and the tokenizer when they load, which is below.
+    os.environ["OMP_NUM_THREADS"] = str(options.num_threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    faulthandler.enable()  # a mapped file that is cut short ends the process: not without a word
+    _raise_file_limit()
     listener = listen(options.host, options.port)
     port = listener.getsockname()[1]
     url = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{port}"
@@ -71,7 +77,7 @@ def _serve(options: ServeOptions) -> None:
     # Loaded here and not above: these take a second, and --help and mistakes in the arguments should not.
     import uvicorn
 
-    from retriever.server import create_app
+    from retriever.app import create_app
 
     # The worker comes back from native code many times a batch; at the default of 5 ms it would wait for the loop.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -103,21 +109,25 @@ def _serve(options: ServeOptions) -> None:
         backlog=BACKLOG,
     )
     Server(config).run(sockets=[listener])
-    if isinstance(service.load_error, (ValueError, OSError)):
-        raise ValueError(service.load_error)
     if service.load_error:
         raise service.load_error
 
 
-def make_service(options: ServeOptions) -> "Service":
+def _raise_file_limit() -> None:
+    """A connection is an open file, and the usual soft limit of 1024 is fewer than a training run may bring."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # a hard limit that cannot be reached, as some containers have
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < FEW_FILES:
+        print(f"retriever: only {soft} files, hence connections, may be open at a time (ulimit -n)", file=sys.stderr)
+
+
+def make_service(options: ServeOptions) -> Service:
     """The service of these options; it starts with the application."""
-    if options.shards:
-        from retriever.sharded import ShardedService
+    from retriever.service import Service
 
-        return ShardedService(options.shards, limits=options.limits, token=options.token, shard_token=options.token)
-    from retriever.service import RetrievalService
-
-    def load(progress: "LoadProgress") -> "Collection":
+    def load(progress: LoadProgress) -> Collection:
         from retriever.collection import load_collection
 
         return load_collection(
@@ -129,20 +139,20 @@ def make_service(options: ServeOptions) -> "Service":
             progress=progress,
         )
 
-    return RetrievalService(
+    return Service(
         load, names=list(options.indexes), default=options.default, limits=options.limits, token=options.token
     )
 
 
 def check_folders(options: ServeOptions) -> None:
-    """Raise `ValueError` for what can be told before the first library is loaded."""
+    """Raise `RetrieverError` for what can be told before the first library is loaded."""
     from retriever.manifest import read_manifest
 
     for folder in options.indexes.values():
         read_manifest(folder)
 
 
-def _write_port(path: "os.PathLike[str]", port: int) -> None:
+def _write_port(path: os.PathLike[str], port: int) -> None:
     """Whoever sees the file sees the whole number, and a server that answers."""
     partial = f"{os.fspath(path)}.{os.getpid()}"
     with open(partial, "w") as file:

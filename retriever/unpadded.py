@@ -5,6 +5,8 @@ side: those of one width together, padded to that width, which follows from a te
 the same bits in any batch.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from retriever.encoders import MAX_SHARED_WIDTH, cpu_width
+from retriever.sub_batches import MAX_SHARED_WIDTH, cpu_width
 
 NUM_TOKENS_STEP = 8  # oneDNN makes new kernels for every number of rows
 # Model types whose layers leave attention to transformers' registry, and whether positions begin after the padding id

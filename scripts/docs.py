@@ -12,12 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dgpo.config.load import group_choices, load_config
-from dgpo.config.methods import ALGORITHMS, GATES, TEACHER_FORMS, support_table
-from dgpo.config.schema import DEFAULT_TEACHER_COEF, Config
-from dgpo.evaluation.paper import EXACT_MATCH, LABELS, MAIN_PAIR, ROWS
+from dgpo.config.methods import ALGORITHMS, GATES, TEACHER_FORMS, support_table, teacher_coef
+from dgpo.config.schema import Config
+from dgpo.evaluation.paper import BASELINES, EXACT_MATCH, LABELS, MAIN_PAIR, ROWS, RULES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
-WHERE = {"dgpo_grpo": "fig. 6", "kd_gkd": "fig. 6", "teacher_ppo": "Search-R1"}
+WHERE = {
+    "dgpo_grpo": "fig. 6",
+    "kd_gkd": "fig. 6",
+    "grpo": "fig. 4",
+    "teacher_ppo": "Search-R1",
+    **dict.fromkeys(BASELINES, "ours"),
+}
 
 
 def main() -> int:
@@ -39,10 +45,11 @@ def main() -> int:
 
 def preset_table() -> list[str]:
     """One line per experiment: what the composed configuration of the main pair says."""
-    names = list(dict.fromkeys([*ROWS["main"], *ROWS["ablation"], "teacher_ppo"]))
+    names = list(dict.fromkeys([*ROWS["main"], *ROWS["ablation"], *ROWS["figures"], "teacher_ppo"]))
     rows = [name for name in names if name in group_choices("experiment")]
     assert set(rows) == set(group_choices("experiment"))
-    head = ("preset", "row of the paper", "stages", "cold start", "RL", "teacher term", "initial KL", "paper's EM")
+    settings = ("stages", "cold start", "RL", "teacher term", "initial KL")
+    head = ("preset", "row of the paper", *settings, "paper's EM", "of")
     return _table(head, [_preset_row(name) for name in rows])
 
 
@@ -58,8 +65,9 @@ def _preset_row(name: str) -> Sequence[str]:
         f"`{config.distill.loss}`" if distils else "none",
         config.train.algorithm if trains else "none",
         _teacher_term(config) if trains else "-",
-        f"{config.train.init_kl_coef:g}" if trains and config.train.init_kl_coef else "-",
+        f"{config.train.init_kl_coef:g} ({config.train.init_kl_form})" if trains and config.train.init_kl_coef else "-",
         f"{values[-1]:.3f}" if values else "-",
+        RULES.get(name, "last") if values else "-",
     )
 
 
@@ -67,8 +75,7 @@ def _teacher_term(config: Config) -> str:
     term = config.train.teacher_term
     if term.gate == "none":
         return "none"
-    coef = term.coef if term.coef is not None else DEFAULT_TEACHER_COEF[term.form]
-    return f"{term.form}, {term.gate}, {coef:g}"
+    return f"{term.form}, {term.gate}, {teacher_coef(term):g}"
 
 
 def rule_table() -> list[str]:

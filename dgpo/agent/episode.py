@@ -103,7 +103,8 @@ async def run_episode(
     on_event: Callable[[str, str], None] | None = None,
     given: str = "",
     forced: str = "",
-    query: str | None = None,
+    opening_query: str = "",
+    max_turns: int | None = None,
 ) -> Trajectory:
     """Plays one question from prompt to end. Token in, token out: sampled ids are kept, never tokenised again.
 
@@ -127,8 +128,8 @@ async def run_episode(
         given: text of the environment with which the response begins, such as an observation that no search asked for.
         forced: the beginning of the first turn, written by the environment too: a policy that must go on with
             `<answer>`. It is parsed with the turn, and the episode ends after that turn.
-        query: a search of the environment before the first turn, whose observation comes after `given`: RAG, with
-            `forced`.
+        opening_query: with which the environment itself searches first; the response begins with what that brings.
+        max_turns: instead of the limits'; 0 leaves the last turn alone.
 
     Raises:
         EmptyEpisodeError: the first turn has no token, nor has any other.
@@ -138,11 +139,11 @@ async def run_episode(
     """
     episode = _Episode(episode_id, prompt_ids, tokenizer, limits, corpus, on_event)
     try:
-        found = await episode.search_for(query, search) if query is not None else ""
+        opening = await episode.search(opening_query, search) if opening_query else ""
     except SearchFailedError:
         return episode.end("search_failed")
-    episode.open(given, found, forced)
-    last_turn = 0 if forced else limits.max_turns
+    episode.open(opening, given, forced)
+    last_turn = 0 if forced else limits.max_turns if max_turns is None else max_turns
     for turn_index in range(last_turn + 1):
         generation = await policy.generate(
             prompt_ids + episode.ids,
@@ -215,15 +216,13 @@ class _Episode:
 
     async def observe(self, action: Action, search: Search) -> str:
         """What the environment replies to the last turn: what a search found, or how to write an action."""
-        if action.kind != "search":
-            return INVALID_ACTION_TEXT
-        return await self.search_for(action.content, search)
+        return INVALID_ACTION_TEXT if action.kind != "search" else await self.search(action.content, search)
 
-    async def search_for(self, query: str, search: Search) -> str:
-        """The observation of a search, which is recorded as the last turn's."""
+    async def search(self, query: str, search: Search) -> str:
+        """Executes and records a search. Returns the observation."""
         record = await _execute_search(
             query,
-            turn=len(self.turns) - 1,
+            turn=max(len(self.turns) - 1, 0),
             search=search,
             tokenizer=self.tokenizer,
             limits=self.limits,
@@ -256,7 +255,7 @@ class _Episode:
             prompt_ids=list(self.prompt_ids),
             response_ids=self.ids,
             response_mask=self.mask,
-            log_probs=self.log_probs if self.has_log_probs else [],
+            log_probs=list(self.log_probs) if self.has_log_probs else [],
             turns=self.turns,
             searches=self.searches,
             answer=answer,

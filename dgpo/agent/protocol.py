@@ -23,7 +23,6 @@ INVALID_ACTION_TEXT = (
     "want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
 )
 STOP_STRINGS = ("</search>", "</answer>")
-FORCED_ANSWER = "<answer>"  # the beginning of a turn that may only answer
 TEMPLATE_DATE = "26 Jul 2024"  # Llama's template inserts today's date: prompts would change overnight
 
 ActionKind = Literal["search", "answer", "invalid"]

@@ -22,6 +22,7 @@ from dgpo.agent.shared_requests import SharedRequests
 MAX_BACKOFF_S = 10.0
 MAX_RETRY_AFTER_S = 30.0  # a server that asks for more is treated as asking for this much
 CONNECT_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S = 30.0  # of a first search, which may wait for what the server loads
 FIRST_LEFT_OUT_S, MAX_LEFT_OUT_S = 1.0, 30.0  # of a server that failed; doubles with every failure in a row
 GONE = (502, 503, 504)  # what stands in front of a server that is gone, or one that is not ready yet, answers
 
@@ -271,8 +272,8 @@ def check_health(url: str, timeout_s: float = 5.0, *, token: str | None = None) 
     """Checks every server of `url` and returns what they serve. Synchronous: for checks at start-up.
 
     Returns:
-        the corpora that every server has, under `corpora`; without that key where a server of the same protocol
-        answers `/health` but does not tell.
+        the corpora that every server has, under `corpora`, and the first one's `default` where it names it; nothing
+        where a server of the same protocol answers `/health` but does not tell.
 
     Raises:
         RetrieverUnavailableError: a server does not answer or is not ready; names the way out.
@@ -281,40 +282,75 @@ def check_health(url: str, timeout_s: float = 5.0, *, token: str | None = None) 
     told = [info["corpora"] for info in served if "corpora" in info]
     if len(told) < len(served):
         return {}
-    return {"corpora": {name: corpus for name, corpus in told[0].items() if all(name in other for other in told)}}
+    corpora = {name: corpus for name, corpus in told[0].items() if all(name in other for other in told)}
+    return {"corpora": corpora, **{key: value for key, value in served[0].items() if key == "default"}}
 
 
 def _check_one(url: str, timeout_s: float, token: str | None) -> dict[str, Any]:
     """What one server says of itself: the content of `/info`, or nothing where it has none."""
-    status, health = _get(url, "health", timeout_s, token)
+    status, health = _ask(url, "health", timeout_s, token)
+    if status == 404:  # a server of the same protocol that has nothing but searches, as Search-R1's own
+        _probe(url, token)
+        return {}
     if status != 200:
         raise RetrieverUnavailableError(f"{url} answers /health with HTTP {status}: check retriever.url")
-    status, ready = _get(url, "ready", timeout_s, token)
+    status, ready = _ask(url, "ready", timeout_s, token)
     if status == 503:
-        raise RetrieverUnavailableError(f"{url} is not ready ({ready.get('detail')}): wait until {url}/ready says so")
-    status, info = _get(url, "info", timeout_s, token)
+        detail = _content(ready).get("detail")
+        raise RetrieverUnavailableError(f"{url} is not ready ({detail}): wait until {url}/ready says so")
+    status, info = _ask(url, "info", timeout_s, token)
     if status == 401:
         raise RetrieverUnavailableError(f"{url} wants its token: set retriever.token_file to a file that holds it")
-    return info if status == 200 else health
+    return _content(info if status == 200 else health)
 
 
-def _get(url: str, path: str, timeout_s: float, token: str | None) -> tuple[int, dict[str, Any]]:
+def _probe(url: str, token: str | None) -> None:
+    """A search of one query; raises `RetrieverUnavailableError` unless it is answered in our protocol."""
+    body = {"queries": ["a"], "topk": 1, "return_scores": True}
+    status, text = _ask(url, "retrieve", PROBE_TIMEOUT_S, token, body)
+    if status != 200:
+        raise RetrieverUnavailableError(
+            f"{url} has no /health, and answers a search with HTTP {status} {text[:200]!r}: check retriever.url"
+        )
     try:
-        request = urllib.request.Request(f"{url}/{path}", headers=_authorization(token))
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
-            status, text = response.status, response.read()
+        _documents(text, f"{url}/retrieve", 1)
+    except SearchRefusedError as error:
+        raise RetrieverUnavailableError(f"{url} has no /health, and is no retrieval server: {error}") from None
+
+
+def open_direct(request: urllib.request.Request, timeout_s: float) -> http.client.HTTPResponse:
+    """Opens a URL of this machine or this cluster, as searches do: whatever proxy the environment names."""
+    response: http.client.HTTPResponse = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+        request, timeout=timeout_s
+    )
+    return response
+
+
+def _ask(
+    url: str, path: str, timeout_s: float, token: str | None, body: Mapping[str, Any] | None = None
+) -> tuple[int, str]:
+    """Status and text of an answer; a request with a body is a POST."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = _authorization(token) | ({"Content-Type": "application/json"} if data else {})
+    try:
+        with open_direct(urllib.request.Request(f"{url}/{path}", data, headers), timeout_s) as response:
+            return response.status, response.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
-        status, text = error.code, error.read()
+        return error.code, error.read().decode(errors="replace")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise RetrieverUnavailableError(
             f"no retrieval server answers at {url} ({error}): start one with `python -m retriever.serve`, or set "
             "retriever.url"
         ) from error
+
+
+def _content(text: str) -> dict[str, Any]:
+    """The JSON object in an answer; an empty one where it is something else."""
     try:
         content = json.loads(text)
     except ValueError:
-        content = None
-    return status, content if isinstance(content, dict) else {}
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _authorization(token: str | None) -> dict[str, str]:

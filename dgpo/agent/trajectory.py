@@ -45,12 +45,14 @@ class Trajectory:
         prompt_ids: [P].
         response_ids: [T] as sampled, or as the environment's texts were tokenised.
         response_mask: [T] 1 on generated tokens, 0 on what the environment wrote.
-        log_probs: [T] nats under the policy that sampled, 0.0 on environment tokens; empty where it gave none.
+        log_probs: [T] nats under the policy that sampled, 0.0 on environment tokens, None on an end token that was
+            appended; empty where the policy gave none.
         turns: in order; observations stand between them.
         searches: in order. The passages of a search that ended the episode as `overflow` were never shown.
         answer: None without a complete `<answer>`; may be "".
         status: how it ended.
-        counters: num_cut_passages, num_cut_queries, num_invalid_actions, num_truncated_turns.
+        counters: num_cut_passages, num_cut_queries, num_invalid_actions, num_truncated_turns; of an episode that was
+            kept for the cold start also num_dropped_tail_tokens, num_appended_end_tokens.
         corpus: the retrieval server's named corpus, None for its default.
         question: as the data have it; None where whoever played did not say.
         golds: the accepted answers, empty where they are not known.
@@ -61,7 +63,7 @@ class Trajectory:
     prompt_ids: list[int]
     response_ids: list[int]
     response_mask: list[int]
-    log_probs: list[float]
+    log_probs: list[float | None]
     turns: list[Turn]
     searches: list[SearchRecord]
     answer: str | None

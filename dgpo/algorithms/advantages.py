@@ -1,10 +1,58 @@
-"""Advantages without a critic. GAE itself is veRL's; what is here knows which episodes take part in a statistic."""
+"""How rewards become advantages. `ALGORITHMS` lists the estimators: a new entry is all that a new one needs.
+
+What is here knows which tokens and which episodes take part in a statistic.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # the names of the entries are checked in processes that have no use for torch
+    import torch
+
+Estimate = tuple["torch.Tensor", "torch.Tensor"]  # advantages and returns, [B, T] each
+
+
+def generalised_advantages(
+    token_level_rewards: torch.Tensor, *, response_mask: torch.Tensor, values: torch.Tensor, gamma: float, lam: float
+) -> Estimate:
+    """GAE (arXiv 1506.02438), A_t = sum_k (gamma * lam)^k * delta_{t+k}, whitened over the batch's policy tokens.
+
+    With delta_t = r_t + gamma * V_{t+1} - V_t, where t + 1 is the next policy token: what the environment wrote between
+    two turns is passed over. Written to give veRL's numbers to the last bit.
+
+    Args:
+        token_level_rewards: [B, T].
+        response_mask: [B, T] 1 on policy tokens.
+        values: [B, T] the critic's.
+        gamma, lam: discount, and the weight of longer estimates.
+
+    Returns:
+        Advantages with mean 0 and variance 1 on policy tokens, and the returns that the critic learns, [B, T] each.
+
+    Raises:
+        ValueError: fewer than two policy tokens, of which there is no variance.
+    """
+    num_tokens = response_mask.sum()
+    if num_tokens < 2:
+        raise ValueError(f"the batch has {int(num_tokens)} policy tokens: expected at least 2 to whiten advantages")
+    advantages = values.new_zeros(values.shape)
+    advantage = next_value = values.new_zeros(len(values))
+    for t in reversed(range(values.shape[1])):
+        mask = response_mask[:, t]
+        delta = token_level_rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = (delta + gamma * lam * advantage) * mask + (1 - mask) * advantage
+        next_value = values[:, t] * mask + (1 - mask) * next_value
+        advantages[:, t] = advantage
+
+    def mean(tokens: torch.Tensor) -> torch.Tensor:
+        return (tokens.masked_fill(response_mask == 0, 0.0) * response_mask).sum() / (num_tokens + 1e-8)
+
+    centred = advantages - mean(advantages)
+    variance = mean(centred**2) * (num_tokens / (num_tokens - 1))
+    return centred * (variance + 1e-8).rsqrt(), advantages + values
 
 
 def group_relative_advantages(
@@ -40,9 +88,50 @@ def group_relative_advantages(
     for row, group in enumerate(groups):
         if counted[row]:
             members.setdefault(group, []).append(row)
-    advantages = torch.zeros_like(returns)
+    advantages = returns.new_zeros(returns.shape)
     for rows in members.values():
         if len(rows) > 1:
             group_returns = returns[rows]
             advantages[rows] = (group_returns - group_returns.mean()) / (group_returns.std() + epsilon)
     return advantages[:, None] * response_mask
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """An entry of `ALGORITHMS`.
+
+    Attributes:
+        title: how a sentence names it.
+        estimate: (rewards [B, T], response_mask= [B, T], values= [B, T] or None, groups= B names, gamma=, lam=) ->
+            advantages and returns.
+        critic: it learns the `values`.
+        compares_groups: it compares the episodes of one question, so that there must be several.
+        task_reward: false where the teacher term alone is learnt from.
+    """
+
+    title: str
+    estimate: Callable[..., Estimate]
+    critic: bool = False
+    compares_groups: bool = False
+    task_reward: bool = True
+
+
+def _ppo(rewards: torch.Tensor, *, groups: Sequence[Hashable], **inputs: Any) -> Estimate:
+    return generalised_advantages(rewards, **inputs)
+
+
+def _grpo(rewards: torch.Tensor, *, response_mask: torch.Tensor, groups: Sequence[Hashable], **_: Any) -> Estimate:
+    advantages = group_relative_advantages(rewards, response_mask=response_mask, groups=groups)
+    return advantages, advantages
+
+
+def _gkd(rewards: torch.Tensor, **_: Any) -> Estimate:
+    nothing = rewards.new_zeros(rewards.shape)
+    return nothing, nothing
+
+
+ALGORITHMS = {
+    "ppo": Algorithm("PPO", _ppo, critic=True),
+    "grpo": Algorithm("GRPO", _grpo, compares_groups=True),
+    "gkd": Algorithm("on-policy distillation (GKD)", _gkd, task_reward=False),
+}

@@ -1,19 +1,47 @@
-"""The paper's reward: the task's score, and a penalty to the teacher on the gated episodes (DGPO, arXiv 2508.20324)."""
+"""The paper's teacher term: a penalty for leaving the teacher, on gated episodes (DGPO, arXiv 2508.20324).
+
+Which episodes a gate chooses and where a form of the term enters the update are entries of `GATES` and `TEACHER_FORMS`:
+a new entry is all that a new gate or form needs (docs/extending.md).
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-GATES = ("failed", "all", "none")
+if TYPE_CHECKING:  # the names of the entries are checked in processes that have no use for torch
+    import torch
 
 
-def compute_gate(correct: torch.Tensor, mode: str) -> torch.Tensor:
+@dataclass(frozen=True)
+class Gate:
+    """A choice of the episodes to which the teacher term applies.
+
+    Attributes:
+        episodes: how a sentence names them.
+        choose: (correct [B], name -> [B] of every score of an episode) -> [B], 1 or true where the term applies.
+    """
+
+    episodes: str
+    choose: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
+
+
+GATES = {
+    # DGPO. Correctness, not the reward: a format reward must not switch the teacher off.
+    "failed": Gate("the episodes that it got wrong", lambda correct, _: correct < 0.5),
+    "all": Gate("every episode", lambda correct, _: correct.new_ones(correct.shape)),  # "w/o selective KL"
+    "none": Gate("no episode", lambda correct, _: correct.new_zeros(correct.shape)),  # no teacher is loaded
+}
+
+
+def compute_gate(correct: torch.Tensor, mode: str, *, scores: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
     """Where the teacher term applies.
 
     Args:
-        correct: [B] 1 where the episode's answer is right. Correctness, not the score: a format reward must not
-            switch the teacher off.
-        mode: `failed` (DGPO), `all` (the "w/o selective KL" ablation), `none` (no teacher).
+        correct: [B] 1 where the episode's answer is right.
+        mode: a name of `GATES`.
+        scores: name -> [B], what else is known of the episodes (`dgpo.agent.scoring.episode_scores`).
 
     Returns:
         [B], 1 or 0, of `correct`'s type.
@@ -21,17 +49,13 @@ def compute_gate(correct: torch.Tensor, mode: str) -> torch.Tensor:
     Raises:
         ValueError: unknown mode.
     """
-    if mode == "failed":
-        return (correct < 0.5).to(correct.dtype)
-    if mode == "all":
-        return torch.ones_like(correct)
-    if mode == "none":
-        return torch.zeros_like(correct)
-    raise ValueError(f"unknown gate {mode!r}: expected one of {', '.join(GATES)}")
+    if mode not in GATES:
+        raise ValueError(f"unknown gate {mode!r}: expected one of {', '.join(GATES)}")
+    return GATES[mode].choose(correct, scores or {}).to(correct.dtype)
 
 
-def selective_kl_rewards(
-    token_level_scores: torch.Tensor,
+def subtract_teacher_kl(
+    values: torch.Tensor,
     *,
     student_log_probs: torch.Tensor,
     teacher_log_probs: torch.Tensor,
@@ -39,60 +63,64 @@ def selective_kl_rewards(
     gate: torch.Tensor,
     kl_coef: float,
 ) -> torch.Tensor:
-    """r_t = score_t - beta * gate * I(y_t) * (log p_student(y_t) - log p_teacher(y_t)), before GAE.
+    """r_t = score_t - beta * gate * I(y_t) * (log p_student(y_t) - log p_teacher(y_t)).
 
-    The sampled-token (k1) estimate of KL(student || teacher) inside the reward, with the token mask I(y_t). Its
-    full-vocabulary counterpart, as a loss, is `dgpo.algorithms.exact_kl`.
+    The sampled-token (k1) estimate of KL(student || teacher), with the token mask I(y_t). Its full-vocabulary
+    counterpart, as a loss, is `dgpo.algorithms.exact_kl`. What it is subtracted from makes the difference between two
+    forms of the term:
+
+    - From the task's scores, before GAE (`reward`, the paper's): later tokens' terms add up in a token's advantage.
+    - From the advantages, after their estimator and its whitening (`token`; as in on-policy distillation by policy
+      gradient): the term acts on its own token only; no sum over later tokens, no critic between, less variance.
 
     Args:
-        token_level_scores: [B, T] the task's score, on the last generated token.
+        values: [B, T] the scores, on the last generated token, or the advantages.
         student_log_probs: [B, T] nats, of the sampled tokens under the policy that the batch was scored with.
         teacher_log_probs: [B, T] nats, the frozen teacher's, of the same tokens. May be anything where not gated.
         response_mask: [B, T] 1 on policy tokens.
         gate: [B] 1 where the term applies.
-        kl_coef: beta (the paper: 0.001).
+        kl_coef: beta beside scores (the paper: 0.001); a weight beside advantages of unit scale.
 
     Returns:
-        [B, T] rewards; equal to the scores wherever gate or mask is 0. Not reduced.
+        [B, T]; equal to `values` wherever gate or mask is 0. Not reduced.
 
     Raises:
         ValueError: shapes that broadcasting would mix up in silence.
     """
-    if gate.shape != token_level_scores.shape[:1] or response_mask.shape != token_level_scores.shape:
+    if gate.shape != values.shape[:1] or response_mask.shape != values.shape:
         raise ValueError(
-            f"gate is {tuple(gate.shape)} and response_mask {tuple(response_mask.shape)}, but token_level_scores is "
-            f"{tuple(token_level_scores.shape)}: expected [B], [B, T] and [B, T]"
+            f"gate is {tuple(gate.shape)} and response_mask {tuple(response_mask.shape)}, but the values are "
+            f"{tuple(values.shape)}: expected [B], [B, T] and [B, T]"
         )
     applies = (response_mask * gate[:, None]).bool()
     penalty = kl_coef * (student_log_probs - teacher_log_probs)
-    return token_level_scores - torch.where(applies, penalty, torch.zeros_like(penalty))
+    return values - penalty.masked_fill(~applies, 0.0)
 
 
-def selective_kl_advantages(
-    advantages: torch.Tensor,
-    *,
-    student_log_probs: torch.Tensor,
-    teacher_log_probs: torch.Tensor,
-    response_mask: torch.Tensor,
-    gate: torch.Tensor,
-    kl_coef: float,
-) -> torch.Tensor:
-    """A_t - coef * gate * I(y_t) * (log p_student(y_t) - log p_teacher(y_t)): the term acts on its own token only.
+def unchanged(values: torch.Tensor, **_: Any) -> torch.Tensor:
+    """What a form does that does not enter here."""
+    return values
 
-    The same sampled estimate as in `selective_kl_rewards`, but added after the advantage estimator (and its whitening),
-    as in on-policy distillation by policy gradient: no sum over later tokens, no critic between, less variance.
 
-    Args:
-        advantages: [B, T].
-        kl_coef: weight beside advantages of unit scale.
+@dataclass(frozen=True)
+class TeacherForm:
+    """Where the teacher term enters an update.
 
-    The other arguments, the result and the errors are those of `selective_kl_rewards`.
+    Attributes:
+        default_coef: its weight, where `train.teacher_term.coef` names none.
+        in_rewards: the rewards with the term, from the rewards and the arguments of `subtract_teacher_kl`.
+        in_advantages: the same of the advantages.
+        in_loss: the actor's loss compares both models' full distributions on gated episodes (`dgpo.rl.exact_loss`).
     """
-    return selective_kl_rewards(
-        advantages,
-        student_log_probs=student_log_probs,
-        teacher_log_probs=teacher_log_probs,
-        response_mask=response_mask,
-        gate=gate,
-        kl_coef=kl_coef,
-    )
+
+    default_coef: float
+    in_rewards: Callable[..., torch.Tensor] = unchanged
+    in_advantages: Callable[..., torch.Tensor] = unchanged
+    in_loss: bool = False
+
+
+TEACHER_FORMS = {
+    "reward": TeacherForm(0.001, in_rewards=subtract_teacher_kl),
+    "token": TeacherForm(0.3, in_advantages=subtract_teacher_kl),
+    "exact": TeacherForm(1.0, in_loss=True),
+}

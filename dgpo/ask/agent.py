@@ -51,7 +51,7 @@ class Agent:
         model: a checkpoint, or the run folder of `dgpo own` or `quickstart`, which brings its rules and its indexes.
         search: the retrieval server's URL, or an object with `async search(query, *, topk, corpus)`; None: the run's
             own indexes, or `retriever.*` of the settings.
-        settings: overrides of the configuration, such as `hardware=cpu` or `ask.rag=true`.
+        settings: overrides of the configuration, such as `hardware=cpu` or `ask.mode=rag`.
         policy, tokenizer: a policy of your own instead of the checkpoint's engine; `model` is not loaded then.
 
     Raises:

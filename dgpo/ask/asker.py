@@ -9,7 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from dgpo.agent.episode import EpisodeLimits, Policy, Search, run_episode
-from dgpo.agent.protocol import FORCED_ANSWER, SEARCH_R1_PROMPT, build_messages, encode_prompt
+from dgpo.agent.modes import MODES
+from dgpo.agent.protocol import SEARCH_R1_PROMPT, build_messages, encode_prompt
 from dgpo.agent.trajectory import Trajectory
 from dgpo.ask.trace import Piece, TagStream
 from dgpo.config.schema import Config
@@ -26,7 +27,7 @@ class Asker:
     """Answers questions with one checkpoint; several may be in flight.
 
     Args:
-        config: rules of the episode, `ask.prompt`, `ask.corpus`, `ask.rag` and the seed.
+        config: rules of the episode, `ask.prompt`, `ask.corpus`, `ask.mode` and the seed.
         policy: where it has an attribute `on_text`, that is set, and the trace comes token by token; else turn by turn.
         tokenizer: of the policy.
         search: finds the passages.
@@ -37,6 +38,7 @@ class Asker:
         limits = asdict(config.episode)
         self.max_prompt_tokens = limits.pop("max_prompt_tokens")
         self.limits = EpisodeLimits(**limits)
+        self.mode = MODES[config.ask.mode]
         self.spells_words = len(tokenizer) < SMALL_VOCABULARY if hasattr(tokenizer, "__len__") else False
         self._numbers = itertools.count()
         self._listeners: dict[str, Callable[[str], None]] = {}
@@ -85,7 +87,6 @@ class Asker:
             streamed = False
 
         self._listeners[name] = hear
-        begun = {"query": question.strip(), "forced": FORCED_ANSWER} if self.config.ask.rag else {}
         try:
             trajectory = await run_episode(
                 episode_id=name,
@@ -97,7 +98,8 @@ class Asker:
                 corpus=self.config.ask.corpus,
                 seed=self.config.seed,
                 on_event=on_event,
-                **begun,
+                opening_query=question.strip() if self.mode.searches_first else "",
+                max_turns=self.mode.max_turns,
             )
             trajectory.question = question.strip()
             return trajectory
@@ -107,7 +109,9 @@ class Asker:
     def _prompt(self, question: str) -> list[int]:
         if not question.strip():
             raise QuestionError("the question is empty: type one")
-        ids = encode_prompt(self.tokenizer, build_messages(question, self.config.ask.prompt or SEARCH_R1_PROMPT))
+        ids = encode_prompt(
+            self.tokenizer, build_messages(question, self.config.ask.prompt or self.mode.template or SEARCH_R1_PROMPT)
+        )
         if len(ids) > self.max_prompt_tokens:
             raise QuestionError(
                 f"the question is too long: its prompt has {len(ids)} tokens, more than episode.max_prompt_tokens="

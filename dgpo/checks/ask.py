@@ -8,11 +8,13 @@ from dgpo.checks.values import check_values
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.hardware.checks import check_engine
+from dgpo.hardware.machine import check_start
 
 
 def check_ask(config: Config) -> None:
     """What `ask` needs: a checkpoint, room for an episode, a prompt with a place for the question, a retriever."""
     check_values(config, "hardware", "episode")
+    check_start(config, "ask")
     check_engine(config)
     ask = config.ask
     if not ask.model:
@@ -26,4 +28,4 @@ def check_ask(config: Config) -> None:
         raise ConfigError(f"ask.prompt={ask.prompt!r} has no place for the question: add {{question}} to it")
     if ask.temperature < 0:
         raise ConfigError(f"ask.temperature={ask.temperature}: expected 0 (greedy) or more")
-    check_retriever(config, [{"extra_info": {"corpus": ask.corpus}}])
+    check_retriever(config, [{"extra_info": {"corpus": ask.corpus}}], [])

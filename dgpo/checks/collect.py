@@ -16,6 +16,7 @@ from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import writer
 from dgpo.hardware.checks import check_engine
+from dgpo.hardware.machine import check_start
 
 SERVER_TIMEOUT_S = 10.0
 
@@ -24,15 +25,16 @@ def check_collect(config: Config) -> list[str]:
     """What collection needs: the teacher, questions, a retriever that knows their corpora, lengths, a free folder."""
     notes: list[str] = []
     check_values(config, "hardware", "episode", "collect")
+    check_start(config, "collect")
     check_engine(config)
     check_stage_folder(config, "collect")
+    key, model = writer(config)
     if config.collect.source == "transcripts":
         if not Path(config.data.collect_file or "").is_file():
             raise ConfigError(f"data.collect_file={config.data.collect_file}: name a jsonl file of transcripts")
-        check_model(config, writer(config)[1], key="student.path", notes=notes)
+        check_model(config, model, key=key, notes=notes)
         return notes
-    rows = check_rows(config.data.collect_file, key="data.collect_file")
-    key, model = writer(config)
+    rows = check_rows(config, config.data.collect_file, key="data.collect_file", notes=notes, named=True)
     if check_model(config, model, key=key, notes=notes):
         check_lengths(config, key, model)
     if config.teacher.url and config.collect.source == "teacher":
@@ -42,7 +44,7 @@ def check_collect(config: Config) -> list[str]:
             f"collect.samples_per_question={config.collect.samples_per_question} with collect.temperature=0 samples "
             "the same episode again: set a temperature above 0"
         )
-    check_retriever(config, rows)
+    check_retriever(config, rows, notes)
     return notes
 
 

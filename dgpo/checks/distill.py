@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dgpo.checks.files import check_collection, check_stage_folder
+from dgpo.checks.files import check_collection, check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model, check_teacher
 from dgpo.checks.search import check_retriever
-from dgpo.checks.values import check_values
+from dgpo.checks.values import check_optimizer, check_values
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
+from dgpo.hardware.machine import check_start
 
 
 def check_distill(config: Config) -> list[str]:
     """What the cold start needs: collected episodes, a student, a different teacher that shares its tokenizer."""
     notes: list[str] = []
     check_values(config, "hardware", "distill")
+    check_start(config, "distill")
     check_stage_folder(config, "distill")
     settings = config.distill
     _check_distill_values(config)
@@ -23,11 +25,18 @@ def check_distill(config: Config) -> list[str]:
     if settings.loss != "seqkd":
         check_teacher(config, key, student if there else None, notes)
     check_collection(config, notes)
+    if settings.demonstrations != "agent":
+        if settings.loss != "seqkd":
+            raise ConfigError(
+                f"distill.demonstrations={settings.demonstrations} with distill.loss={settings.loss}: the teacher "
+                "never saw such a prompt, so only its tokens are learned; set distill.loss=seqkd"
+            )
+        check_rows(config, config.data.collect_file, key="data.collect_file", notes=notes)
     if settings.loss == "distillm":
         check_values(config, "episode")
         if there:
             check_lengths(config, key, student)
-        check_retriever(config, [])
+        check_retriever(config, [], notes)
     return notes
 
 
@@ -36,9 +45,11 @@ def _check_distill_values(config: Config) -> None:
     shares = {name: getattr(settings, name) for name in ("kl_ratio", "skew", "jsd_beta", "held_out_share")}
     shares |= {f"taid.{name}": getattr(settings.taid, name) for name in ("t_start", "t_end", "momentum")}
     shares["student_episodes.initial_threshold"] = settings.student_episodes.initial_threshold
+    shares["min_learning_rate_share"] = settings.min_learning_rate_share
     for name, value in shares.items():
         if not 0 <= value <= 1:
             raise ConfigError(f"distill.{name}={value}: expected a share between 0 and 1")
+    check_optimizer("distill", settings.adam_betas, settings.weight_decay)
     if settings.taid.t_start > settings.taid.t_end:
         raise ConfigError(
             f"distill.taid.t_start={settings.taid.t_start} is above distill.taid.t_end={settings.taid.t_end}: lower it"

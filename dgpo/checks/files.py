@@ -8,21 +8,41 @@ from typing import Any
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import collection
-from dgpo.data.rows import DataError, read_rows
+from dgpo.data.rows import DataError, check_ids, read_rows
 from dgpo.runs.artifacts import RunFolderExistsError
+from dgpo.runs.owner import refuse_if_owned
 
 
 def check_stage_folder(config: Config, stage: str) -> None:
     folder = Path(config.run_dir) / stage
+    refuse_if_owned(folder)
     if not config.resume and folder.is_dir() and any(folder.iterdir()):
         raise RunFolderExistsError(f"{folder} exists: continue it with resume=true, or choose another run_dir")
 
 
-def check_rows(file: str | None, *, key: str) -> list[dict[str, Any]]:
+def is_assumed(config: Config, file: str | None) -> bool:
+    """Whether a plan for another machine (`dry_run.assume`) makes do without the file."""
+    return config.dry_run.assume is not None and not (file and Path(file).exists())
+
+
+def check_rows(
+    config: Config, file: str | None, *, key: str, notes: list[str], named: bool = False
+) -> list[dict[str, Any]]:
+    """The questions of `file`; none, and a note, where a plan makes do without them.
+
+    Args:
+        named: each needs an id of its own.
+    """
+    if is_assumed(config, file):
+        notes.append(f"{key}={file}: not here, planned with as many questions as the paper's")
+        return []
     if not file:
         raise ConfigError(f"{key} is not set: name a parquet file of questions")
     try:
-        return read_rows(file)
+        rows = read_rows(file)
+        if named:
+            check_ids(rows, file)
+        return rows
     except DataError as error:
         raise ConfigError(f"{key}: {error}") from None
 
@@ -31,7 +51,7 @@ def check_collection(config: Config, notes: list[str]) -> None:
     folder = collection(config)
     episodes = folder / "episodes.jsonl"
     if not episodes.is_file():
-        if config.dry_run and "collect" in config.stages:
+        if config.dry_run and ("collect" in config.stages or config.dry_run.assume):
             notes.append(f"{episodes}: will be written by collect")
             return
         raise ConfigError(f"{episodes} does not exist: run `python -m dgpo collect` with this run_dir first")

@@ -20,7 +20,11 @@ def check_extension(check: Callable[[Any], object], argument: Any) -> None:
         raise ConfigError(" ".join(str(error).split())) from None
 
 
-def check_retriever(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
+def check_retriever(config: Config, rows: Sequence[Mapping[str, Any]], notes: list[str]) -> None:
+    """That the server answers, and has the corpora of the questions; a plan for another machine gets a note instead."""
+    if config.dry_run.assume:
+        notes.append("the search was not tried: the plan is for another machine")
+        return
     if config.retriever.backend:
         check_extension(check_search, config.retriever)
         return  # it has no server, and does not name its corpora

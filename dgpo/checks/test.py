@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from dgpo.agent.modes import MODES
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model
 from dgpo.checks.search import check_retriever
@@ -12,8 +13,8 @@ from dgpo.checks.values import check_values, nearest
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.data.benchmarks import BENCHMARKS
-from dgpo.data.rows import row_id
 from dgpo.hardware.checks import check_engine
+from dgpo.hardware.machine import check_start
 
 LOGGERS = ("console", "tensorboard", "wandb")  # of the test
 
@@ -22,25 +23,28 @@ def check_test(config: Config, stage: str = "test") -> list[str]:
     """What evaluation (`test`, or `arcap`) needs: checkpoints, test sets, lengths, a retriever, a free folder."""
     notes: list[str] = []
     check_values(config, "hardware", "episode", "test")
+    check_start(config, stage)
     check_engine(config)
     check_stage_folder(config, stage)
     if not config.test.models:
         raise ConfigError("test.models is empty: name checkpoints, e.g. test.models.dgpo=runs/dgpo/train/model")
-    if not config.data.test_files:
+    if not config.data.test_files and not config.dry_run.assume:
         raise ConfigError("data.test_files is empty: name test sets, e.g. data.test_files.nq=data/nq_test.parquet")
     _check_test_values(config)
+    if stage == "arcap" and set(config.test.modes.values()) - {"agent"}:
+        raise ConfigError(f"test.modes={config.test.modes}: ARCap is of agents, a baseline searches once or never")
     for name, path in config.test.models.items():
         if check_model(config, path, key=f"test.models.{name}", notes=notes):
             check_lengths(config, f"test.models.{name}", path)
     rows: list[dict[str, Any]] = []
     for name in config.test.sets or config.data.test_files:
-        rows += _check_test_set(name, config.data.test_files[name])[: config.test.max_questions]
-    if config.test.compat == "upstream" and len(rows) < config.test.upstream_batch_size:
+        rows += _check_test_set(config, name, notes)[: config.test.max_questions]
+    if rows and config.test.compat == "upstream" and len(rows) < config.test.upstream_batch_size:
         raise ConfigError(
             f"test.compat=upstream drops the last batch when it is not full, and {len(rows)} questions fill none of "
             f"test.upstream_batch_size={config.test.upstream_batch_size}: lower it"
         )
-    check_retriever(config, rows)
+    check_retriever(config, rows, notes)
     return notes
 
 
@@ -53,6 +57,11 @@ def _check_test_values(config: Config) -> None:
     for name in test.sets or []:
         if name not in config.data.test_files:
             raise ConfigError(f"test.sets: unknown set {name!r}: {nearest(name, config.data.test_files)}")
+    for name, mode in test.modes.items():
+        if name not in test.models:
+            raise ConfigError(f"test.modes.{name}={mode}: {nearest(name, test.models)}")
+        if mode not in MODES:
+            raise ConfigError(f"test.modes.{name}={mode}: {nearest(mode, MODES)}")
     if test.baseline is not None and test.baseline not in test.models:
         raise ConfigError(f"test.baseline={test.baseline}: expected one of test.models, {', '.join(test.models)}")
     for logger in test.loggers:
@@ -74,18 +83,10 @@ def _check_test_values(config: Config) -> None:
         )
 
 
-def _check_test_set(name: str, file: str) -> list[dict[str, Any]]:
+def _check_test_set(config: Config, name: str, notes: list[str]) -> list[dict[str, Any]]:
     """The rows, each with an id of its own, and of the benchmark that the set is named after, if it is one."""
-    key = f"data.test_files.{name}"
-    rows = check_rows(file, key=key)
-    seen: dict[str, int] = {}
-    for index, row in enumerate(rows):
-        first = seen.setdefault(row_id(row), index)
-        if first != index:
-            raise ConfigError(
-                f"{key}: {file}, rows {first} and {index} have the id {row_id(row)!r}: give each an extra_info.id of "
-                "its own"
-            )
+    key, file = f"data.test_files.{name}", config.data.test_files[name]
+    rows = check_rows(config, file, key=key, notes=notes, named=True)
     sources = {row["data_source"] for row in rows}
     if name in BENCHMARKS and sources & set(BENCHMARKS) - {name}:
         raise ConfigError(f"{key}={file}: its rows are of {', '.join(sorted(sources))}: name the set after them")

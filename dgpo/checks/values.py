@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
+from dgpo.agent.modes import MODES
 from dgpo.config.load import ConfigError
-from dgpo.config.methods import ALGORITHMS, GATES, TEACHER_FORMS
+from dgpo.config.methods import ALGORITHMS, GATES, INIT_KL_FORMS, TEACHER_FORMS
 from dgpo.config.schema import Config
 from dgpo.config.stages import STAGES
 
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {
     "hardware.platform": ("cuda", "cpu"),
     "hardware.dtype": ("bfloat16", "float32", "float16"),
     "hardware.offload": ("none", "idle", "full"),
     "collect.source": ("teacher", "oracle", "transcripts"),
     "train.algorithm": ALGORITHMS,
+    "train.init_kl_form": INIT_KL_FORMS,
     "train.teacher_term.form": TEACHER_FORMS,
     "train.teacher_term.gate": GATES,
     "train.stability.action": ("warn", "stop", "rollback"),
@@ -32,6 +34,8 @@ CHOICES = {
         "skew_reverse_kl",
     ),
     "distill.sharding": ("none", "full"),
+    "distill.demonstrations": tuple(MODES),
+    "distill.student_episodes.watched": ("cross_entropy", "loss"),
     "test.compat": ("none", "upstream"),
 }
 POSITIVE = {  # section -> the keys whose values must be above 0
@@ -40,7 +44,7 @@ POSITIVE = {  # section -> the keys whose values must be above 0
     "episode": "max_turns max_turn_tokens max_prompt_tokens max_response_tokens min_turn_tokens topk "
     "max_passage_tokens max_query_chars",
     "collect": "samples_per_question",
-    "distill": "epochs batch_size learning_rate chunk_tokens",
+    "distill": "epochs batch_size learning_rate chunk_tokens evaluations_per_epoch",
     "train": "num_steps batch_size mini_batch_size samples_per_question temperature actor_learning_rate "
     "critic_learning_rate",
     "test": "samples upstream_batch_size",
@@ -72,6 +76,13 @@ def check_values(config: Config, *sections: str) -> None:
         )
     if "episode" in sections:
         _check_episode(config)
+
+
+def check_optimizer(section: str, betas: list[float], weight_decay: float) -> None:
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"{section}.adam_betas={betas}: expected two numbers from 0 to below 1")
+    if weight_decay < 0:
+        raise ConfigError(f"{section}.weight_decay={weight_decay}: expected 0 or more")
 
 
 def _check_episode(config: Config) -> None:

@@ -19,8 +19,9 @@ from dgpo.agent.search import read_token
 from dgpo.agent.trajectory import Trajectory, write_trajectories
 from dgpo.checks import check_collect
 from dgpo.checks.collect import served_model
+from dgpo.checks.files import is_assumed
 from dgpo.coldstart.errors import NothingKeptError
-from dgpo.coldstart.filter import keep_correct
+from dgpo.coldstart.filter import end_at_answer, keep_correct, tail_counts
 from dgpo.coldstart.oracle import OraclePolicy
 from dgpo.coldstart.transcripts import read_transcripts
 from dgpo.config.load import to_yaml
@@ -32,10 +33,16 @@ from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
 from dgpo.engines.http_policy import HttpPolicy
 from dgpo.engines.play import load_tokenizer, play_model, play_policy
 from dgpo.hardware.dry_run import print_dry_run
-from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, write_manifest
+from dgpo.runs.artifacts import prepare_run_folder, write_manifest
+from dgpo.runs.identity import file_identity, model_identity, retriever_identity
+from dgpo.runs.owner import owned
+from dgpo.runs.settings import episode_settings, fixed_settings, is_finished
 
-# Not `</answer>`: the teacher's own end token then follows its answer, and the cold start trains the student to end.
+# Not `</answer>`: the teacher's own end token may then follow its answer. What else does is dropped from the episodes
+# that are kept; `trajectories.jsonl` holds it.
 COLLECT_STOP_STRINGS = ("</search>",)
+# Decide which episodes are played, and not what happens in one.
+WHICH_EPISODES = ("collect.max_questions", "collect.samples_per_question")
 
 
 def collect(config: Config) -> Path | None:
@@ -45,58 +52,64 @@ def collect(config: Config) -> Path | None:
         The stage's folder, or None for a dry run.
 
     Raises:
-        ConfigError: from the checks, before the engine starts.
+        ConfigError: from the checks, before the engine starts; or `resume=true` under other settings.
         NothingKeptError: no episode was kept.
+        RunFolderExistsError: another command works in the folder.
         SearchOutageError: the retriever failed too often; `resume=true` continues.
     """
     notes = check_collect(config)
-    if config.collect.source == "transcripts":
-        return _collect_transcripts(config, notes)
-    rows = read_rows(config.data.collect_file or "")[: config.collect.max_questions]
+    file = config.data.collect_file or ""
+    is_text = config.collect.source == "transcripts"
+    rows = [] if is_text or is_assumed(config, file) else read_rows(file)[: config.collect.max_questions]
     if config.dry_run:
-        times = f", {config.collect.samples_per_question} times each" * (config.collect.samples_per_question > 1)
-        players = {"oracle": "the oracle", "teacher": config.teacher.url or config.teacher.path}
-        plan = f"{players[config.collect.source]} would play {len(rows)} questions{times}"
-        print_dry_run(config, "collect", plan, notes, rows=len(rows))
+        print_dry_run(config, "collect", _plan(config, rows), notes, rows=len(rows))
         return None
-    folder = prepare_run_folder(Path(config.run_dir) / "collect", resume=config.resume)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    trajectories, more = _play(config, rows, folder / "trajectories.jsonl")
-    kept, counts = keep_correct(trajectories, {each.episode_id: each.golds for each in trajectories})
+    folder = Path(config.run_dir) / "collect"
+    with owned(folder):
+        _collect(config, rows, folder)
+    return folder
+
+
+def collect_settings(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a collection depends on: who plays, or wrote, on which questions, and under which rules."""
+    teacher, is_text = config.teacher, config.collect.source == "transcripts"
+    settings = episode_settings(
+        config,
+        weights=model_identity(writer(config)[1]),
+        retriever=None if is_text else retriever_identity(config.retriever, rows),
+        temperature=config.collect.temperature,
+        stop=COLLECT_STOP_STRINGS,
+    )
+    served = {"teacher.url_model": teacher.url_model, "teacher.url_ids": teacher.url_ids} if teacher.url else {}
+    questions = {"data.collect_file": file_identity(config.data.collect_file or "")}
+    return {**settings, **served, **questions, **fixed_settings(config, "collect")}
+
+
+def _plan(config: Config, rows: Sequence[Mapping[str, Any]]) -> str:
+    if config.collect.source == "transcripts":
+        return f"the transcripts of {config.data.collect_file} would be read"
+    times = f", {config.collect.samples_per_question} times each" * (config.collect.samples_per_question > 1)
+    player = "the oracle" if config.collect.source == "oracle" else config.teacher.url or config.teacher.path
+    return f"{player} would play {len(rows) or 'the usual'} questions{times}"
+
+
+def _collect(config: Config, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    settings = collect_settings(config, rows)
+    if config.resume and is_finished(folder, stage="collect", settings=settings):
+        return
+    prepare_run_folder(folder, resume=config.resume)
+    tokenizer = load_tokenizer(writer(config)[1], trust_remote_code=config.teacher.trust_remote_code)
+    if config.collect.source == "transcripts":
+        bad = BadLines(config.prepare.max_bad_lines)
+        path = Path(config.data.collect_file or "")
+        kept, counts = read_transcripts(path, tokenizer, limits=config.episode, bad=bad)
+        total, more = sum(counts.values()), {"unusable_lines": len(bad.reasons)}
+    else:
+        trajectories, more = _play(config, rows, tokenizer, settings, folder / "trajectories.jsonl")
+        correct, counts = keep_correct(trajectories, {each.episode_id: each.golds for each in trajectories})
+        kept, total = [end_at_answer(trajectory, tokenizer) for trajectory in correct], len(trajectories)
     if config.collect.source == "oracle":
         counts["missed"] = counts.pop("wrong")  # it gives up where no passage that was found holds a gold
-    _finish(config, folder, kept, counts, total=len(trajectories), more=more)
-    return folder
-
-
-def _collect_transcripts(config: Config, notes: Sequence[str]) -> Path | None:
-    """Other people's episodes from `data.collect_file`."""
-    path = Path(config.data.collect_file or "")
-    if config.dry_run:
-        print_dry_run(config, "collect", f"the transcripts of {path} would be read", notes)
-        return None
-    folder = prepare_run_folder(Path(config.run_dir) / "collect", resume=config.resume)
-    tokenizer = load_tokenizer(writer(config)[1], trust_remote_code=config.student.trust_remote_code)
-    bad = BadLines(config.prepare.max_bad_lines)
-    kept, counts = read_transcripts(path, tokenizer, limits=config.episode, bad=bad)
-    _finish(config, folder, kept, counts, total=sum(counts.values()), more={"unusable_lines": len(bad.reasons)})
-    return folder
-
-
-def _finish(
-    config: Config,
-    folder: Path,
-    kept: Sequence[Trajectory],
-    counts: Mapping[str, int],
-    *,
-    total: int,
-    more: Mapping[str, int],
-) -> None:
-    """Writes the kept episodes and the manifest, and says what was kept, where it lies and what comes next.
-
-    Raises:
-        NothingKeptError: nothing was; the files are there all the same, to look into.
-    """
     write_trajectories(folder / "episodes.jsonl", kept)
     write_manifest(
         folder,
@@ -107,8 +120,9 @@ def _finish(
             "questions": config.data.collect_file,
         },
         config=to_yaml(config),
-        counts={"episodes": total, **counts, **more},
+        counts={"episodes": total, **counts, **more, **tail_counts(kept)},
         seed=config.seed,
+        settings=settings,
     )
     _print_table(counts, total)
     for name, count in more.items():
@@ -119,50 +133,42 @@ def _finish(
             f"no episode was kept of {total} ({reasons}), so that there is nothing to distil: look at what was played "
             f"in {folder}, and take a stronger teacher, or collect.from=oracle"
         )
+    print(
+        "after </answer>: {dropped_tail_tokens} tokens of {episodes_with_tail} kept episodes dropped, "
+        "{appended_end_tokens} end tokens appended".format(**tail_counts(kept))
+    )
     print(f"{len(kept)} episodes in {folder / 'episodes.jsonl'}; next: python -m dgpo distill run_dir={config.run_dir}")
 
 
-def _play(config: Config, rows: Sequence[Mapping[str, Any]], path: Path) -> tuple[list[Trajectory], Mapping[str, int]]:
+def _play(
+    config: Config, rows: Sequence[Mapping[str, Any]], tokenizer: Any, settings: Mapping[str, Any], path: Path
+) -> tuple[list[Trajectory], dict[str, int]]:
     """Every planned episode by the source that the configuration names, and what else was counted."""
-    _, model = writer(config)
     teacher = config.teacher
-    tokenizer = load_tokenizer(model, trust_remote_code=teacher.trust_remote_code)
     planned = plan_episodes(rows, tokenizer, config=config, samples=config.collect.samples_per_question)
-    if config.collect.source == "teacher" and not teacher.url:
-        return _play_teacher(config, planned, tokenizer, path), {}
-    policy: OraclePolicy | HttpPolicy = (
-        OraclePolicy(tokenizer, planned, seed=config.seed)
-        if config.collect.source == "oracle"
-        else _served_teacher(config, planned, tokenizer)
-    )
-    trajectories = play_policy(
-        config,
-        planned,
-        policy=policy,
-        tokenizer=tokenizer,
-        path=path,
-        settings={"model": model, "source": config.collect.source, "url": teacher.url},
-        stop=COLLECT_STOP_STRINGS,
-        name="collect",
-        concurrency=teacher.url_concurrency if teacher.url else config.retriever.max_concurrency,
-    )
-    counts = policy.counts if isinstance(policy, HttpPolicy) else {}
-    return trajectories, {f"teacher_{name}": count for name, count in counts.items()}
-
-
-def _play_teacher(config: Config, planned: Sequence[PlannedEpisode], tokenizer: Any, path: Path) -> list[Trajectory]:
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "path": path,
+        "name": "collect",
+        "settings": {key: value for key, value in settings.items() if key not in WHICH_EPISODES},
+        "stop": COLLECT_STOP_STRINGS,
+    }
+    if config.collect.source == "oracle":
+        oracle = OraclePolicy(tokenizer, planned, seed=config.seed)
+        return play_policy(config, planned, policy=oracle, concurrency=config.retriever.max_concurrency, **options), {}
+    if teacher.url:
+        served = _served_teacher(config, planned, tokenizer)
+        trajectories = play_policy(config, planned, policy=served, concurrency=teacher.url_concurrency, **options)
+        return trajectories, {f"teacher_{name}": count for name, count in served.counts.items()}
     return play_model(
         config,
         planned,
-        model=config.teacher.path or "",
-        tokenizer=tokenizer,
+        model=teacher.path or "",
         temperature=config.collect.temperature,
-        trust_remote_code=config.teacher.trust_remote_code,
-        path=path,
-        name="collect",
-        stop=COLLECT_STOP_STRINGS,
+        trust_remote_code=teacher.trust_remote_code,
         log_probs=True,
-    )
+        **options,
+    ), {}
 
 
 def _served_teacher(config: Config, planned: Sequence[PlannedEpisode], tokenizer: Any) -> HttpPolicy:

@@ -9,19 +9,25 @@ python -m dgpo distill experiment=taid pair=qwen3b_05b run_dir=runs/taid hardwar
 from __future__ import annotations
 
 import contextlib
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dgpo.agent.trajectory import read_trajectories
+from dgpo.agent.modes import MODES, cut_to_mode, mode_messages
+from dgpo.agent.protocol import encode_prompt
+from dgpo.agent.trajectory import Trajectory, read_trajectories
 from dgpo.checks import check_distill
 from dgpo.coldstart.ranks import run_on_ranks
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.config.stages import collection, initial_model, stage_model
+from dgpo.data.rows import DataError, read_rows, row_id, row_question
 from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
-from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
+from dgpo.runs.artifacts import prepare_run_folder, read_manifest, write_manifest
+from dgpo.runs.identity import file_identity, model_identity, retriever_identity
+from dgpo.runs.owner import owned
+from dgpo.runs.settings import fixed_settings, is_finished, record_or_check
 
 LOSSES_WITHOUT_TEACHER = ("seqkd",)
 
@@ -35,9 +41,9 @@ def distill(config: Config) -> Path | None:
         The stage's folder, or None for a dry run.
 
     Raises:
-        ConfigError: from the checks, before any model is loaded.
+        ConfigError: from the checks, before any model is loaded; or `resume=true` under other settings.
+        RunFolderExistsError: another command works in the folder.
         ManifestError: the collection did not finish, or was changed since.
-        CheckpointMismatchError: `resume=true` under other settings.
         DivergedError: the loss or its gradient is not finite.
         SearchOutageError: of `distillm`, the retriever failed too often; `resume=true` continues.
     """
@@ -48,11 +54,36 @@ def distill(config: Config) -> Path | None:
         return None
     read_manifest(collected, stage="collect")
     output = Path(config.run_dir) / "distill"
-    if config.resume and (output / MANIFEST).exists():
-        read_manifest(output, stage="distill")
-        print(f"distill: {output} is finished already; to repeat it, delete the folder", file=sys.stderr)
-        return output
+    with owned(output):
+        _distill(config, collected, output)
+    return output
+
+
+def distill_settings(config: Config) -> dict[str, Any]:
+    """What the cold start depends on. Changes of `MAY_CHANGE` apart, its checkpoints are continued under no others."""
+    episodes = collection(config) / "episodes.jsonl"
+    without_teacher = config.distill.loss in LOSSES_WITHOUT_TEACHER
+    settings = {
+        **fixed_settings(config, "distill", "hardware.dtype"),
+        "weights at the start": model_identity(initial_model(config, "distill")[1]),
+        "weights of the teacher": None if without_teacher else model_identity(config.teacher.path or ""),
+        "episodes": file_identity(episodes),
+    }
+    if config.distill.demonstrations != "agent":  # prompts of their own
+        settings["data.collect_file"] = file_identity(config.data.collect_file or "")
+    if config.distill.loss != "distillm":
+        return settings
+    rows = [{"extra_info": {"corpus": trajectory.corpus}} for trajectory in read_trajectories(episodes)]
+    searched = {"retriever": retriever_identity(config.retriever, rows)}
+    return {**settings, **searched, **fixed_settings(config, "episode", "hardware.engine.dtype")}
+
+
+def _distill(config: Config, collected: Path, output: Path) -> None:
+    settings = distill_settings(config)
+    if config.resume and is_finished(output, stage="distill", settings=settings):
+        return
     prepare_run_folder(output, resume=config.resume)
+    record_or_check(output, settings)
     export_environment(config.hardware)
     counts = run_on_ranks(distill_rank, config, folder=output)
     write_manifest(
@@ -66,9 +97,9 @@ def distill(config: Config) -> Path | None:
         config=to_yaml(config),
         counts=counts,
         seed=config.seed,
+        settings=settings,
     )
     print(f"model in {stage_model(config, 'distill')}; next: {_next(config)}", flush=True)
-    return output
 
 
 def _next(config: Config) -> str:
@@ -113,7 +144,7 @@ def distill_rank(config: Config, *, rank: int = 0, num_ranks: int = 1) -> dict[s
         return train_on_examples(
             model,
             None if settings.loss in LOSSES_WITHOUT_TEACHER else _load_teacher(config, student, tokenizer),
-            [TrainingExample.from_trajectory(t) for t in read_trajectories(collection(config) / "episodes.jsonl")],
+            [TrainingExample.from_trajectory(episode) for episode in demonstrations(config, tokenizer)],
             tokenizer,
             checkpoint=output / "model",
             metrics=output / "metrics.jsonl",
@@ -125,6 +156,28 @@ def distill_rank(config: Config, *, rank: int = 0, num_ranks: int = 1) -> dict[s
             resume=config.resume,
             student_episodes=student_episodes,
         )
+
+
+def demonstrations(config: Config, tokenizer: Any) -> Iterator[Trajectory]:
+    """The collected episodes; with `distill.demonstrations` of a baseline, each cut to what that one does.
+
+    Raises:
+        DataError: an episode is of no question in `data.collect_file`, which the baseline's prompt asks.
+    """
+    name, file = config.distill.demonstrations, config.data.collect_file or ""
+    rows = {row_id(row): row for row in read_rows(file)} if name != "agent" else {}
+    for episode in read_trajectories(collection(config) / "episodes.jsonl"):
+        if name == "agent":
+            yield episode
+            continue
+        row = rows.get(episode.episode_id.partition("#")[0])
+        if row is None:
+            raise DataError(
+                f"episode {episode.episode_id!r} is of no question in data.collect_file={file}: name the file that the "
+                "episodes were collected from"
+            )
+        messages = mode_messages(MODES[name], row_question(row), row["prompt"])
+        yield cut_to_mode(episode, name, encode_prompt(tokenizer, messages))
 
 
 def _load_teacher(config: Config, student: str, tokenizer: Any) -> Any:

@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 
 from dgpo.agent.seeds import derive_seed
 from dgpo.agent.trajectory import Trajectory
+from dgpo.coldstart.filter import APPENDED
 
 IGNORE = -100  # the label of a token that is not trained (Hugging Face's convention)
 # Batches whose examples are sorted by length together: less padding, yet every such group is a random sample.
@@ -26,10 +27,17 @@ class TrainingExample:
     response_ids: list[int]
     response_mask: list[int]
     corpus: str | None = None  # in which the question searches; None for the retriever's default
+    end_was_appended: bool = False  # the last token, which nobody sampled: only the cross-entropy is trained on it
 
     @classmethod
     def from_trajectory(cls, trajectory: Trajectory) -> TrainingExample:
-        return cls(trajectory.prompt_ids, trajectory.response_ids, trajectory.response_mask, trajectory.corpus)
+        return cls(
+            trajectory.prompt_ids,
+            trajectory.response_ids,
+            trajectory.response_mask,
+            trajectory.corpus,
+            end_was_appended=trajectory.counters.get(APPENDED, 0) > 0,
+        )
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -45,15 +53,20 @@ def collate(examples: Sequence[TrainingExample], *, pad_token_id: int) -> dict[s
     """Pads on the right: under causal attention no trained position sees padding, so no attention mask is needed.
 
     Returns:
-        `input_ids` and `labels`, [B, T]. No example gives one row of padding without a label: a rank that has nothing
-        left in the last batch of an epoch must still take part in every forward and backward pass.
+        `input_ids`, `labels`, and `appended` (1 on labels of the cross-entropy alone), [B, T]. No example gives one row
+        of padding without a label: a rank that has nothing left in the last batch of an epoch must still take part in
+        every forward and backward pass.
     """
     longest = max([len(example) for example in examples], default=2)
+    appended = torch.zeros(max(len(examples), 1), longest, dtype=torch.bool)
     if not examples:
-        return {"input_ids": torch.full((1, longest), pad_token_id), "labels": torch.full((1, longest), IGNORE)}
+        padding = torch.full((1, longest), pad_token_id)
+        return {"input_ids": padding, "labels": torch.full((1, longest), IGNORE), "appended": appended}
+    for row, example in enumerate(examples):
+        appended[row, len(example) - 1] = example.end_was_appended
     ids = [e.prompt_ids + e.response_ids + [pad_token_id] * (longest - len(e)) for e in examples]
     labels = [e.labels + [IGNORE] * (longest - len(e)) for e in examples]
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "appended": appended}
 
 
 def split_held_out(

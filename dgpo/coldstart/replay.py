@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from dgpo.coldstart.examples import TrainingExample
@@ -17,29 +17,32 @@ Source = Literal["teacher", "fresh", "replay"]
 class AdaptiveSchedule:
     """The share of steps that train on the student's own episodes, raised while the held-out loss rises.
 
-    As in the authors' release (jongwooko/distillm, finetune.py), except for `level`: there it starts at the held-out
-    loss before training and only ever rises. Theirs starts from a fine-tuned student. Ours may start untrained, with a
-    loss that no later one reaches, so `level` follows the loss down.
+    As in the authors' release (jongwooko/distillm, finetune.py) and in TAID's library (SakanaAI/TAID, src/sampler.py),
+    which the paper follows; with `level_follows_down` except for `level`. In both it starts at the held-out loss before
+    training and only ever rises. Ko et al. start from a fine-tuned student; one that starts untrained has a loss that
+    no later one reaches, and then the threshold never moves.
 
     Attributes:
         threshold: the share, raised by `increment` up to 1.
         level: the held-out loss that the next one is compared with; None before the first.
-        increment, min_rise: constants of the run (the release's 0.1, and `loss_eps` 0.1 nats).
+        increment, min_rise: constants of the run (0.1 in both; `loss_eps`: 0.1 nats in the release, 0 in the library).
+        level_follows_down: whether `level` is the lowest loss since the last rise.
     """
 
     threshold: float
     increment: float
     min_rise: float
     level: float | None = None
+    level_follows_down: bool = True
 
     def observe(self, held_out_loss: float) -> AdaptiveSchedule:
         """The schedule after an evaluation: a rise by `min_rise` above `level` raises the threshold."""
-        threshold, level = self.threshold, held_out_loss
-        if self.level is not None and held_out_loss >= self.level + self.min_rise:
-            threshold = min(round(threshold + self.increment, 9), 1.0)
-        elif self.level is not None:
-            level = min(self.level, held_out_loss)
-        return AdaptiveSchedule(threshold, self.increment, self.min_rise, level)
+        if self.level is None:
+            return replace(self, level=held_out_loss)
+        if held_out_loss >= self.level + self.min_rise:
+            threshold = min(round(self.threshold + self.increment, 9), 1.0)
+            return replace(self, threshold=threshold, level=held_out_loss)
+        return replace(self, level=min(self.level, held_out_loss)) if self.level_follows_down else self
 
     def source(self, draw: float, *, step: int, num_steps: int, buffer_full: bool) -> Source:
         """What step `step` (1 for the first) trains on, given a uniform draw from [0, 1).

@@ -25,7 +25,7 @@ from dgpo.coldstart.errors import CheckpointMismatchError
 from dgpo.coldstart.examples import TrainingExample
 from dgpo.coldstart.replay import AdaptiveSchedule, ReplayBuffer
 from dgpo.config.schema import Config
-from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
+from dgpo.engines.episode_runner import PlannedEpisode, forget_episodes, play_episodes
 from dgpo.engines.play import make_policy
 from dgpo.engines.vllm_policy import VllmPolicy
 from dgpo.files import atomic_write_text
@@ -47,7 +47,12 @@ class StudentEpisodes:
         settings = config.distill.student_episodes
         self.config, self.model, self.tokenizer, self.folder = config, model, tokenizer, folder
         self.rank, self.num_ranks = rank, num_ranks
-        self.schedule = AdaptiveSchedule(settings.initial_threshold, settings.increment, settings.min_rise)
+        self.schedule = AdaptiveSchedule(
+            settings.initial_threshold,
+            settings.increment,
+            settings.min_rise,
+            level_follows_down=settings.level_follows_down,
+        )
         self.buffer = ReplayBuffer(ceil(settings.buffer_size / num_ranks))
         self.counts: Counter[str] = Counter()  # steps by source, episodes, failed searches
         self._buffers_full = False
@@ -93,9 +98,9 @@ class StudentEpisodes:
         rng = random.Random(derive_seed(self.config.seed, "replay", step, self.rank))
         return self.buffer.sample(len(teacher_examples), rng)
 
-    def observe(self, held_out_cross_entropy: float) -> None:
-        """After each evaluation."""
-        self.schedule = self.schedule.observe(held_out_cross_entropy)
+    def observe(self, **held_out: float) -> None:
+        """After each evaluation, with the held-out values by the names that `student_episodes.watched` chooses from."""
+        self.schedule = self.schedule.observe(held_out[self.config.distill.student_episodes.watched])
 
     def metrics(self, total: Callable[[float], float]) -> dict[str, float]:
         """Counts since the start of the run. `total` sums a number over all ranks."""
@@ -147,13 +152,15 @@ class StudentEpisodes:
             PlannedEpisode(f"step{step}/{self.rank}/{i}", {"extra_info": {"corpus": e.corpus}}, e.prompt_ids)
             for i, e in enumerate(examples)
         ]
+        path = self.folder / "student_episodes" / f"step_{step:06d}_rank_{self.rank}.jsonl"
+        forget_episodes(path)  # of a run that was killed in this step: its weights were others in their last digits
         return await play_episodes(
             planned,
             policy=policy,
             tokenizer=self.tokenizer,
             config=self.config,
-            path=self.folder / "student_episodes" / f"step_{step:06d}_rank_{self.rank}.jsonl",
-            settings={"temperature": policy.temperature, "step": step},
+            path=path,
+            settings={},
             name=f"student episodes, step {step}",
         )
 

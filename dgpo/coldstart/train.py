@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,19 @@ from transformers import (
 )
 
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES
-from dgpo.coldstart.checkpoints import check_settings
 from dgpo.coldstart.examples import TrainingExample, num_micro_batches, split_held_out
 from dgpo.coldstart.metrics import MetricsFile
 from dgpo.coldstart.student_episodes import StudentEpisodes
 from dgpo.coldstart.trainer import DistillationTrainer
 from dgpo.config.schema import DistillConfig, HardwareConfig
+from dgpo.config.stages import MODEL_STEPS
+from dgpo.files import atomic_write_text
 from dgpo.models.model_folders import write_generation_config
 from dgpo.runs.checkpoints import newest_whole, set_aside_later
 from dgpo.runs.stopping import StoppedOnRequestError
 
-MIN_LEARNING_RATE_SHARE = 0.05
 CHECKPOINT = "checkpoint-"  # Hugging Face's name of one, before the step
 KEPT_CHECKPOINTS = 3  # the newest, the one before it in case that one is damaged, and the best
-# May differ between a run and its continuation.
-FREE_SETTINGS = ("micro_batch_size", "chunk_tokens", "patience", "episodes", "init")
 
 
 def train_on_examples(
@@ -72,7 +70,7 @@ def train_on_examples(
 
     Raises:
         ValueError: unknown loss, missing teacher, or no examples.
-        CheckpointMismatchError: resuming under other settings.
+        CheckpointMismatchError: resuming `distillm` with another number of ranks.
         DivergedError: the loss or its gradient is not finite.
         StoppedOnRequestError: on a signal (`dgpo.runs.stopping`); the step in progress was finished and saved.
     """
@@ -93,7 +91,7 @@ def train_on_examples(
         teacher=teacher,
         examples=training,
         held_out=held_out,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id or 0,  # any id: no trained position sees padding, and Llama's have none
         settings=settings,
         num_steps=num_steps,
         args=_training_arguments(
@@ -101,7 +99,8 @@ def train_on_examples(
             hardware,
             seed=seed,
             output=checkpoints,
-            every=settings.evaluate_every or min(steps_per_epoch, num_steps),
+            every=settings.evaluate_every
+            or min(math.ceil(steps_per_epoch / settings.evaluations_per_epoch), num_steps),
             held_out=bool(held_out),
             keep_best=watched,
             evaluate_first=settings.loss == "distillm" and state is None,
@@ -116,8 +115,6 @@ def train_on_examples(
     trainer.add_callback(StopOnRequest(trainer))
     if checkpoints is not None and trainer.is_world_process_zero():
         checkpoints.mkdir(parents=True, exist_ok=True)
-        recorded = {key: value for key, value in asdict(settings).items() if key not in FREE_SETTINGS}
-        check_settings(checkpoints, {**recorded, "seed": seed, "episodes": len(examples)})
         set_aside_later(checkpoints, CHECKPOINT, state)
     trainer.accelerator.wait_for_everyone()
     if state is not None:
@@ -132,6 +129,8 @@ def train_on_examples(
         )
     trainer.loss_in_head.remove()
     _save_result(trainer, tokenizer, checkpoint)
+    if watched and checkpoints is not None and trainer.is_world_process_zero():
+        _keep_last(trainer, checkpoint, checkpoints)
     if checkpoints is not None and trainer.is_world_process_zero():
         shutil.rmtree(checkpoints)
     return {
@@ -187,9 +186,10 @@ def _training_arguments(
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_ratio,
         lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": MIN_LEARNING_RATE_SHARE},
-        adam_beta2=0.98,
-        weight_decay=0.0,
+        lr_scheduler_kwargs={"min_lr_rate": settings.min_learning_rate_share},
+        adam_beta1=settings.adam_betas[0],
+        adam_beta2=settings.adam_betas[1],
+        weight_decay=settings.weight_decay,
         max_grad_norm=1.0,
         seed=seed,
         use_cpu=on_cpu,
@@ -229,3 +229,14 @@ def _save_result(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBas
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     write_generation_config(folder, fallback=model.config.to_dict())
+
+
+def _keep_last(trainer: DistillationTrainer, best: Path, checkpoints: Path) -> None:
+    """The last state beside the best one, as `models/last`: where the training ended, for tables that show both."""
+    last = best.parent / "models" / "last"
+    shutil.rmtree(last, ignore_errors=True)
+    shutil.copytree(best, last)
+    for file in (checkpoints / f"{CHECKPOINT}{trainer.state.global_step}").glob("*.safetensors*"):
+        shutil.copy(file, last / file.name)
+    steps = {"model": trainer.state.best_global_step, "last": trainer.state.global_step}
+    atomic_write_text(best.parent / MODEL_STEPS, json.dumps(steps, indent=1) + "\n")

@@ -33,7 +33,9 @@ from dgpo.runs.checkpoints import seal
 from dgpo.runs.stopping import stop_requested
 
 STATE = "distill.json"
-NO_SETTINGS = LossSettings(kl_ratio=0.0, skew=0.0, jsd_beta=0.0, taid_t=0.0)  # the cross-entropy reads none
+CROSS_ENTROPY = DISTILLATION_LOSSES["seqkd"].token_loss(  # which reads none of its settings
+    LossSettings(kl_ratio=0.0, skew=0.0, jsd_beta=0.0, taid_t=0.0)
+)
 
 
 class LossInHead:
@@ -175,7 +177,13 @@ class DistillationTrainer(Trainer):
         """The values of `losses` on a micro-batch, [len(losses)]."""
         labels = inputs["labels"][:, 1:]
         kept = labels != IGNORE
-        self._batch = {"kept": kept, "targets": labels[kept], "losses": losses, "denominator": denominator}
+        self._batch = {
+            "kept": kept,
+            "targets": labels[kept],
+            "appended": inputs["appended"][:, 1:][kept],
+            "losses": losses,
+            "denominator": denominator,
+        }
         if self.teacher is not None:
             with torch.no_grad():
                 states = self.teacher.base_model(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
@@ -183,23 +191,33 @@ class DistillationTrainer(Trainer):
         return model(input_ids=inputs["input_ids"], use_cache=False).logits
 
     def _losses(self, hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The model's output layer: [B, T, H] -> the states that predict a trained token, [N, H] -> losses."""
+        """The model's output layer: [B, T, H] -> the states that predict a trained token, [N, H] -> losses.
+
+        Nobody sampled an end token that was appended, and the teacher's distribution there is of another text: its loss
+        is the cross-entropy.
+        """
         batch = self._batch
         states = hidden[:, :-1][batch["kept"]]
-        values = [
-            fused_linear_loss(
+
+        def total(token_loss: TokenLoss, rows: Any, *, with_teacher: bool) -> torch.Tensor:
+            return fused_linear_loss(
                 token_loss,
-                student_hidden=states,
+                student_hidden=states[rows],
                 student_head=head,
                 student_bias=bias,
-                targets=batch["targets"],
+                targets=batch["targets"][rows],
                 denominator=batch["denominator"],
-                teacher_hidden=batch.get("teacher_hidden"),
-                teacher_head=None if self.teacher is None else self.teacher.get_output_embeddings().weight,
+                teacher_hidden=batch["teacher_hidden"][rows] if with_teacher else None,
+                teacher_head=self.teacher.get_output_embeddings().weight if with_teacher else None,
                 chunk_size=self.settings.chunk_tokens,
             )
-            for token_loss in batch["losses"]
-        ]
+
+        appended = batch["appended"]
+        sampled = ~appended if appended.any() else slice(None)
+        values = [total(loss, sampled, with_teacher=self.teacher is not None) for loss in batch["losses"]]
+        if appended.any():
+            rest = total(CROSS_ENTROPY, appended, with_teacher=False)
+            values = [value + rest for value in values]
         return torch.stack(values)
 
     def _token_loss(self, taid_t: float) -> TokenLoss:
@@ -247,7 +265,7 @@ class DistillationTrainer(Trainer):
         """The held-out loss: the trained one (of TAID: at `t_end`, so that evaluations compare), and cross-entropy."""
         model = self.model_wrapped
         model.eval()
-        losses = [self._token_loss(self.settings.taid.t_end), DISTILLATION_LOSSES["seqkd"].token_loss(NO_SETTINGS)]
+        losses = [self._token_loss(self.settings.taid.t_end), CROSS_ENTROPY]
         sums = torch.zeros(len(losses) + 1, device=self.args.device)
         size = self.args.per_device_train_batch_size * self.args.world_size
         with torch.no_grad():
@@ -259,7 +277,7 @@ class DistillationTrainer(Trainer):
         *totals, num_tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
         loss, cross_entropy = (total / num_tokens for total in totals)
         if self.student_episodes is not None:
-            self.student_episodes.observe(cross_entropy)
+            self.student_episodes.observe(loss=loss, cross_entropy=cross_entropy)
         self.log({"held_out_loss": loss, "held_out_cross_entropy": cross_entropy})
         metrics = {"eval_loss": loss}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

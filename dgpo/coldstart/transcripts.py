@@ -16,6 +16,7 @@ from typing import Any
 
 from dgpo.agent.protocol import INVALID_ACTION_TEXT, build_messages, encode_prompt, parse_action
 from dgpo.agent.trajectory import SearchRecord, Trajectory, Turn
+from dgpo.coldstart.filter import end_at_answer
 from dgpo.config.schema import EpisodeConfig
 from dgpo.data.lines import BadLines, read_objects
 from dgpo.data.questions import Question, parse_question
@@ -69,7 +70,8 @@ def read_transcripts(
             if record.get("stop_reason") == "length":
                 raise TranscriptError("truncated")
             name = f"transcript-{number}-{question.id}"
-            kept.append(to_trajectory(name, question, cut(response), tokenizer, limits=limits))
+            episode = to_trajectory(name, question, cut(response), tokenizer, limits=limits)
+            kept.append(end_at_answer(episode, tokenizer))
             counts["kept"] += 1
         except TranscriptError as error:
             counts[error.reason] += 1
@@ -108,7 +110,7 @@ def cut(response: str) -> list[Segment]:
 def to_trajectory(
     name: str, question: Question, segments: list[Segment], tokenizer: Any, *, limits: EpisodeConfig
 ) -> Trajectory:
-    """The episode of a transcript in the student's tokens, `origin=text`, with the end token after its answer.
+    """The episode of a transcript in the student's tokens, `origin=text`, up to its answer.
 
     Raises:
         TranscriptError: `wrong`, the answer is no exact match; `too_long`.
@@ -125,7 +127,6 @@ def to_trajectory(
         tokens = tokenizer.encode(segment.text, add_special_tokens=False)
         if segment.is_policy:
             action = parse_action(segment.text)
-            tokens += [tokenizer.eos_token_id] * (action.kind == "answer")
             turns.append(Turn(len(ids), len(ids) + len(tokens), action.kind, action.content))
         elif turns and turns[-1].kind == "search":
             shown = segment.text.strip().removeprefix("<information>").removesuffix("</information>")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException
@@ -16,11 +18,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dgpo.config.schema import Config
 
-GROUPS = ("world", "hardware", "pair", "experiment")
+GROUPS = ("world", "hardware", "recipe", "data", "pair", "experiment")
 # The user names the keys of these.
-FREE_MAPPINGS = ("data.test_files.", "test.models.", "hardware.env.", "hardware.verl.", "retriever.backend_options.")
+FREE_MAPPINGS = (
+    "data.test_files.",
+    "test.models.",
+    "test.modes.",
+    "hardware.env.",
+    "hardware.verl.",
+    "retriever.backend_options.",
+)
 NUM_NODES = "SLURM_NNODES"  # read by configs/hardware/h200x8xN.yaml
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+
+
+OmegaConf.register_new_resolver("cores", lambda ranks: max(1, len(os.sched_getaffinity(0)) // ranks), replace=True)
 
 
 class ConfigError(ValueError):
@@ -59,7 +71,7 @@ def config_keys(node: DictConfig | None = None, prefix: str = "") -> list[str]:
 
 
 def group_choices(group: str) -> list[str]:
-    """The presets of one group (`world`, `hardware`, `pair`, `experiment`); empty for a name that is no group."""
+    """The presets of one group (`world`, `pair`, ..); empty for a name that is no group."""
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml")) if group in GROUPS else []
 
 
@@ -70,9 +82,25 @@ def chosen(group: str, overrides: Sequence[str]) -> str | None:
 
 
 def changed_settings(config: Config) -> list[str]:
-    """`key=value` of each leaf that differs from the schema's default."""
-    default = dict(_leaves(asdict(Config())))
+    """`key=value` of each leaf that differs from what no override at all gives."""
+    default = dict(_leaves(asdict(load_config())))
     return [f"{key}={value}" for key, value in _leaves(asdict(config)) if default.get(key, MISSING) != value]
+
+
+def recipe_settings(config: Config, section: str) -> list[str]:
+    """Of a section, each setting on which the paper and the schema differ: `key=value`, whose it is, and the other."""
+    paper = dict(_leaves(yaml.safe_load((CONFIG_DIR / "recipe" / "paper.yaml").read_text())))
+    recommended, own = dict(_leaves(asdict(Config()))), dict(_leaves(asdict(config)))
+    lines = []
+    for key in (key for key in paper if key.startswith(f"{section}.")):
+        if own[key] == paper[key]:
+            whose = f"the paper's; recommended: {recommended[key]}"
+        elif own[key] == recommended[key]:
+            whose = f"recommended; the paper's: {paper[key]}"
+        else:
+            whose = f"the paper's: {paper[key]}; recommended: {recommended[key]}"
+        lines.append(f"{key}={own[key]} ({whose})")
+    return lines
 
 
 def _leaves(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

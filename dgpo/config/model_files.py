@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,14 @@ class HubUnreachableError(ConfigError):
     """A hub model is not in the cache and the hub does not answer."""
 
 
+MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+PROBE_S = 5.0
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a model is named as on the hub, owner/name, and no folder."""
+    return bool(_HUB_NAME.fullmatch(path)) and not Path(path).is_dir() and not Path(path.split("/")[0]).is_dir()
 
 
 def model_file(path: str, name: str, *, key: str) -> Path | None:
@@ -28,23 +38,58 @@ def model_file(path: str, name: str, *, key: str) -> Path | None:
     folder = Path(path)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
-    if not _HUB_NAME.fullmatch(path) or Path(path.split("/")[0]).is_dir():
+    if not is_hub_name(path):
         raise ConfigError(f"{key}={path}: no such folder; expected a Hugging Face model folder or a hub name")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+    if cached := cached_file(path, name):
+        return cached
     try:
-        return Path(hf_hub_download(path, name))
+        return Path(hf_hub_download(path, name, local_files_only=not hub_answers()))
     except LocalEntryNotFoundError:
+        if cached_file(path, "config.json"):  # its other files came with that one, as far as it has them
+            return None
         raise HubUnreachableError(
-            f"{key}={path}: neither a folder nor in the cache, and the hub cannot be reached; "
-            "download the model or set a folder"
+            f"{key}={path}: neither a folder nor in the cache, and the hub cannot be reached; fetch it where there "
+            "is a network (`dgpo download download.what=[models]`, docs/offline.md), or set a folder"
         ) from None
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{key}={path}: the hub refuses it ({reason}); check the name and your login") from None
+
+
+def cached_file(repo: str, name: str) -> Path | None:
+    """The file of a hub model as the cache has it; None where it has not, or knows that there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether there is a hub to ask: asked once, and briefly, where the library would try for 20 seconds a file."""
+    import httpx
+    from huggingface_hub import constants, is_offline_mode
+
+    if is_offline_mode():
+        return False
+    try:
+        httpx.head(constants.ENDPOINT, timeout=PROBE_S)
+    except httpx.HTTPError:
+        return False
+    return True
+
+
+def use_cache_alone() -> None:
+    """Tells the hub's library, here and in processes that start from here, not to ask for what is cached."""
+    from huggingface_hub import constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
 
 
 def check_model_folder(path: str | None, *, key: str) -> None:
@@ -58,29 +103,60 @@ def check_model_folder(path: str | None, *, key: str) -> None:
                 f"`python -m dgpo import checkpoint={path} out=FOLDER`, and name that"
             )
         raise ConfigError(f"{key}={path}: no config.json there; expected a Hugging Face model folder")
+    if is_hub_name(path) and not hub_answers():
+        use_cache_alone()
     if Path(path).is_dir() and not _weight_files(Path(path)):
         raise ConfigError(f"{key}={path}: no *.safetensors or *.bin weights there; save the model with save_pretrained")
-    for file in Path(path).glob("*.safetensors"):
-        expected = _expected_size(file)
-        if file.stat().st_size < expected:
+    folder = Path(path)
+    for index in folder.glob("*.index.json"):
+        names = _indexed(index)
+        if names is None or any(not name or Path(name).name != name for name in names):
             raise ConfigError(
-                f"{key}={path}: {file.name} is no whole file of weights ({file.stat().st_size} bytes, expected "
-                f"{expected} or more); copy or save the checkpoint again"
+                f"{key}={path}: {index.name} names other things than weight files in this folder; copy or save the "
+                "checkpoint again"
+            )
+    for file in folder.glob("*.safetensors"):
+        header = safetensors_header(file)
+        expected = None if header is None else _expected_size(*header)
+        if expected is None or file.stat().st_size < expected:
+            wanted = "no header of tensors" if expected is None else f"expected {expected} or more"
+            raise ConfigError(
+                f"{key}={path}: {file.name} is no whole file of weights ({file.stat().st_size} bytes, {wanted}); copy "
+                "or save the checkpoint again"
             )
 
 
-def _expected_size(file: Path) -> int:
-    """Bytes of a safetensors file by its own header: 8 of the header's length, the header, and the tensors."""
+def safetensors_header(file: Path) -> tuple[int, dict[str, Any]] | None:
+    """Bytes before the first tensor, and name -> dtype, shape and place; None where there is no header.
+
+    The first 8 bytes may claim any length: no more is read than the file and the format's own limit allow.
+    """
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if length + 8 > file.stat().st_size:
-            return length + 8
+        if length > min(MAX_HEADER_BYTES, file.stat().st_size - 8):
+            return None
         try:
             header = json.loads(stream.read(length))
         except ValueError:
-            return file.stat().st_size + 1  # whatever this is, it is no header
-    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-    return 8 + length + max(ends, default=0)
+            return None
+    if not isinstance(header, dict):
+        return None
+    header.pop("__metadata__", None)
+    complete = all(isinstance(entry, dict) and {"dtype", "data_offsets"} <= entry.keys() for entry in header.values())
+    return (8 + length, header) if complete else None
+
+
+def _expected_size(start: int, entries: Mapping[str, Any]) -> int:
+    """Bytes of a safetensors file by its own header: up to the first tensor, and the tensors."""
+    return start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+
+
+def _indexed(index: Path) -> set[str] | None:
+    """Files that an index of sharded weights names; None where it is none."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def max_positions(path: str, *, key: str) -> int | None:

@@ -12,7 +12,6 @@ from typing import Any
 # Coefficient of the teacher term when `train.teacher_term.coef` is not set. The paper's beta for `reward`; for `token`,
 # beside whitened advantages, and for `exact`, where the KL is averaged over all policy tokens, values that learned in
 # the tiny world.
-DEFAULT_TEACHER_COEF = {"reward": 0.001, "token": 0.3, "exact": 1.0}
 
 
 @dataclass
@@ -55,9 +54,11 @@ class HubFilesConfig:
 
 @dataclass
 class DownloadConfig:
-    what: list[str] = field(default_factory=lambda: ["corpus", "index", "train"])  # and benchmarks
+    what: list[str] = field(default_factory=lambda: ["corpus", "index", "train"])  # and benchmarks, models
     folder: str = "data"  # each goes to a folder of its name below
     endpoint: str | None = None  # of a mirror; None: HF_ENDPOINT, else the hub
+    # Fetched by `models` into the hub's cache (HF_HOME), besides student and teacher: the retriever's encoder
+    models: list[str] = field(default_factory=lambda: ["intfloat/e5-base-v2"])
     verify: bool = False  # read again what is there already, and compare its checksums
     corpus: HubFilesConfig = field(
         default_factory=lambda: HubFilesConfig("PeterJinGo/wiki-18-corpus", files=["wiki-18.jsonl.gz"])
@@ -107,6 +108,8 @@ class PrepareConfig:
     documents: str | None = None  # a folder of .txt and .md files, or a jsonl: becomes corpus.jsonl
     passage_words: int = 100  # longer documents are cut
     passage_overlap: int = 0  # words that a passage repeats of the one before
+    # Of the paper's training questions, drawn by seed and taken out (at most a tenth): what `train` validates on
+    validation_questions: int = 1000
     max_bad_lines: int = 0  # more stop the command; up to here they are named, left out and counted
     drop_overlap: bool = False  # training questions that also stand in a test set
 
@@ -198,7 +201,9 @@ class HardwareConfig:
     logical_gpus: int | None = None  # GPUs announced to Ray; None: Ray counts them
     object_store_gb: float | None = None  # Ray's shared memory on a node; None: 30% of its memory
     replay_poll_s: float = 0.05  # how often the trainer looks for finished episodes
-    env: dict[str, str] = field(default_factory=dict)  # exported before any engine is imported
+    # Exported before any engine is imported. vLLM would take its V2 model runner for Llama and V1 for Qwen2, whose
+    # samplers and speed differ; V1 serves all models, on both platforms (V2 needs Triton), and is what the tests run.
+    env: dict[str, str] = field(default_factory=lambda: {"VLLM_USE_V2_MODEL_RUNNER": "0"})
     verl: dict[str, Any] = field(default_factory=dict)  # raw veRL keys ("a.b.c": value), laid over everything else
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -232,6 +237,10 @@ class StudentEpisodesConfig:
     initial_threshold: float = 0.0  # share of steps that train on the student's own episodes
     increment: float = 0.1  # of the threshold, whenever the held-out loss rises
     min_rise: float = 0.1  # nats; a smaller rise does not count
+    watched: str = "cross_entropy"  # the held-out loss that is meant: cross_entropy | loss (the one that is trained)
+    # Whether the level that a rise is measured from follows the held-out loss down; else it moves with the threshold
+    # only, from the loss before training, which a student that starts untrained never reaches again.
+    level_follows_down: bool = True
     buffer_size: int = 1000  # episodes kept for training more than once
     temperature: float = 1.0
 
@@ -244,6 +253,9 @@ class DistillConfig:
     episodes: str | None = None  # folder of a finished collection; None: the run's own
     # kd | seqkd | distillm | taid | forward_kl | reverse_kl | jsd | skew_kl | skew_reverse_kl
     loss: str = "kd"
+    # What is learned of each episode: agent (all) | rag (its last retrieval and turn) | closed_book (its last turn);
+    # the latter two under prompts of their own (dgpo/agent/modes.py)
+    demonstrations: str = "agent"
     kl_ratio: float = 1.0  # r in L = (1 - r) CE + r D(teacher, student)
     skew: float = 0.1  # lambda of the skew KLs and of distillm
     jsd_beta: float = 0.5  # the teacher's share in jsd
@@ -254,11 +266,15 @@ class DistillConfig:
     batch_size: int = 64  # episodes per step, over all GPUs
     micro_batch_size: int | None = None  # episodes per GPU and forward; None: hardware.micro_batch_size
     learning_rate: float = 1e-4
-    warmup_ratio: float = 0.1
+    warmup_ratio: float = 0.1  # of all steps
+    min_learning_rate_share: float = 0.05  # of the learning rate, where its cosine ends
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    weight_decay: float = 0.0  # AdamW's; not of biases and norms
     chunk_tokens: int = 128  # policy tokens whose full-vocabulary logits exist at once
     sharding: str = "none"  # of the student over the GPUs: none (DDP) | full (FSDP2)
     held_out_share: float = 0.02  # of the questions, on which the loss is watched
-    evaluate_every: int | None = None  # steps between held-out losses, each with a checkpoint; None: an epoch
+    evaluate_every: int | None = None  # steps between held-out losses, each with a checkpoint
+    evaluations_per_epoch: int = 1  # where evaluate_every is None
     # Evaluations without a better held-out loss that end the training; None: never. The best model is kept. Not of
     # distillm, which answers a rising loss by itself.
     patience: int | None = 3
@@ -319,21 +335,26 @@ class TrainConfig:
     init: str | None = None  # the checkpoint to start from; None: what `stages` says, else student.path
     algorithm: str = "ppo"  # ppo (GAE, critic) | grpo (group-relative, no critic) | gkd (the teacher term alone)
     num_steps: int = 1000
-    batch_size: int = 512
-    mini_batch_size: int = 256
+    batch_size: int = 512  # questions of a step
+    mini_batch_size: int = 256  # episodes of an update: a step makes batch_size * samples_per_question / this of them
     samples_per_question: int = 1
     temperature: float = 1.0
     actor_learning_rate: float = 1e-6
-    actor_warmup_ratio: float = 0.285
+    actor_warmup_steps: int = 285  # linear from 0, then constant; the same however many steps are asked for
     critic_learning_rate: float = 1e-5
-    critic_warmup_ratio: float = 0.015
+    critic_warmup_steps: int = 15
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0  # AdamW's, of actor and critic
     max_grad_norm: float = 1.0
     clip_ratio: float = 0.2
+    dual_clip: float | None = 3.0  # cap of the ratio where the advantage is negative (arXiv 1912.09729); None: no cap
     value_clip: float = 0.5
     entropy_coef: float = 0.001
     gamma: float = 1.0
     gae_lambda: float = 1.0
-    init_kl_coef: float = 0.0  # PPO's penalty to the frozen initial policy, in the reward (Search-R1: 0.001)
+    init_kl_coef: float = 0.0  # of the penalty to the frozen initial policy (Search-R1: 0.001)
+    # reward (Search-R1's PPO: sampled k1, in each token's reward) | loss (its GRPO: the low-variance k3, as a loss)
+    init_kl_form: str = "reward"
     reward: str | None = None  # "package.module:function" instead of exact match (docs/extending.md)
     teacher_term: TeacherTermConfig = field(default_factory=TeacherTermConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
@@ -342,12 +363,18 @@ class TrainConfig:
     save_every: int = 50  # the last step is saved in any case; 0: it alone
     keep_last: int = 2  # checkpoints
     keep_best: int = 1  # checkpoints besides, by exact match on data.validation_file; validated steps are saved then
+    # Steps whose checkpoints are kept besides, each as train/models/step_N. A later stage, as in the inverted order,
+    # starts from the last of them instead of the last step.
+    keep_steps: list[int] = field(default_factory=list)
     validate_every: int = 200
     log_episodes_every: int | None = 20  # steps between samples for train/episodes (docs/report.md); None: never
     num_logged_episodes: int = 8  # in a sample
     # The rollout's own log-probs as the old ones, in steps where a sample of episodes differs from the trainer's by at
     # most this much (nats) on every token; in others, and with None, the trainer computes all (docs/performance.md)
     reuse_log_probs_within: float | None = None
+    # A seed of its own for every turn. None: on CPUs only, where it makes a run repeatable; on GPUs the numbers of an
+    # engine depend on what else is in a batch, and each seed costs a kernel per token (docs/hardware.md)
+    request_seeds: bool | None = None
     generation_concurrency: int | None = None  # episodes in flight; 1 makes a CPU run repeatable to the last bit
     loggers: list[str] = field(default_factory=lambda: ["console"])  # veRL's names; metrics.jsonl is always written
     timeline: bool = False  # train/timeline.jsonl: when each part of every step and episode was (docs/performance.md)
@@ -360,11 +387,11 @@ class TestConfig:
     __test__ = False  # not a pytest class
 
     models: dict[str, str] = field(default_factory=dict)  # name in the table -> checkpoint
+    modes: dict[str, str] = field(default_factory=dict)  # name in the table -> agent (else) | rag | closed_book
     sets: list[str] | None = None  # some of data.test_files; None: all of them
     max_questions: int | None = None  # per set
     temperature: float | None = None  # None: 0 (greedy); 1 with several samples or compat=upstream
     samples: int = 1  # episodes of each question
-    rag: bool = False  # the question is the query, and one answer turn follows what it finds: no agent, the baseline
     baseline: str | None = None  # the model against which paired differences are shown
     compat: str = "none"  # none | upstream: the protocol of the authors' release, faults included
     upstream_batch_size: int = 256  # of compat=upstream; the last batch is dropped when it is not full
@@ -377,7 +404,7 @@ class AskConfig:
 
     model: str | None = None  # a checkpoint; None with world=tiny: the latest quickstart's
     temperature: float = 0.0
-    rag: bool = False  # as test.rag
+    mode: str = "agent"  # agent | rag | closed_book, as in test.modes
     prompt: str | None = None  # a template with {question}; None: Search-R1's, which the checkpoints were trained on
     corpus: str | None = None  # the retrieval server's named corpus; None: its default
     web: bool = False  # a page on this machine instead of the terminal
@@ -420,7 +447,7 @@ class Config:
     # What the experiment consists of, in order. A stage whose `init` is not set starts from what the stage before it
     # wrote in this run_dir.
     stages: list[str] = field(default_factory=lambda: ["collect", "distill", "train"])
-    table: str = "main"  # of `reproduce`: main | ablation | pairs
+    table: str = "main"  # of `reproduce`: main | ablation | pairs | arcap | figures | teacher_time
     seed: int = 1
     resume: bool = False
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)

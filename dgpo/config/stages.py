@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dgpo.config.schema import Config
 
+MODEL_STEPS = "models/steps.json"  # of a stage that leaves several models: name -> step
 STAGES = ("collect", "distill", "train", "test")
 # What processes on other nodes read, each from a working directory of its own.
 SHARED_FILES = [
@@ -34,6 +35,19 @@ def stage_model(config: Config, stage: str) -> Path:
     return Path(config.run_dir) / stage / "model"
 
 
+def step_model(step: int) -> str:
+    """The name, below a stage's `models`, of the checkpoint of a kept step."""
+    return f"step_{step}"
+
+
+def reported_model(config: Config, stage: str) -> Path:
+    """What a later stage starts from: of RL the last of `train.keep_steps` that it reaches, else its last step's."""
+    kept = [step for step in config.train.keep_steps if step <= config.train.num_steps]
+    if stage == "train" and kept:
+        return Path(config.run_dir) / "train" / "models" / step_model(max(kept))
+    return stage_model(config, stage)
+
+
 def initial_model(config: Config, stage: str) -> tuple[str, str]:
     """What `distill` or `train` starts from.
 
@@ -47,13 +61,14 @@ def initial_model(config: Config, stage: str) -> tuple[str, str]:
     before = config.stages[: config.stages.index(stage)] if stage in config.stages else []
     trained = [name for name in before if name in ("distill", "train")]
     if trained:
-        return f"{stage}.init", str(stage_model(config, trained[-1]))
+        return f"{stage}.init", str(reported_model(config, trained[-1]))
     return "student.path", config.student.path or ""
 
 
 def is_planned(config: Config, path: str | Path) -> bool:
     """Whether an earlier stage of this experiment will write `path`, so that a dry run does not miss it yet."""
-    return any(Path(path) == stage_model(config, stage) for stage in config.stages if stage in ("distill", "train"))
+    trained = [stage for stage in config.stages if stage in ("distill", "train")]
+    return any(Path(path) in (stage_model(config, stage), reported_model(config, stage)) for stage in trained)
 
 
 def absolute(path: str) -> str:

@@ -8,6 +8,7 @@ reported and never dropped: comparisons name it by their nature.
 
 from __future__ import annotations
 
+import html
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -172,8 +173,11 @@ def markdown(report: Mapping[str, Any]) -> str:
         if each["overlaps"]:
             lines += ["", f"## {name} in training", ""]
             lines += [
-                f"- {pair['test_question']} ({pair['test_id']}) / {pair['train_question']} ({pair['train_id']}), "
-                f"{'exact' if pair['exact'] else pair['share']}"
+                html.escape(
+                    f"- {pair['test_question']} ({pair['test_id']}) / {pair['train_question']} ({pair['train_id']}), "
+                    f"{'exact' if pair['exact'] else pair['share']}",
+                    quote=False,
+                )
                 for pair in each["overlaps"][:NUM_EXAMPLES]
             ]
     return "\n".join(lines) + "\n"

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.config.load import ConfigError
+from dgpo.config.model_files import is_hub_name
 from dgpo.config.schema import Config, HubFilesConfig
-from dgpo.data.hub import DownloadError, HubFile, HubRevision, check, fetch, look_up, verified_sha256
+from dgpo.data.hub import DownloadError, HubFile, HubRevision, check, fetch, fetch_model, look_up, verified_sha256
 from dgpo.files import atomic_write_text
 
-ITEMS = ("corpus", "index", "train", "benchmarks")
+ITEMS = ("corpus", "index", "train", "benchmarks", "models")
 MANIFEST = "download.json"
 FreeBytes = Callable[[Path], int]
 
@@ -80,15 +81,32 @@ def download(config: Config, *, free_bytes: FreeBytes | None = None) -> None:
     unknown = [what for what in settings.what if what not in ITEMS]
     if unknown or not settings.what:
         raise ConfigError(f"download.what={settings.what}: expected one or more of {', '.join(ITEMS)}")
-    targets = [target for what in settings.what for target in _targets(config, what)]
+    targets = [target for what in settings.what if what != "models" for target in _targets(config, what)]
     for target in targets:
         there = ", there already" if target.path.is_file() else ""
         _say(f"{target.path}: {readable(target.size)} from {target.source.repo}@{target.source.commit[:12]}{there}")
     check_space(targets, free_bytes or _free_bytes)
+    models = hub_models(config) if "models" in settings.what else []
+    for name in models:
+        _say(f"{name}: a model of the hub, into {_cache()}")
     if config.dry_run:
         return
     for target in targets:
         _have(target, verify=settings.verify)
+    for name in models:
+        _say(f"{name}: {fetch_model(name, endpoint=settings.endpoint)}")
+
+
+def hub_models(config: Config) -> list[str]:
+    """The models of the configuration that are named as on the hub: student, teacher, what it is made from, and more.
+
+    Raises:
+        ConfigError: neither a student nor a teacher is named.
+    """
+    named = [config.student.path, config.teacher.path, config.teacher.init]
+    if not any(named):
+        raise ConfigError("download.what=[models] fetches the pair's models: add pair=qwen3b_05b, or student.path=...")
+    return list(dict.fromkeys(name for name in [*named, *config.download.models] if name and is_hub_name(name)))
 
 
 def _targets(config: Config, what: str) -> list[Target]:
@@ -232,6 +250,12 @@ def _record(target: Target, digest: str) -> None:
 def _manifest(target: Target) -> dict[str, Any]:
     path = target.folder / MANIFEST
     return dict(json.loads(path.read_text())["files"]) if path.is_file() else {}
+
+
+def _cache() -> str:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_CACHE
 
 
 def _existing(path: Path) -> Path:

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 from dgpo.config.load import ConfigError
 
+# What a model's repository may hold besides its weights in safetensors: the same in other forms.
+OTHER_FRAMEWORKS = ["*.onnx", "onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "original/*", "*.gguf", "*.pth"]
 BLOCK_BYTES = 1 << 22
 LOOK_UP_TIMEOUT_S = 30.0
 SECONDS_PER_LINE = 30.0
@@ -183,6 +185,33 @@ def fetch(source: HubRevision, part: HubFile, file: BinaryIO, *, present: int) -
         raise DownloadError(
             f"{part.name} of {source.repo} broke off after {came:,} of {part.size:,} bytes ({_reason(error)}): run the "
             "same command again, it goes on from there"
+        ) from error
+
+
+def fetch_model(repo: str, *, endpoint: str | None) -> str:
+    """Brings a model's files into the hub's cache, but for those of other frameworks. Returns their folder.
+
+    Raises:
+        ConfigError: no such model, or it is gated and its licence not accepted.
+        DownloadError: the hub does not answer, or refuses; the same command goes on from there.
+    """
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return snapshot_download(repo, ignore_patterns=OTHER_FRAMEWORKS, endpoint=endpoint)
+    except GatedRepoError:
+        raise ConfigError(
+            f"{repo} is gated: accept its licence on its page of the hub, then log in (`hf auth login`, or HF_TOKEN)"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ConfigError(
+            f"{repo}: the hub has no such model, or hides it; correct the name, or log in (`hf auth login`)"
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        raise DownloadError(
+            f"{repo} did not come ({_reason(error)}): run the same command again, it goes on"
         ) from error
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from dgpo.config.schema import Config
 from dgpo.data.documents import JSON_SUFFIXES, QUESTIONS, Document, passages, read_documents, write_corpus
 from dgpo.data.lines import BadLines
-from dgpo.data.prepare import whole_folder
 from dgpo.data.questions import Question, question_rows, read_questions
 from dgpo.data.rows import DataError, write_rows
 from dgpo.metrics.exact_match import normalize_answer
 from dgpo.runs.artifacts import write_manifest
+from dgpo.runs.checkpoints import writing
 
 NAME = "own"  # data_source of questions that name none
 
@@ -48,7 +48,7 @@ def prepare_own(source: Path, out: Path, *, config: Config) -> dict[str, int]:
             f"prepare.test_share={settings.test_share}"
         )
     counts |= {"questions": len(questions), "train": len(train), "held_out": len(held_out), "dropped": dropped}
-    with whole_folder(out) as folder:
+    with writing(out) as folder:
         write_corpus(folder / "corpus.jsonl", rows)
         if train:
             write_rows(folder / "train.parquet", question_rows(train, source=NAME, split="train", with_passages=True))

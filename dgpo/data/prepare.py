@@ -1,15 +1,14 @@
 """`dgpo prepare`: the paper's question sets, or your own questions and documents, in the forms that all stages read.
 
 Everything is read and checked before anything is written, and the folder appears whole: `<set>_test.parquet`,
-`train.parquet`, `corpus.jsonl` (as far as asked for) and `manifest.json` with what was kept, dropped and cut.
+`train.parquet`, `validation.parquet`, `corpus.jsonl` (as far as asked for), and `manifest.json` with what was kept,
+dropped and cut.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,11 @@ from dgpo.data.documents import passages, read_documents, write_corpus
 from dgpo.data.lines import BadLines
 from dgpo.data.natural_questions import join_long_answers
 from dgpo.data.questions import SET_NAME, Question, question_rows, read_questions
-from dgpo.data.rows import DataError, row_question, write_rows
+from dgpo.data.rows import DataError, row_id, row_question, write_rows
 from dgpo.metrics.exact_match import normalize_answer
-from dgpo.runs.artifacts import RunFolderExistsError, write_manifest
+from dgpo.runs.artifacts import write_manifest
+from dgpo.runs.checkpoints import writing
+from dgpo.runs.replacing import check_target
 
 Rows = list[dict[str, Any]]
 
@@ -35,20 +36,28 @@ def prepare(config: Config) -> Path:
     Raises:
         ConfigError: settings that do not go together, unknown sets.
         DataError: a source that is missing, has unusable lines, or another size than published.
-        RunFolderExistsError: the folder is there, and `prepare.overwrite` is not set.
+        RunFolderExistsError: the folder is there and `prepare.overwrite` is not set, or it is not `prepare`'s own.
     """
     settings = config.prepare
     out = Path(settings.out)
     own = settings.source is not None or settings.documents is not None
-    if out.exists() and not settings.overwrite:
-        raise RunFolderExistsError(
-            f"{out} exists: choose another prepare.out, or replace it with prepare.overwrite=true"
-        )
+    check_target(
+        out,
+        key="prepare.out",
+        stage="prepare",
+        replace=settings.overwrite,
+        flag="prepare.overwrite",
+        inputs=(settings.source, settings.documents, settings.nq_annotations, *(() if own else (settings.benchmarks,))),
+    )
     bad = BadLines(settings.max_bad_lines)
     counts: dict[str, Any] = {}
     train, tests = _own_questions(config, bad, counts) if own else _benchmarks(config, bad, counts)
     if settings.drop_overlap:
         train = _without_overlap(config, train, tests, counts)
+    validation: Rows = []
+    if not own:
+        train, validation = take_validation(train, settings.validation_questions, seed=config.seed)
+        counts["train"], counts["validation"] = {"questions": len(train)}, {"questions": len(validation)}
     corpus: list[dict[str, str]] = []
     if settings.documents:
         documents = read_documents(Path(settings.documents), bad)
@@ -58,11 +67,13 @@ def prepare(config: Config) -> Path:
         for line in (*bad.reasons, f"dry run: {out} would hold", *_summary(out, counts)):
             print(line)
         return out
-    with whole_folder(out) as folder:
+    with writing(out) as folder:
         for name, rows in tests.items():
             write_rows(folder / f"{name}_test.parquet", rows)
         if train:
             write_rows(folder / "train.parquet", train)
+        if validation:
+            write_rows(folder / "validation.parquet", validation)
         if corpus:
             write_corpus(folder / "corpus.jsonl", corpus)
         inputs = {name: getattr(settings, name) for name in ("source", "documents", "nq_annotations")}
@@ -134,6 +145,14 @@ def _own_questions(config: Config, bad: BadLines, counts: dict[str, Any]) -> tup
     }
 
 
+def take_validation(train: Rows, count: int, *, seed: int) -> tuple[Rows, Rows]:
+    """(the rest, `count` rows drawn by seed, at most a tenth), both in their order. The choice is of hashes of ids."""
+    ranked = sorted(range(len(train)), key=lambda i: hashlib.sha256(f"{seed}/{row_id(train[i])}".encode()).digest())
+    chosen = set(ranked[: min(count, len(train) // 10)])
+    rest = [row for index, row in enumerate(train) if index not in chosen]
+    return rest, [row for index, row in enumerate(train) if index in chosen]
+
+
 def split_questions(
     questions: Sequence[Question], *, test_share: float, seed: int
 ) -> tuple[list[Question], list[Question]]:
@@ -184,24 +203,6 @@ def _described(questions: Sequence[Question]) -> dict[str, int]:
         "with_gold_passages": sum(bool(question.gold_passages) for question in questions),
         "with_hops": sum(question.hops is not None for question in questions),
     }
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill beside `out`, which takes its place when the block ends, and leaves nothing when it raises."""
-    work = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
-    work.mkdir(parents=True)
-    try:
-        yield work
-        old = out.with_name(f".{out.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.replace(old)
-        work.replace(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _summary(out: Path, counts: Mapping[str, Any]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dgpo.agent.protocol import build_messages, normalize_question
 from dgpo.data.lines import BadLines, read_objects
+from dgpo.data.rows import is_id
 
 ANSWER_FIELDS = ("golden_answers", "answers", "answer")
 SPLITS = ("train", "test")
@@ -101,6 +102,8 @@ def parse_question(record: Mapping[str, Any], *, default_id: str) -> Question:
     if record.get("gold_passages"):
         passages = tuple(_passage(each) for each in record["gold_passages"])
     identity = record.get("id")
+    if not is_id(identity):
+        raise ValueError(f"`id` is {identity!r}, expected a text or a whole number, or none")
     return Question(
         id=default_id if identity in (None, "") else str(identity),
         text=text.strip(),
@@ -116,11 +119,14 @@ def parse_question(record: Mapping[str, Any], *, default_id: str) -> Question:
 def evidence(metadata: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None]:
     """Gold passages and number of hops from FlashRAG's `metadata`; `((), None)` where it annotates none.
 
-    MuSiQue: `question_decomposition`, one `support_paragraph` `{"title", "paragraph_text"}` per hop. HotpotQA and
+    MuSiQue: `question_decomposition`, one `support_paragraph` `{"title", "paragraph_text"}` per hop, in `metadata` or,
+    as some copies of the file have it, in a `metadata` inside it. HotpotQA and
     2WikiMultiHopQA: the paragraphs of `context` whose titles `supporting_facts` names; a hop each. Sentences are joined
     with nothing between them in HotpotQA (`sentences`, which keep their spaces), with a space in 2Wiki (`content`).
     Passages are only given where all are there: some questions come without their paragraphs.
     """
+    if isinstance(metadata.get("metadata"), Mapping):
+        metadata = metadata["metadata"]
     steps = metadata.get("question_decomposition")
     if steps:
         support = [step.get("support_paragraph") or {} for step in steps]

@@ -79,11 +79,30 @@ def row_hops(row: Mapping[str, Any]) -> int | None:
 
 
 def row_id(row: Mapping[str, Any]) -> str:
-    """An id that is unique over data sources: `extra_info.id`, else source, split and index."""
+    """An id that is unique over data sources: `extra_info.id`, else source, split and index. See `check_ids`."""
     info = row["extra_info"]
-    if info.get("id") is not None:
+    if info.get("id") not in (None, ""):
         return str(info["id"])
     return f"{row['data_source']}-{info.get('split')}-{info['index']}"
+
+
+def is_id(value: object) -> bool:
+    """Whether it can name a row: a text or a whole number, or None or "" for a row without a name of its own."""
+    return value is None or type(value) in (str, int)
+
+
+def check_ids(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Raises `DataError` for the first two rows with one `row_id`: their episodes would share seed and record.
+
+    Training needs no such check: there a row is known by its place in the batch, and may stand in a file twice.
+    """
+    seen: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        first = seen.setdefault(row_id(row), index)
+        if first != index:
+            raise DataError(
+                f"{path}, rows {first} and {index} have the id {row_id(row)!r}: give each an extra_info.id of its own"
+            )
 
 
 def _problem(row: Mapping[str, Any]) -> str | None:
@@ -98,8 +117,10 @@ def _problem(row: Mapping[str, Any]) -> str | None:
     if not any(gold.strip() for gold in target):
         return f"`reward_model.ground_truth.target` is {target!r}: no accepted answer; drop the row or add one"
     info = row.get("extra_info")
-    if not (isinstance(info, Mapping) and isinstance(info.get("index"), int)):
+    if not (isinstance(info, Mapping) and type(info.get("index")) is int):
         return f"`extra_info` is {info!r}, expected {{'split': str, 'index': int}}"
+    if not is_id(info.get("id")):
+        return f"`extra_info.id` is {info['id']!r}, expected a text or a whole number, or none"
     passages = info.get("gold_passages") or []
     if not (isinstance(passages, list) and all(isinstance(_field(p, "contents"), str) for p in passages)):
         return f"`extra_info.gold_passages` is {passages!r}, expected a list of {{'id': str, 'contents': str}}"

@@ -7,8 +7,14 @@ import sys
 
 from dgpo.config.schema import HardwareConfig
 
-# Quiet and private unless the user's shell says otherwise.
-DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+# Quiet and private, unless the user's shell says otherwise, and without vLLM's cache of compiled code: engines that
+# start side by side, also on other nodes, share its folder, and it has been found corrupt (vllm issue 31199).
+DEFAULTS = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_DISABLE_COMPILE_CACHE": "1",
+}
 
 
 def export_environment(hardware: HardwareConfig) -> None:

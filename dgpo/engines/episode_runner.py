@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import sys
 import time
@@ -14,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.agent.episode import EpisodeLimits, Policy, Search, run_episode
+from dgpo.agent.modes import MODES, mode_messages
 from dgpo.agent.plugins import open_search
-from dgpo.agent.protocol import FORCED_ANSWER, STOP_STRINGS, encode_prompt
+from dgpo.agent.protocol import STOP_STRINGS, encode_prompt
 from dgpo.agent.seeds import derive_seed
 from dgpo.agent.trajectory import Trajectory, write_trajectories
 from dgpo.config.schema import Config
 from dgpo.data.rows import DataError, row_golds, row_id, row_question
 from dgpo.engines.bounded_policy import BoundedPolicy
-from dgpo.files import atomic_write_text
+from dgpo.runs.settings import SETTINGS, check_same, differences, read_settings, write_settings
 
 # Failures are judged against at least this many episodes, so that one early failure among many does not stop a run.
 MIN_EPISODES_FOR_SHARE = 50
@@ -30,10 +30,6 @@ REPORT_EVERY_S = 10.0
 
 class SearchOutageError(RuntimeError):
     """Too many episodes lost a search; what was finished is kept and the stage can be resumed."""
-
-
-class ResumeMismatchError(ValueError):
-    """The episodes in the folder were played under other settings."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,8 @@ class PlannedEpisode:
         prompt_ids: [P].
         question_id: the same for all samples of a question.
         sample: its number among them.
-        given, forced: how the response begins before the policy writes (`dgpo.agent.episode.run_episode`).
-        query: what the environment searches for before the policy writes (the same).
+        given, forced, opening_query: how the response begins before the policy writes, and `max_turns`, how many turns
+            may search (`dgpo.agent.episode.run_episode`).
         labels: what its score carries, such as the set.
     """
 
@@ -58,7 +54,8 @@ class PlannedEpisode:
     sample: int = 0
     given: str = ""
     forced: str = ""
-    query: str | None = None
+    opening_query: str = ""
+    max_turns: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -79,16 +76,17 @@ def plan_episodes(
     config: Config,
     samples: int = 1,
     labels: Mapping[str, str] | None = None,
-    rag: bool = False,
+    mode: str = "agent",
 ) -> list[PlannedEpisode]:
     """Episodes for `rows`, `samples` of each, in row order; their ids begin with the labels.
 
-    With `rag` the question is the query, and one answer turn follows what it finds.
+    Args:
+        mode: a key of `dgpo.agent.modes.MODES`.
 
     Raises:
         DataError: two rows share an id, or a prompt is longer than `episode.max_prompt_tokens`.
     """
-    planned, seen = [], set()
+    planned, seen, how = [], set(), MODES[mode]
     limit, labels = config.episode.max_prompt_tokens, labels or {}
     prefix = "".join(f"{label}/" for label in labels.values())
     for row in rows:
@@ -96,22 +94,21 @@ def plan_episodes(
         if name in seen:
             raise DataError(f"two rows have the id {name!r}: give each an extra_info.id of its own")
         seen.add(name)
-        prompt_ids = encode_prompt(tokenizer, row["prompt"])
+        prompt_ids = encode_prompt(tokenizer, mode_messages(how, row_question(row), row["prompt"]))
         if len(prompt_ids) > limit:
             raise DataError(
                 f"question {name!r} has a prompt of {len(prompt_ids)} tokens, more than "
                 f"episode.max_prompt_tokens={limit}: raise the limit or drop the question"
             )
         ids = [name] if samples == 1 else [f"{name}#{sample}" for sample in range(samples)]
+        query = row_question(row) if how.searches_first else ""
         planned += [
-            PlannedEpisode(each, row, prompt_ids, name, sample, labels=labels, **_begun(row, rag))
+            PlannedEpisode(
+                each, row, prompt_ids, name, sample, opening_query=query, max_turns=how.max_turns, labels=labels
+            )
             for sample, each in enumerate(ids)
         ]
     return planned
-
-
-def _begun(row: Mapping[str, Any], rag: bool) -> dict[str, str]:
-    return {"query": row_question(row), "forced": FORCED_ANSWER} if rag else {}
 
 
 async def play_episodes(
@@ -132,7 +129,8 @@ async def play_episodes(
 
     Args:
         path: the jsonl file that holds all trajectories in the end, in the order of `planned`.
-        settings: what the trajectories depend on (model, temperature, ..); resuming under others is refused.
+        settings: what the trajectories depend on (`dgpo.runs.settings.episode_settings`); resuming under others is
+            refused.
         stop: strings that end a turn.
         name: of the progress line.
         concurrency: episodes in flight; None: `hardware.engine.concurrency`, which is of one engine.
@@ -140,9 +138,9 @@ async def play_episodes(
     Raises:
         EngineLostError: the policy's engine died or hangs.
         SearchOutageError: the share of episodes with a failed search exceeds `retriever.max_failed_share`.
-        ResumeMismatchError: the partial file was made under other settings.
+        ConfigError: the partial file was made under other settings.
     """
-    partial = _Partial(path, {**settings, "episode": asdict(config.episode), "seed": config.seed, "stop": list(stop)})
+    partial = _Partial(path, settings)
     finished = {t.episode_id: t for t in partial.read()}
     pending = iter([episode for episode in planned if episode.episode_id not in finished])
     progress = _Progress(name, total=len(planned), done=len(finished))
@@ -166,7 +164,8 @@ async def play_episodes(
                 seed=derive_seed(config.seed, episode.episode_id),
                 given=episode.given,
                 forced=episode.forced,
-                query=episode.query,
+                opening_query=episode.opening_query,
+                max_turns=episode.max_turns,
             )
             episode.label(trajectory).origin = getattr(policy, "origin", "sampled")
             finished[episode.episode_id] = trajectory
@@ -198,21 +197,33 @@ async def play_episodes(
     return trajectories
 
 
+def forget_episodes(path: Path, *, unless: Mapping[str, Any] | None = None) -> None:
+    """Removes the partial file of `path`, and says why; not where it was made under the settings `unless`."""
+    partial, settings = _partial_files(path)
+    if not partial.exists():
+        return
+    before = read_settings(settings) or {}
+    difference = differences(before, unless) if unless is not None else "they are played in one go"
+    if difference:
+        print(f"{partial}: its episodes are played again ({difference})", file=sys.stderr, flush=True)
+        partial.unlink()
+        settings.unlink(missing_ok=True)
+
+
+def _partial_files(path: Path) -> tuple[Path, Path]:
+    """Where the finished episodes of an unfinished `path` are, and what they depend on."""
+    return Path(f"{path}.partial"), Path(f"{path}.{SETTINGS}")
+
+
 class _Partial:
     """The growing file beside the final one, with the settings under which it grew."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path = Path(f"{path}.partial")
-        self.settings_path = Path(f"{path}.settings.json")
-        text = json.dumps(settings, indent=1, sort_keys=True, default=str)
-        if self.path.exists() and self.settings_path.exists() and self.settings_path.read_text() != text:
-            before, now = json.loads(self.settings_path.read_text()), json.loads(text)
-            changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-            raise ResumeMismatchError(
-                f"{self.path} was made with other settings ({', '.join(changed)}): go back to them, delete the file, "
-                "or choose another run_dir"
-            )
-        atomic_write_text(self.settings_path, text)
+        self.path, self.settings_path = _partial_files(path)
+        if self.path.exists():
+            check_same(read_settings(self.settings_path) or {}, settings, made=self.path)
+        else:
+            write_settings(self.settings_path, settings)
         self._drop_torn_line()
         self._file = self.path.open("ab", buffering=0)  # nothing is left to be written when a disk is full
 

@@ -17,6 +17,7 @@ from dgpo.config.stages import absolute
 from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
 from dgpo.engines.policy_pool import PolicyPool, num_engines
 from dgpo.engines.vllm_policy import VllmPolicy
+from dgpo.runs.identity import model_identity
 from dgpo.runs.stopping import cancelled_on_request
 
 
@@ -70,8 +71,8 @@ def play_model(
     path: Path,
     name: str,
     stop: Sequence[str] = STOP_STRINGS,
+    settings: Mapping[str, Any],
     log_probs: bool = False,
-    settings: Mapping[str, Any] | None = None,
 ) -> list[Trajectory]:
     """Starts an engine with `model`, plays every episode that `path`'s partial file lacks, and ends the engine.
 
@@ -79,8 +80,11 @@ def play_model(
 
     Args:
         log_probs: whether the trajectories hold them.
-        settings: what the episodes depend on beside the model, its temperature and the rules of the episode.
+        settings: of `dgpo.runs.settings.episode_settings`.
         path, name, stop: of `dgpo.engines.episode_runner.play_episodes`; what it raises is raised here.
+
+    Raises:
+        ConfigError: the model is no longer the one that the settings name.
     """
 
     place = absolute(model)
@@ -91,17 +95,20 @@ def play_model(
         )
 
     size = num_engines(config.hardware)
-    return play_policy(
+    trajectories = play_policy(
         config,
         planned,
         policy=PolicyPool(one, hardware=config.hardware, size=size) if size > 1 else one(),
         tokenizer=tokenizer,
         path=path,
-        settings={"model": model, "temperature": temperature, **(settings or {})},
+        settings=settings,
         stop=stop,
         name=name,
         concurrency=size * config.hardware.engine.concurrency,
     )
+    if model_identity(model) != settings["weights"]:
+        raise ConfigError(f"{model} was changed while its episodes were played: repeat the command with resume=true")
+    return trajectories
 
 
 def play_policy(

@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import HardwareConfig
 from dgpo.engines.environment import DEFAULTS
 
 TOKEN = "ray_token"
+CLAIM_TIMEOUT_S = 20.0
 # Of every process of ours in Ray. With the override on, Ray would hide the GPUs from actors that reserve none.
 WORKER_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
+# Where models and logs go, from the user's shell to nodes whose Ray was started elsewhere. No secrets: Ray logs them.
+FORWARDED = ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "WANDB_MODE", "WANDB_DIR")
+# SLURM may name the GPUs to every maker's library at once; veRL then refuses to start a worker.
+OTHER_MAKERS = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
 def in_cluster() -> bool:
@@ -49,7 +56,11 @@ def connect(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    variables = {**DEFAULTS, **WORKER_ENVIRONMENT, **(environment or {}), **hardware.env}
+    if hardware.platform == "cuda":
+        for name in OTHER_MAKERS:
+            os.environ.pop(name, None)
+    shell = {name: os.environ[name] for name in (*DEFAULTS, *FORWARDED) if name in os.environ}
+    variables = {**DEFAULTS, **WORKER_ENVIRONMENT, **shell, **(environment or {}), **hardware.env}
     runtime_env = {"env_vars": {name: str(value) for name, value in variables.items()}}
     if in_cluster():
         import ray
@@ -74,6 +85,38 @@ def connect(
         runtime_env=runtime_env,
         log_to_driver=log_to_driver,
     )
+
+
+def claim() -> None:
+    """Makes the cluster this process's own to train in, until it leaves.
+
+    veRL's episode store has one name in a cluster: a second run would read and write the episodes of the first.
+
+    Raises:
+        ConfigError: another run has it.
+    """
+    import ray
+
+    holder = ray.remote(num_cpus=0)(_Holder).options(name="training", namespace="dgpo")
+    deadline = time.monotonic() + CLAIM_TIMEOUT_S
+    while True:
+        try:
+            _held[:] = [holder.remote()]
+            return
+        except ValueError as error:  # a run that has just ended still has it for a moment
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"another run trains in the Ray cluster at {os.environ.get('RAY_ADDRESS')}, and its episode store "
+                    "holds one run's: wait for its end, or start another cluster (without RAY_ADDRESS, a private one)"
+                ) from error
+            time.sleep(0.5)
+
+
+class _Holder:
+    """An actor that is only there: its name says that the cluster is taken, and dies with the driver."""
+
+
+_held: list[Any] = []
 
 
 def disconnect(token_folder: Path) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 from dgpo.agent.episode import Generation
 from dgpo.config.schema import HardwareConfig
-from dgpo.engines.engine_process import run_in_process
 from dgpo.engines.environment import export_environment
+from dgpo.engines.turn_sampling import sampling_arguments
+from dgpo.engines.vllm_patches import run_in_process
 
 REAP_TIMEOUT_S = 5.0
-FIXED = "dgpo.engines.fixed_weights.FixedWeights"
-REPLACEABLE = "dgpo.engines.replaceable_weights.ReplaceableWeights"
+FIXED = "dgpo.engines.vllm_patches.FixedWeights"
+REPLACEABLE = "dgpo.engines.vllm_patches.ReplaceableWeights"
 
 
 class EngineStartError(RuntimeError):
@@ -62,7 +63,6 @@ class VllmPolicy:
         self.replaceable_weights = replaceable_weights
         self.on_text: Callable[[str, str], None] | None = None
         self._engine: Any = None
-        self._stop_tokens: dict[tuple[str, ...], list[int]] = {}
 
     async def __aenter__(self) -> VllmPolicy:
         await self.start()
@@ -160,20 +160,17 @@ class VllmPolicy:
         if self._engine is None:
             raise RuntimeError("VllmPolicy is not started: use `async with VllmPolicy(...) as policy`")
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
         sampling = SamplingParams(
-            temperature=self.temperature,
-            max_tokens=max_tokens,
-            stop=list(stop),
-            stop_token_ids=self._stop_token_ids(tuple(stop)),
-            include_stop_str_in_output=True,
-            detokenize=bool(stop) or self.on_text is not None,
-            skip_special_tokens=False,  # a tokenizer may hold the tags as special tokens: they still stop a turn
-            logprobs=0 if self.log_probs else None,  # of the sampled token only
-            seed=seed if self.temperature > 0 else None,
-            output_kind=RequestOutputKind.DELTA if self.on_text else RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,  # made for this request alone
+            **sampling_arguments(
+                self._engine.get_tokenizer(),
+                temperature=self.temperature,
+                max_tokens=max_tokens,
+                stop=stop,
+                seed=seed,
+                log_probs=self.log_probs,
+                streamed=self.on_text is not None,
+            )
         )
         sampled: list[int] = []
         log_probs: list[float] = []
@@ -190,13 +187,3 @@ class VllmPolicy:
             if self.on_text and completion.text:
                 self.on_text(request_id, completion.text)
         return Generation(sampled, log_probs, reason or "abort")
-
-    def _stop_token_ids(self, stop: tuple[str, ...]) -> list[int]:
-        """Of the stop strings that are one token: the engine ends a turn on these by itself.
-
-        Stop strings are found in the text, outside of the engine, which meanwhile writes a token or two for nothing.
-        """
-        if stop not in self._stop_tokens:
-            vocabulary = self._engine.get_tokenizer().get_vocab()
-            self._stop_tokens[stop] = [vocabulary[string] for string in stop if string in vocabulary]
-        return self._stop_tokens[stop]

@@ -1,8 +1,8 @@
-"""ARCap: what an agent can do, not only whether it is right, on every test set whose rows hold gold passages.
+"""ARCap: what an agent can do, not only whether it is right; each dimension on every test set that allows it.
 
 python -m dgpo arcap test.models.dgpo=runs/dgpo/train/model data.test_files.nq=data/prepared/nq_test.parquet
 
-Each question is played up to three times, by the loop that also trains:
+Each question is played up to three times, by the loop that also trains; without gold passages only once:
     at_once   its gold passages as <information>, then a forced <answer>     source referencing
     evidence  the same passages, then freely: think, search, answer          using evidence
     episode   an ordinary episode                                            query rewriting, when to search
@@ -20,10 +20,9 @@ import numpy as np
 from rich.table import Table
 
 from dgpo.agent.episode import Tokenizer, cut_passage
-from dgpo.agent.protocol import FORCED_ANSWER, render_observation, render_passages
+from dgpo.agent.protocol import render_observation, render_passages
 from dgpo.agent.trajectory import Trajectory
 from dgpo.checks import check_test
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.data.rows import DataError, row_gold_passages, row_golds, row_question
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
@@ -32,15 +31,17 @@ from dgpo.evaluation.arcap_chart import DIMENSIONS
 from dgpo.evaluation.paper import paper_arcap
 from dgpo.evaluation.report import find_pair
 from dgpo.evaluation.scores import Score, average_samples, group_by
-from dgpo.evaluation.stage import load_tokenizers, measure_model, read_test_sets, sampling_temperature
+from dgpo.evaluation.stage import Measured, load_tokenizers, measure_model, read_test_sets, sampling_temperature
 from dgpo.files import atomic_write_text
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.metrics.exact_match import exact_match
 from dgpo.metrics.hits import answer_in_passages
 from dgpo.metrics.intervals import bootstrap_ci
 from dgpo.runs.artifacts import prepare_run_folder
+from dgpo.runs.owner import owned
 from dgpo.runs.summary import table_console
 
+FORCED_ANSWER = "<answer>"
 # Dimension -> (how its episodes are played, field of an episode's score that it averages).
 MEASURED = {
     "source_referencing": ("at_once", "em"),
@@ -61,30 +62,41 @@ def arcap(config: Config) -> Path | None:
         The stage's folder, or None for a dry run.
 
     Raises:
-        ConfigError: from the checks, or no set has gold passages.
+        ConfigError: from the checks.
+        RunFolderExistsError: another command works in the folder.
         SearchOutageError: the retriever failed too often; `resume=true` continues.
     """
     notes = check_test(config, "arcap")
-    everything = read_test_sets(config)
-    sets = {name: rows for name, rows in everything.items() if any(map(row_gold_passages, rows))}
-    if not sets:
-        raise ConfigError(
-            f"none of the test sets {', '.join(everything)} has gold passages (extra_info.gold_passages): prepare nq "
-            "with prepare.nq_annotations, or musique (docs/data.md)"
-        )
-    left_out = [name for name in everything if name not in sets]
-    notes += [f"left out, for want of gold passages: {', '.join(left_out)}"] if left_out else []
+    sets = read_test_sets(config)
+    num_given = {name: sum(map(bool, map(row_gold_passages, rows))) for name, rows in sets.items()}
+    notes += [
+        f"{name} has no gold passages (extra_info.gold_passages; docs/data.md says where they come from): no source "
+        "referencing and no using evidence there"
+        for name, number in num_given.items()
+        if not number
+    ]
     if config.dry_run:
-        sizes = ", ".join(f"{name} ({sum(map(bool, map(row_gold_passages, rows)))})" for name, rows in sets.items())
-        plan = f"{', '.join(config.test.models)} would be measured on questions with gold passages: {sizes}"
+        sizes = ", ".join(f"{name} ({len(rows)}, {num_given[name]} with gold passages)" for name, rows in sets.items())
+        plan = f"{', '.join(config.test.models)} would be measured on {sizes}"
         print_dry_run(config, "arcap", plan, notes)
         return None
     tokenizers = load_tokenizers(config)
-    folder = prepare_run_folder(Path(config.run_dir) / "arcap", resume=config.resume)
-    scores = {name: _measure(config, name, sets, folder / name, each) for name, each in tokenizers.items()}
+    folder = Path(config.run_dir) / "arcap"
+    with owned(folder):
+        _arcap(config, sets, tokenizers, folder)
+    print("\n".join(notes), end="\n" if notes else "")
+    return folder
+
+
+def _arcap(
+    config: Config, sets: Mapping[str, Sequence[Mapping[str, Any]]], tokenizers: Mapping[str, Any], folder: Path
+) -> None:
+    prepare_run_folder(folder, resume=config.resume)
+    measured = {name: _measure(config, name, sets, folder / name, each) for name, each in tokenizers.items()}
     result = {
         "models": {
-            name: {"checkpoint": config.test.models[name], **summarize(group)} for name, group in scores.items()
+            name: {"checkpoint": config.test.models[name], "weights": each.weights, **summarize(each.scores)}
+            for name, each in measured.items()
         },
         "hits": upstream.LABEL if config.test.compat == "upstream" else "ours",
         "samples": config.test.samples,
@@ -93,13 +105,11 @@ def arcap(config: Config) -> Path | None:
     }
     atomic_write_text(folder / "arcap.json", json.dumps(result, indent=1) + "\n")
     print_arcap(result, pair=find_pair(Path(config.run_dir)))
-    print("\n".join(notes), end="\n" if notes else "")
-    return folder
 
 
 def _measure(
     config: Config, name: str, sets: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path, tokenizer: Any
-) -> list[Score]:
+) -> Measured:
     raw = config.test.compat == "upstream"
 
     def plan(tokenizer: Any) -> list[PlannedEpisode]:

@@ -5,6 +5,7 @@ python -m dgpo compare runs/dgpo runs/ppo [out=comparison.md]
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +21,15 @@ from rich.table import Table as RichTable
 
 from dgpo.evaluation.curves import RunCurves, read_curves, read_lines, series
 from dgpo.evaluation.scores import Score, average_samples, group_by, mean_of_sets
+from dgpo.evaluation.stale import stale_models
 from dgpo.files import atomic_write_text
 from dgpo.metrics.intervals import paired_bootstrap
 from dgpo.metrics.mcnemar import mcnemar_exact
-from dgpo.runs.artifacts import MANIFEST
+from dgpo.runs.artifacts import MANIFEST, RunFolderExistsError
 from dgpo.runs.summary import read_results, table_console
 
 STAGES = ("collect", "distill", "train", "test")
+SECTION = b"\n## Configuration\n"  # the first of every comparison
 IGNORED_KEYS = ("run_dir", "resume", "dry_run")  # where and how a stage was started, not what it did
 LAST_STEPS = 10  # of training, over which metrics are averaged
 METRICS = (
@@ -91,16 +94,26 @@ def to_markdown(tables: Sequence[Table], *, title: str) -> str:
 
 
 def write_comparison(a: Path, b: Path, out: Path | None = None) -> Path:
-    """Prints the tables and writes them as Markdown, into `a` where no file is named. Returns the file's path."""
+    """Prints the tables and writes them as Markdown, into `a` where no file is named. Returns the file's path.
+
+    Raises:
+        RunFolderExistsError: the file is there and is something else.
+    """
+    path = out or a / f"compare_{b.name}.md"
+    if path.exists() and SECTION not in path.read_bytes():
+        raise RunFolderExistsError(f"out={path} exists and is no comparison: choose another file")
     tables = compare_runs(a, b)
     print_tables(tables)
-    path = out or a / f"compare_{b.name}.md"
     atomic_write_text(path, to_markdown(tables, title=f"{a} and {b}"))
     return path
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return (
+        "| "
+        + " | ".join(html.escape(cell, quote=False).replace("|", "\\|").replace("\n", " ") for cell in cells)
+        + " |"
+    )
 
 
 def _configurations(a: Path, b: Path) -> Table:
@@ -193,6 +206,8 @@ def _tests(a: Path, b: Path) -> Table:
         f"Difference: {a.name} minus {b.name}, 95% interval by paired bootstrap over questions. Only {a.name}, only "
         f"{b.name}: questions that one run alone got right; p: McNemar's exact test on them."
     )
+    for folder, result in zip((a, b), results, strict=True):
+        note += "".join(f" {line}." for line in stale_models(folder / "test", result["models"]))
     if left_out:
         note += f" {left_out} episodes have no partner with the same question in the other run and are left out."
     head = ("models", "set", "questions", f"EM {a.name}", f"EM {b.name}", "difference", "95% interval")

@@ -21,10 +21,11 @@ from dgpo.evaluation import upstream
 from dgpo.evaluation.loggers import log_metrics
 from dgpo.evaluation.records import write_records
 from dgpo.evaluation.scores import Score, compare, release_metrics, score_episode, summarize_model
-from dgpo.evaluation.stage import Played, load_tokenizers, measure_model, read_test_sets, sampling_temperature
+from dgpo.evaluation.stage import Measured, Played, load_tokenizers, measure_model, read_test_sets, sampling_temperature
 from dgpo.files import atomic_write_text
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.runs.artifacts import prepare_run_folder
+from dgpo.runs.owner import owned
 from dgpo.runs.summary import print_results, update_summary
 
 # Questions per set whose episodes are also kept as text, the same ones for every model, for the report.
@@ -39,6 +40,7 @@ def evaluate(config: Config) -> Path | None:
 
     Raises:
         ConfigError: from the checks, before an engine starts.
+        RunFolderExistsError: another command works in the folder.
         SearchOutageError: the retriever failed too often; `resume=true` continues.
     """
     notes = check_test(config)
@@ -47,17 +49,38 @@ def evaluate(config: Config) -> Path | None:
         rows = upstream.drop_incomplete_batch(everything, config.test.upstream_batch_size)
     num_dropped = sum(map(len, everything.values())) - sum(map(len, rows.values()))
     if config.dry_run:
-        sizes = ", ".join(f"{name} ({len(group)} questions)" for name, group in rows.items())
+        sizes = ", ".join(f"{name} ({len(group)} questions)" for name, group in rows.items()) or "the paper's sets"
         samples = f", {config.test.samples} times each" if config.test.samples > 1 else ""
         plan = f"{', '.join(config.test.models)} would be tested on {sizes}{samples}"
         print_dry_run(config, "test", plan, notes, rows=sum(map(len, rows.values())) * len(config.test.models))
         return None
-    started = time.perf_counter()
     tokenizers = load_tokenizers(config)
-    folder = prepare_run_folder(Path(config.run_dir) / "test", resume=config.resume)
-    scores = {name: _evaluate_model(config, name, rows, folder / name, each) for name, each in tokenizers.items()}
+    folder = Path(config.run_dir) / "test"
+    with owned(folder):
+        _evaluate(config, rows, tokenizers, folder, num_dropped=num_dropped)
+    return folder
+
+
+def _evaluate(
+    config: Config,
+    rows: Mapping[str, Sequence[Any]],
+    tokenizers: Mapping[str, Any],
+    folder: Path,
+    *,
+    num_dropped: int,
+) -> None:
+    started = time.perf_counter()
+    prepare_run_folder(folder, resume=config.resume)
+    measured = {name: _evaluate_model(config, name, rows, folder / name, each) for name, each in tokenizers.items()}
+    scores = {name: each.scores for name, each in measured.items()}
     models = {
-        name: {"checkpoint": config.test.models[name], **summarize_model(group)} for name, group in scores.items()
+        name: {
+            "checkpoint": config.test.models[name],
+            "weights": each.weights,
+            "mode": config.test.modes.get(name, "agent"),
+            **summarize_model(each.scores),
+        }
+        for name, each in measured.items()
     }
     results = {
         "models": {name: {**model, "metrics": release_metrics(model)} for name, model in models.items()},
@@ -76,12 +99,11 @@ def evaluate(config: Config) -> Path | None:
         print_results(results)
     print(f"results in {folder}; next: python -m dgpo report run_dir={config.run_dir}", flush=True)
     log_metrics(config, {name: model["metrics"] for name, model in results["models"].items()}, folder)
-    return folder
 
 
 def _evaluate_model(
     config: Config, name: str, rows: Mapping[str, Sequence[Any]], folder: Path, tokenizer: Any
-) -> list[Score]:
+) -> Measured:
     def plan(tokenizer: Any) -> list[PlannedEpisode]:
         return [
             episode
@@ -92,7 +114,7 @@ def _evaluate_model(
                 config=config,
                 samples=config.test.samples,
                 labels={"set": set_name},
-                rag=config.test.rag,
+                mode=config.test.modes.get(name, "agent"),
             )
         ]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dgpo.files import atomic_write_text
 from dgpo.runs.artifacts import MANIFEST, read_manifest
+from dgpo.runs.settings import differences
 
 
 def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -16,15 +18,18 @@ def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     atomic_write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def finished_records(folder: Path, *, stage: str, inputs: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """`scores.jsonl` of a model that was finished from the same inputs; None, and no manifest any more, for others.
+def finished_records(folder: Path, *, stage: str, settings: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """`scores.jsonl` of a model that was finished under these settings; None, and no manifest any more, under others.
 
     Raises:
         ManifestError: the folder is another stage's, or a file in it has changed.
     """
     if not (folder / MANIFEST).exists():
         return None
-    if read_manifest(folder, stage=stage)["inputs"] != inputs:
+    before = read_manifest(folder, stage=stage).get("settings")
+    difference = "what they depend on was not recorded" if before is None else differences(before, settings)
+    if difference:
+        print(f"{folder}: its episodes are played again ({difference})", file=sys.stderr, flush=True)
         (folder / MANIFEST).unlink()
         return None
     return read_records(folder / "scores.jsonl")

@@ -22,6 +22,7 @@ from dgpo.evaluation.browser_section import browser_section
 from dgpo.evaluation.charts import stage_bars
 from dgpo.evaluation.curves import curves_section, read_curves
 from dgpo.evaluation.results_section import model_of_interest, results_section
+from dgpo.evaluation.stale import stale_models
 from dgpo.files import atomic_write_text
 from dgpo.runs.artifacts import MANIFEST
 from dgpo.runs.summary import read_results
@@ -54,6 +55,7 @@ def write_report(folder: Path, others: Sequence[Path] = (), *, max_inline_bytes:
     arcap = read_arcap(folder)
     pair = find_pair(folder)
     sections = [
+        _stale(folder, results, arcap),
         results_section(results, summary, pair=pair) if results else "",
         arcap_section(arcap, pair=pair) if arcap else "",
         curves_section(curves),
@@ -119,6 +121,13 @@ def _opening(folder: Path, results: Mapping[str, Any] | None) -> str:
         "<p>A small model learns to search: it copies a teacher that can, then improves by reinforcement learning.</p>"
     )
     return f"<header><h1>{escape(folder.name)}</h1>{what}{sentence}</header>"
+
+
+def _stale(folder: Path, results: Mapping[str, Any] | None, arcap: Mapping[str, Any] | None) -> str:
+    """Says which numbers below are of weights that are gone."""
+    measured = [(folder / stage, each["models"]) for stage, each in (("test", results), ("arcap", arcap)) if each]
+    lines = [f"<p>{escape(line)}.</p>" for place, models in measured for line in stale_models(place, models)]
+    return f"<section><h2>Out of date</h2>{''.join(lines)}</section>" if lines else ""
 
 
 def _stages(folder: Path, summary: Mapping[str, Any]) -> str:

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from dgpo.agent.protocol import STOP_STRINGS
 from dgpo.agent.trajectory import Trajectory
+from dgpo.checks.files import is_assumed
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.data.rows import read_rows
-from dgpo.engines.episode_runner import PlannedEpisode
+from dgpo.engines.episode_runner import PlannedEpisode, forget_episodes
 from dgpo.engines.play import load_tokenizer, play_model
 from dgpo.evaluation import upstream
 from dgpo.evaluation.records import finished_records, write_records
 from dgpo.evaluation.scores import Score
 from dgpo.runs.artifacts import write_manifest
+from dgpo.runs.identity import file_identity, model_identity, retriever_identity
+from dgpo.runs.settings import episode_settings
 
 Played = list[tuple[PlannedEpisode, Trajectory]]
+# Decide which episodes are played and how they are scored, and not what happens in one.
+WHICH_EPISODES = ("test.max_questions", "test.samples", "test.compat", "test.upstream_batch_size")
+
+
+class Measured(NamedTuple):
+    """What was measured of one model."""
+
+    weights: str  # identity of those that played
+    scores: list[Score]
 
 
 def read_test_sets(config: Config) -> dict[str, list[dict[str, Any]]]:
-    """The questions of the chosen sets, at most `test.max_questions` of each."""
-    names = config.test.sets or list(config.data.test_files)
-    return {name: read_rows(config.data.test_files[name])[: config.test.max_questions] for name in names}
+    """The questions of the chosen sets, at most `test.max_questions` of each; a plan leaves out what is not there."""
+    files = {name: config.data.test_files[name] for name in config.test.sets or config.data.test_files}
+    there = {name: file for name, file in files.items() if not is_assumed(config, file)}
+    return {name: read_rows(file)[: config.test.max_questions] for name, file in there.items()}
 
 
 def sampling_temperature(config: Config) -> float:
@@ -50,8 +64,10 @@ def measure_model(
     plan: Callable[[Any], list[PlannedEpisode]],
     score: Callable[[PlannedEpisode, Trajectory, Any], Score],
     write_more: Callable[[Path, Played, Any], None] | None = None,
-) -> list[Score]:
+) -> Measured:
     """Scores of one model, in the order of its plan; from its folder where a resumed run has finished it.
+
+    What its folder holds of other weights, questions or settings is played again, and that is said.
 
     Args:
         name: of the model in `test.models`.
@@ -61,12 +77,15 @@ def measure_model(
         score: episode, its trajectory and the tokenizer -> its record.
         write_more: called with the folder, all episodes with their trajectories, and the tokenizer.
     """
-    inputs = _inputs(config, name)
-    finished = finished_records(folder, stage=stage, inputs=inputs)
-    if finished is not None:
-        return finished
     planned = plan(tokenizer)
+    settings = measured_settings(config, name, [episode.row for episode in planned])
+    finished = finished_records(folder, stage=stage, settings=settings)
+    if finished is not None:
+        return Measured(settings["weights"], finished)
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "trajectories.jsonl"
+    played_under = {key: value for key, value in settings.items() if key not in WHICH_EPISODES}
+    forget_episodes(path, unless=played_under)
     trajectories = play_model(
         config,
         planned,
@@ -74,8 +93,9 @@ def measure_model(
         tokenizer=tokenizer,
         temperature=sampling_temperature(config),
         trust_remote_code=config.student.trust_remote_code,
-        path=folder / "trajectories.jsonl",
+        path=path,
         name=f"{stage} {name}",
+        settings=played_under,
     )
     played = list(zip(planned, trajectories, strict=True))
     scores = [score(episode, trajectory, tokenizer) for episode, trajectory in played]
@@ -83,21 +103,35 @@ def measure_model(
     if write_more:
         write_more(folder, played, tokenizer)
     counts = {"episodes": len(scores), "correct": int(sum(each["em"] for each in scores))}
-    write_manifest(folder, stage=stage, inputs=inputs, config=to_yaml(config), counts=counts, seed=config.seed)
-    return scores
+    write_manifest(
+        folder,
+        stage=stage,
+        inputs={"checkpoint": config.test.models[name], "test_files": dict(config.data.test_files)},
+        config=to_yaml(config),
+        counts=counts,
+        seed=config.seed,
+        settings=settings,
+    )
+    return Measured(settings["weights"], scores)
 
 
-def _inputs(config: Config, name: str) -> dict[str, Any]:
-    """What a model's scores depend on."""
+def measured_settings(config: Config, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a model's scores on these questions depend on."""
+    test = config.test
+    settings = episode_settings(
+        config,
+        weights=model_identity(test.models[name]),
+        retriever=retriever_identity(config.retriever, rows),
+        temperature=sampling_temperature(config),
+        stop=STOP_STRINGS,
+    )
+    files = {each: file_identity(config.data.test_files[each]) for each in test.sets or config.data.test_files}
     return {
-        "checkpoint": config.test.models[name],
-        "test_files": dict(config.data.test_files),
-        "sets": config.test.sets,
-        "max_questions": config.test.max_questions,
-        "temperature": sampling_temperature(config),
-        "samples": config.test.samples,
-        "rag": config.test.rag,
-        "compat": config.test.compat,
-        "upstream_batch_size": config.test.upstream_batch_size,
-        "seed": config.seed,
+        **settings,
+        "mode": test.modes.get(name, "agent"),
+        "data.test_files": files,
+        "test.max_questions": test.max_questions,
+        "test.samples": test.samples,
+        "test.compat": test.compat,
+        "test.upstream_batch_size": test.upstream_batch_size if test.compat == "upstream" else None,
     }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from dgpo.config.methods import has_exact_teacher
 from dgpo.config.schema import Config, HardwareConfig
 from dgpo.hardware import memory
 from dgpo.hardware.known_gpus import GIB, KNOWN_GPUS, Gpu
@@ -47,6 +48,7 @@ class Budget:
 
     phases: dict[str, dict[str, float]]
     capacity: float | None  # None: no limit is known
+    place: str = "GPU"  # what the phases are of
     host: dict[str, float] = field(default_factory=dict)  # by what waits there, on one node
     host_capacity: float | None = None
     kv_tokens: float = 0.0  # room in one replica's KV cache
@@ -64,7 +66,7 @@ class Budget:
         """Why this does not fit, or None."""
         phase, peak = self.peak
         if self.capacity is not None and peak > self.capacity:
-            return f"{phase} needs {peak / GIB:.1f} GiB per GPU, of {self.capacity / GIB:.1f}"
+            return f"{phase} needs {peak / GIB:.1f} GiB per {self.place}, of {self.capacity / GIB:.1f}"
         if self.kv_tokens_needed and self.kv_tokens < self.kv_tokens_needed:
             room = f"has room for {max(0, int(self.kv_tokens))} tokens" if self.kv_tokens > 0 else "gets no room"
             return f"the engine's KV cache {room}, fewer than one episode's {self.kv_tokens_needed}"
@@ -84,7 +86,7 @@ def rl_budget(config: Config, models: Models) -> Budget:
     tokens = hardware.max_tokens_per_gpu or hardware.micro_batch_size * context_length(config)
     trained = {"actor": models.student.parameters} | ({"critic": models.student.critic} if models.critic else {})
     engine = engine_share(config, models.student)
-    exact = models.teacher is not None and config.train.teacher_term.form == "exact"
+    exact = models.teacher is not None and has_exact_teacher(config)
 
     def states(*, using: str | None = None, training: bool = False) -> dict[str, float]:
         """Sharded weights, optimiser and gradients on the GPU while `using` is at work."""
@@ -149,7 +151,7 @@ def rl_budget(config: Config, models: Models) -> Budget:
     if models.critic:
         phases["update critic"] = update("critic")
     phases["update actor"] = update("actor")
-    bucket = hardware.weight_bucket_mb * 2**20 + memory.largest_tensor(models.student)
+    bucket = memory.weight_bucket(config, models.student) + memory.largest_tensor(models.student)
     phases["sync weights"] = states() | {"engine weights": engine.weights, "weight sync": bucket}
     return _finish(config, models, phases, engine, _rl_host(config, models, trained, world))
 
@@ -310,13 +312,18 @@ def _finish(
         if gpu is not None:
             torch_bytes = sum(size for name, size in parts.items() if not name.startswith(("engine", "retriever")))
             parts["reserve"] = fixed + memory.ALLOCATOR_SLACK * torch_bytes
+    host_capacity = hardware.host_memory_gb * 1e9 if hardware.host_memory_gb else None
     if config.retriever.host_memory_gb and is_on_this_node(config.retriever.url) and engine:
         host["retriever"] = config.retriever.host_memory_gb * 1e9
+    capacity = gpu.memory if gpu else None
+    if gpu is None and host_capacity is not None:  # ranks and what waits share one memory
+        capacity = (host_capacity - sum(host.values())) / hardware.gpus_per_node
     return Budget(
         phases=phases,
-        capacity=gpu.memory if gpu else None,
+        capacity=capacity,
+        place="GPU" if gpu else "rank and its engine",
         host=host,
-        host_capacity=hardware.host_memory_gb * 1e9 if hardware.host_memory_gb else None,
+        host_capacity=host_capacity,
         kv_tokens=engine.kv_tokens if engine else 0.0,
         kv_tokens_needed=context_length(config) if engine else 0,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dgpo.config.load import ConfigError
+from dgpo.config.methods import has_exact_teacher
 from dgpo.config.schema import Config
 from dgpo.hardware.known_gpus import KNOWN_GPUS
 
@@ -30,12 +31,13 @@ def check_training(config: Config) -> None:
     check_divides("GPUs", num_gpus, "hardware.ulysses_size", hardware.ulysses_size)
     if hardware.fsdp_size and hardware.fsdp_size < num_gpus:
         check_divides("GPUs", num_gpus, "hardware.fsdp_size", hardware.fsdp_size)
-    check_divides("train.batch_size", train.batch_size, "train.mini_batch_size", train.mini_batch_size)
-    check_divides(
-        "train.batch_size x samples_per_question", train.batch_size * train.samples_per_question, "GPUs", num_gpus
-    )
-    episodes = train.mini_batch_size * train.samples_per_question
-    check_divides("train.mini_batch_size x samples_per_question", episodes, "GPUs", num_gpus)
+    of_a_step, episodes = train.batch_size * train.samples_per_question, train.mini_batch_size
+    name = "train.batch_size" if train.samples_per_question == 1 else "train.batch_size x samples_per_question"
+    check_divides(name, of_a_step, "train.mini_batch_size", episodes)
+    check_divides(name, of_a_step, "GPUs", num_gpus)
+    check_divides("train.mini_batch_size", episodes, "GPUs", num_gpus)
+    if train.algorithm == "ppo":  # veRL cuts the critic's updates by whole questions
+        check_divides("train.mini_batch_size", episodes, "train.samples_per_question", train.samples_per_question)
     if hardware.max_tokens_per_gpu is None:
         check_divides(
             "episodes of a mini-batch per GPU",
@@ -45,8 +47,21 @@ def check_training(config: Config) -> None:
         )
     else:
         _check_longest_episode(config, hardware.max_tokens_per_gpu)
+    check_attention(config)
     if hardware.ulysses_size > 1:
         _check_ulysses(config)
+
+
+def check_attention(config: Config) -> None:
+    """Packed episodes are kept apart by flash attention alone; others would attend over each other's padding's cost."""
+    hardware = config.hardware
+    if hardware.attention != "flash_attention_2" and (hardware.remove_padding or hardware.max_tokens_per_gpu):
+        raise ConfigError(
+            f"hardware.attention={hardware.attention} with packed episodes (hardware.remove_padding="
+            f"{str(hardware.remove_padding).lower()}, hardware.max_tokens_per_gpu={hardware.max_tokens_per_gpu}): set "
+            "hardware.remove_padding=false hardware.max_tokens_per_gpu=null, and hardware.micro_batch_size to the "
+            "episodes per GPU and forward"
+        )
 
 
 def _check_longest_episode(config: Config, max_tokens: int) -> None:
@@ -63,7 +78,7 @@ def _check_ulysses(config: Config) -> None:
     size = config.hardware.ulysses_size
     if not config.hardware.remove_padding:
         raise ConfigError(f"hardware.ulysses_size={size} cuts packed sequences: set hardware.remove_padding=true")
-    if config.train.teacher_term.form == "exact" and config.train.teacher_term.gate != "none":
+    if has_exact_teacher(config):
         raise ConfigError(
             f"hardware.ulysses_size={size} with train.teacher_term.form=exact: each GPU has a part of a sequence's "
             "logits, and the term reads whole episodes; set hardware.ulysses_size=1"

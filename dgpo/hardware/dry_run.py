@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 
-from dgpo.config.load import ConfigError, changed_settings
+from dgpo.config.load import ConfigError, changed_settings, recipe_settings
 from dgpo.config.schema import Config
 from dgpo.hardware.budget import Models, find_gpu, is_on_this_node
 from dgpo.hardware.checks import check_engine, check_heads, check_training
+from dgpo.hardware.disk import DOWNLOAD, stage_disk
 from dgpo.hardware.fit import explain, nearest_fit
 from dgpo.hardware.gpu_hours import paper_gpu_hours
 from dgpo.hardware.known_gpus import GIB
+from dgpo.hardware.machine import check_machine, memory_limit
 from dgpo.hardware.placement import place
 from dgpo.hardware.report import (
     Rows,
+    Rows3,
+    experiment_table,
     facts,
     memory_facts,
     memory_table,
@@ -30,7 +34,6 @@ from dgpo.hardware.report import (
 from dgpo.hardware.stages import stage_budget, stage_models, stage_throughput
 
 WIDTH = 120
-LEAST_SHARE_OF_MEMORY = 0.95  # of what a GPU of that name has
 
 
 def print_dry_run(config: Config, stage: str, what: str, notes: Sequence[str], *, rows: int | None = None) -> None:
@@ -44,10 +47,17 @@ def print_dry_run(config: Config, stage: str, what: str, notes: Sequence[str], *
     Raises:
         ConfigError: it will not fit, with the nearest setting that does; or this machine has not these GPUs.
     """
+    config = _with_own_memory(config)
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     console.print(f"dry run: {what}", soft_wrap=True, markup=False)
     console.print("\nSettings that differ from the defaults")
     for setting in changed_settings(config):
+        console.print(f" {setting}", soft_wrap=True, markup=False)
+    recipe = recipe_settings(config, stage)
+    console.print(
+        "\nSettings on which the paper and our recommendation differ (recipe=paper|recommended)" * bool(recipe)
+    )
+    for setting in recipe:
         console.print(f" {setting}", soft_wrap=True, markup=False)
     console.print()
     for note in [*notes, *_placement_notes(config, stage)]:
@@ -62,13 +72,21 @@ def print_dry_run(config: Config, stage: str, what: str, notes: Sequence[str], *
     if budget.problem:
         fit = nearest_fit(config, stage, models, is_valid=lambda changed: _is_valid(changed, stage, models))
         raise ConfigError(explain(budget, fit))
-    _check_gpus(config)
+    check_machine(config, stage)
+
+
+def _with_own_memory(config: Config) -> Config:
+    """A copy that knows how much memory this machine has, where the plan is for it and none was named."""
+    hardware = config.hardware
+    if config.dry_run.assume or hardware.platform != "cpu" or hardware.host_memory_gb is not None:
+        return config
+    return replace(config, hardware=replace(hardware, host_memory_gb=memory_limit() / 1e9))
 
 
 def _print_plan(console: Console, config: Config, stage: str, models: Models, rows: int | None) -> None:
     hardware, gpu = config.hardware, find_gpu(config.hardware)
     budget = stage_budget(config, stage, models)
-    of = f"per GPU, GiB (of {gpu.name}, {gpu.memory / GIB:.1f} usable)" if gpu else "of a rank and its engine, GiB"
+    of = f"per GPU, GiB (of {gpu.name}, {gpu.memory / GIB:.1f} usable)" if gpu else f"of a {budget.place}, GiB"
     parts: list[tuple[str, Any]] = [
         ("Models", facts(_model_rows(stage, models))),
         ("Placement", placement_table(config, stage, models, place(config, stage))),
@@ -82,11 +100,31 @@ def _print_plan(console: Console, config: Config, stage: str, models: Models, ro
         if stage == "train":
             hours = f"{paper_gpu_hours(config) or 0:,.0f} GPU hours of H200, scaled from the authors' run"
             parts.append(("", facts([("the paper", hours)])))
+    parts.append(("The experiment, estimated", experiment_table(_experiment(config))))
+    beside = f"corpus and index of Wikipedia {DOWNLOAD / 1e9:.0f} GB, and the hub's models"
+    parts.append(("", facts([("besides", beside)])))
     for title, table in parts:
         if title:
             console.print(f"\n{title}")
         if table.row_count:
             console.print(table)
+
+
+def _experiment(config: Config) -> Rows3:
+    """(stage, hours, bytes on the disk) of every stage, and the test at the end, on this hardware."""
+    rows = []
+    for stage in (*config.stages, "test"):
+        models, _ = stage_models(_tested(config) if stage == "test" else config, stage)
+        estimate = stage_throughput(config, stage, models) if models else None
+        hours = estimate.total_hours if estimate else None
+        rows.append((stage, hours, sum(stage_disk(config, stage, models).values()) if models else 0.0))
+    return rows
+
+
+def _tested(config: Config) -> Config:
+    """The test of one model, the student's size, where none is named."""
+    models = config.test.models or {"student": config.student.path or ""}
+    return replace(config, test=replace(config.test, models=models))
 
 
 def _model_rows(stage: str, models: Models) -> Rows:
@@ -125,33 +163,3 @@ def _is_valid(config: Config, stage: str, models: Models) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _check_gpus(config: Config) -> None:
-    """That the GPUs of this machine are those of `hardware`; other nodes are not looked at."""
-    hardware, gpu = config.hardware, find_gpu(config.hardware)
-    if config.dry_run.assume or hardware.platform != "cuda":
-        return
-    there = visible_gpus()
-    if len(there) < hardware.gpus_per_node:
-        raise ConfigError(
-            f"hardware.gpus_per_node={hardware.gpus_per_node}, but nvidia-smi finds {len(there) or 'no'} GPUs on this "
-            "machine: plan for another one with dry_run.assume=h200x8 (or another hardware group), or use hardware=cpu"
-        )
-    if gpu is not None:
-        name, memory = min(there[: hardware.gpus_per_node], key=lambda found: found[1])
-        if memory < LEAST_SHARE_OF_MEMORY * gpu.memory:
-            raise ConfigError(
-                f"hardware.gpu={gpu.name} has {gpu.memory / GIB:.1f} GiB, but this machine's {name} has "
-                f"{memory / GIB:.1f}: set hardware.gpu to what it is"
-            )
-
-
-def visible_gpus() -> list[tuple[str, float]]:
-    """(name, bytes) of this machine's GPUs; none where there is no nvidia-smi."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [(name.strip(), float(mib) * 2**20) for name, _, mib in (line.partition(",") for line in lines)]

@@ -1,7 +1,7 @@
 """Shapes of the paper's models and their kin, for planning where their config.json is out of reach.
 
 From the `config.json` of each model on the hub: Qwen/Qwen2.5-{0.5B,1.5B,3B,7B,14B}, meta-llama/Llama-3.2-{1B,3B} and
-meta-llama/Llama-3.1-8B; the Instruct models have the same. tests/unit/test_shapes.py compares the parameters that
+meta-llama/Llama-3.1-8B; the Instruct models have the same. tests/unit/test_hardware.py compares the parameters that
 follow with the published counts.
 """
 

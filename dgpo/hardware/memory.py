@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dgpo.config.schema import Config
 from dgpo.hardware.known_gpus import GIB
 from dgpo.hardware.shapes import ModelShape
 
@@ -101,6 +102,14 @@ def engine_workspace(
     """vLLM's activations of its largest batch, and the float32 logits of one token per episode, twice (sampling)."""
     activations = batched_tokens * value * (3 * shape.intermediate / tensor_parallel + 4 * shape.hidden)
     return activations + 2 * FLOAT32 * num_seqs * shape.vocab
+
+
+def weight_bucket(config: Config, shape: ModelShape | None) -> float:
+    """Bytes of the buffer of a weight sync. A GPU hands a larger weight over by itself; a CPU's must fit."""
+    configured = config.hardware.weight_bucket_mb * 2**20
+    if shape is None or config.hardware.platform != "cpu":
+        return configured
+    return max(configured, 2**20 * -(-largest_tensor(shape) // 2**20))
 
 
 def largest_tensor(shape: ModelShape) -> int:

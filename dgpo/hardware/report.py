@@ -14,6 +14,7 @@ from dgpo.hardware.placement import Placement, ranges
 from dgpo.hardware.throughput import Throughput, average_episode
 
 Rows = Sequence[tuple[str, str]]
+Rows3 = Sequence[tuple[str, float | None, float]]
 
 
 def facts(rows: Rows) -> Table:
@@ -136,6 +137,20 @@ def time_facts(estimate: Throughput, num_gpus: int) -> Rows:
     if estimate.tokens_per_s:
         rows.append(("generation", f"{estimate.tokens_per_s:,.0f} tokens/s"))
     return rows
+
+
+def experiment_table(rows: Rows3) -> Table:
+    """Hours and disk of each stage, and their sums; a stage whose time is not known makes the sum a lower bound."""
+    table = _grid()
+    for column in ("stage", "time", "disk in run_dir, GB"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage, hours, size in rows:
+        table.add_row(stage, "-" if hours is None else _duration(3600 * hours), f"{size / 1e9:.1f}" if size else "")
+    table.add_section()
+    total = sum(hours or 0.0 for _, hours, _ in rows)
+    known = any(hours is not None for _, hours, _ in rows)
+    table.add_row("total", _duration(3600 * total) if known else "-", f"{sum(size for *_, size in rows) / 1e9:.1f}")
+    return table
 
 
 def _grid() -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dgpo.config.methods import algorithm_of
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
 from dgpo.hardware.budget import Budget, Models, distill_budget, play_budget, rl_budget
@@ -31,7 +32,7 @@ def stage_models(config: Config, stage: str) -> tuple[Models | None, list[str]]:
     return Models(
         student=student,
         teacher=shapes.get("teacher"),
-        critic=stage == "train" and train.algorithm == "ppo",
+        critic=stage == "train" and algorithm_of(config).critic,
         initial_policy=stage == "train" and (train.init_kl_coef > 0 or train.stability.measure_init_kl),
     ), []
 

@@ -153,7 +153,8 @@ def offload_s(config: Config, gpu: Gpu, shape: ModelShape, *, training: bool) ->
     own = shape.parameters / min(hardware.fsdp_size or world, world)
     moved = 2 * FLOAT32 * own * (3 if training else 1) / gpu.host_link
     if hardware.offload == "full" and training:
-        mini_batches = config.train.batch_size / config.train.mini_batch_size
+        train = config.train
+        mini_batches = train.batch_size * train.samples_per_question / train.mini_batch_size
         moved += mini_batches * 7 * FLOAT32 * own / CPU_ADAM_BYTES
     return moved
 

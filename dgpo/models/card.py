@@ -11,10 +11,12 @@ from typing import Any
 import yaml
 
 from dgpo.agent.protocol import SEARCH_R1_PROMPT, TEMPLATE_DATE
-from dgpo.config.schema import DEFAULT_TEACHER_COEF
+from dgpo.algorithms.advantages import ALGORITHMS
+from dgpo.algorithms.selective_kl import GATES, TEACHER_FORMS
 from dgpo.data.rows import DataError, read_rows, row_question
 from dgpo.models.licences import HUB_LICENCES, inherited, licence_of
 from dgpo.runs.artifacts import MANIFEST
+from dgpo.runs.identity import model_identity
 from dgpo.runs.summary import protocol_note, read_results
 
 PAPER = "https://arxiv.org/abs/2508.20324"
@@ -46,17 +48,25 @@ def model_card(run: Path, stage: str, manifest: Mapping[str, Any], *, name: str,
 
 
 def lineage(manifest: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The model that the first of the stages began with, and the teachers of all of them, through their manifests."""
+    """The model that the first of the stages began with, and the teachers of all of them, through their manifests.
+
+    A stage that was made again since, so that its model is no longer the one that was gone on with, is not followed.
+    """
     inputs = manifest["inputs"]
     start = inputs.get("init") or inputs.get("student") or ""
     teacher = teacher_of(manifest)
     teachers = [teacher] if teacher else []
     for folder in (Path(start), Path(start).parent):  # train writes its manifest into the model, distill beside it
         before = _manifest(folder)
-        if before.get("stage") in ("train", "distill"):
+        if before.get("stage") in ("train", "distill") and _is_still(start, manifest):
             student, earlier = lineage(before)
             return student, [*teachers, *(name for name in earlier if name not in teachers)]
     return start, teachers
+
+
+def _is_still(start: str, manifest: Mapping[str, Any]) -> bool:
+    recorded = manifest.get("settings", {}).get("weights at the start")
+    return recorded is None or recorded == model_identity(start)
 
 
 def teacher_of(manifest: Mapping[str, Any]) -> str | None:
@@ -101,12 +111,11 @@ def _method(stage: str, config: Mapping[str, Any]) -> str:
     if stage == "distill":
         return f"knowledge distillation (`{config['distill']['loss']}`) on a teacher's own correct episodes"
     train, term = config["train"], config["train"]["teacher_term"]
-    algorithm = {"ppo": "PPO", "grpo": "GRPO", "gkd": "on-policy distillation (GKD)"}[train["algorithm"]]
+    algorithm = ALGORITHMS[train["algorithm"]].title
     if term["gate"] == "none":
         return f"{algorithm} without a teacher"
-    coef = term["coef"] if term["coef"] is not None else DEFAULT_TEACHER_COEF[term["form"]]
-    gate = {"failed": "the episodes that it got wrong", "all": "every episode"}[term["gate"]]
-    return f"{algorithm} with a teacher on {gate} (form `{term['form']}`, coefficient {coef:g})"
+    coef = term["coef"] if term["coef"] is not None else TEACHER_FORMS[term["form"]].default_coef
+    return f"{algorithm} with a teacher on {GATES[term['gate']].episodes} (form `{term['form']}`, coefficient {coef:g})"
 
 
 def _facts(stage: str, manifest: Mapping[str, Any], config: Mapping[str, Any], student: str) -> dict[str, str]:
@@ -142,15 +151,15 @@ def _facts(stage: str, manifest: Mapping[str, Any], config: Mapping[str, Any], s
 
 
 def _results(run: Path, stage: str) -> str:
-    """Of this very checkpoint, from the run's test stage."""
+    """Of these very weights, from the run's test stage, whatever the folder was called that it tested."""
     try:
         results = read_results(run)
     except FileNotFoundError:
         return "Not evaluated in its run."
-    model = (run / stage / "model").resolve()
-    rows = [each for each in results["models"].values() if Path(each["checkpoint"]).resolve() == model]
+    weights = model_identity(str(run / stage / "model"))
+    rows = [each for each in results["models"].values() if each.get("weights") == weights]
     if not rows:
-        return "Not evaluated in its run."
+        return "These weights were not evaluated in their run."
     (scores, *_) = rows
     lines = ["| test set | questions | exact match | 95% interval | F1 | searches |", "|---|---|---|---|---|---|"]
     sets = {**scores["sets"], "average": {**scores["average"], "num_questions": scores["num_questions"]}}

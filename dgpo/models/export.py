@@ -15,8 +15,11 @@ from dgpo.config.model_files import check_model_folder
 from dgpo.config.schema import Config
 from dgpo.files import atomic_write_text
 from dgpo.models.card import model_card
-from dgpo.runs.artifacts import MANIFEST, RunFolderExistsError, read_manifest, write_manifest
+from dgpo.runs.artifacts import MANIFEST, read_manifest, write_manifest
 from dgpo.runs.checkpoints import writing
+from dgpo.runs.identity import model_identity
+from dgpo.runs.replacing import check_target
+from dgpo.runs.settings import check_same
 
 DTYPES = ("float32", "bfloat16", "float16")
 CARD = "README.md"
@@ -26,10 +29,11 @@ STAGES = ("distill", "train")  # that leave a model
 def export(config: Config) -> Path:
     """Writes the folder `export.out`, and pushes it where `export.push` names a repository.
 
-    What is there already is pushed as it is, so that a push that failed can be repeated.
+    What is there already, of the same weights, is pushed as it is, so that a push that failed can be repeated.
 
     Raises:
-        ConfigError: no finished stage with a model, or a setting that is not understood.
+        ConfigError: no finished stage with a model, a setting that is not understood, or `export.out` is of other
+            weights than those to be pushed.
         RunFolderExistsError: `export.out` exists, and there is nothing to push.
         ManifestError: the model was changed since it was written.
         PushError: the hub refuses, or cannot be reached.
@@ -40,11 +44,10 @@ def export(config: Config) -> Path:
     if settings.dtype is not None and settings.dtype not in DTYPES:
         raise ConfigError(f"export.dtype={settings.dtype}: expected one of {', '.join(DTYPES)}, or null to keep it")
     out = Path(settings.out)
-    if out.exists():
-        if not settings.push:
-            raise RunFolderExistsError(f"{out} exists: choose another export.out")
-        read_manifest(out, stage="export")
+    if settings.push and out.exists():
+        check_same(read_manifest(out, stage="export").get("settings") or {}, _settings(config), made=out)
     else:
+        check_target(out, key="export.out", stage="export", replace=False)
         _write(config, out)
     if settings.push:
         from dgpo.models.push import push
@@ -69,8 +72,15 @@ def _write(config: Config, out: Path) -> None:
             config={"dtype": dtype},
             counts=manifest["counts"],
             seed=manifest["seed"],
+            settings=_settings(config),
         )
     print(f"exported {model} as {out}", file=sys.stderr)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    run = Path(config.run_dir)
+    stage, _ = find_stage(run, config.export.stage)
+    return {"weights": model_identity(str(run / stage / "model")), "export.dtype": config.export.dtype}
 
 
 def find_stage(run: Path, stage: str | None) -> tuple[str, dict[str, Any]]:

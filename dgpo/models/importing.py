@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.config.load import ConfigError
-from dgpo.runs.artifacts import RunFolderExistsError, write_manifest
+from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import writing
+from dgpo.runs.replacing import check_target
 
 OPTIONS = ("checkpoint", "out", "dtype", "base", "trust_remote_code")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,8 +45,7 @@ def import_checkpoint(options: Mapping[str, str]) -> Path:
     dtype, out = options.get("dtype"), Path(options["out"])
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}, or none to keep what the weights have")
-    if out.exists():
-        raise RunFolderExistsError(f"{out} exists: choose another out")
+    check_target(out, key="out", stage="import", replace=False, inputs=[options["checkpoint"]])
     trusted = options.get("trust_remote_code", "false").lower() == "true"
     folder = find_model(Path(options["checkpoint"]))
     model, source = (

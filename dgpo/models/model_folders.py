@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.agent.protocol import STOP_STRINGS
+from dgpo.config.load import ConfigError
+from dgpo.config.model_files import safetensors_header
 from dgpo.files import atomic_write_text, share_as_umask_says
 
 GENERATION_CONFIG = "generation_config.json"
@@ -40,11 +42,17 @@ def weights_dtype(folder: Path) -> str:
 
     Not what `config.json` says: veRL writes float32 weights beside a configuration that says bfloat16, by which
     transformers would cast them.
+
+    Raises:
+        ConfigError: the file has no such header.
     """
-    with sorted(folder.glob("*.safetensors"))[0].open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    file = sorted(folder.glob("*.safetensors"))[0]
+    header = safetensors_header(file)
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    return names[next(entry["dtype"] for name, entry in header.items() if name != "__metadata__")]
+    dtype = next(iter(header[1].values()))["dtype"] if header and header[1] else None
+    if dtype not in names:
+        raise ConfigError(f"{file} has no weights of {', '.join(names.values())}: copy or save the checkpoint again")
+    return names[dtype]
 
 
 def state_dtype(folder: Path) -> None:

@@ -12,10 +12,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy._core.multiarray import _reconstruct
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 _SHARD = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")
+
+
+# What an array is made of: the state of numpy's random generator is one.
+_NUMPY_STATE: list[Any] = [_reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
 class ShardError(ValueError):
@@ -48,16 +54,13 @@ def shard_paths(folder: Path, kind: str = "model") -> list[Path]:
     return paths
 
 
-def load_shards(paths: Sequence[Path], *, weights_only: bool = True) -> list[Any]:
+def load_shards(paths: Sequence[Path]) -> list[Any]:
     """The content of the files, tensors mapped from the disk and not read yet.
-
-    Args:
-        weights_only: false for files that this run wrote itself.
 
     Raises:
         ShardError: a file is cut off, or holds more than tensors and plain values.
     """
-    return [_load(path, weights_only=weights_only) for path in paths]
+    return [_load(path) for path in paths]
 
 
 def whole_tensors(states: list[dict[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -107,9 +110,10 @@ def whole_tensor(parts: Sequence[Any]) -> torch.Tensor:
     return whole
 
 
-def _load(path: Path, *, weights_only: bool) -> Any:
+def _load(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        with torch.serialization.safe_globals(_NUMPY_STATE):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise ShardError(

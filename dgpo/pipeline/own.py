@@ -195,7 +195,7 @@ def _run_stages(stages: Stages, run: Path, common: Sequence[str]) -> None:
     model, student = stage_model(config, config.stages[-1]), config.student.path
     tests = {
         "test": [f"test.models.{BEFORE}={student}", f"test.models.{AGENT}={model}", f"test.baseline={BEFORE}"],
-        "rag": [f"test.models.{RAG}={student}", "test.rag=true", f"run_dir={run / 'rag'}"],
+        "rag": [f"test.models.{RAG}={student}", f"test.modes.{RAG}=rag", f"run_dir={run / 'rag'}"],
     }
     for name in (*config.stages, *tests):
         stage, more = ("test", tests[name]) if name in tests else (name, [])
@@ -222,7 +222,7 @@ def _asked(overrides: Sequence[str], *, rag: bool = False) -> list[str]:
     """The overrides that decide how a question is played."""
     decide = ("world=", "hardware", "episode.", "ask.", "seed=", "student.trust_remote_code")
     kept = [override for override in overrides if override.startswith(decide)]
-    return [*kept, *(["ask.rag=true"] if rag else [])]
+    return [*kept, *(["ask.mode=rag"] if rag else [])]
 
 
 def _finish(

@@ -2,39 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dgpo.config.load import load_config
 from dgpo.config.schema import Config
-from dgpo.config.stages import stage_model
-from dgpo.evaluation.paper import ROWS, TEACHERLESS
+from dgpo.config.stages import MODEL_STEPS, reported_model, stage_model
+from dgpo.evaluation.paper import BASELINES, ROWS, RULES, TEACHERLESS, UNTRAINED
 from dgpo.runs.artifacts import MANIFEST
 
 # The folder that shows a stage to be complete, below its run folder.
-RESULTS = {"collect": "collect", "distill": "distill", "train": "train/model", "test": "test"}
+RESULTS = {"collect": "collect", "distill": "distill", "train": "train/model", "test": "test", "arcap": "arcap"}
+# What a stage writes last.
+LAST_FILES = {"test": "results.json", "arcap": "arcap.json"}
+ARCAP_SETS = ("nq", "musique")  # the paper's
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One command `python -m dgpo <stage> <overrides>`."""
+    """One command `python -m dgpo <stage> <overrides>`.
 
-    name: str  # unique in a plan, also of its log: "qwen3b_05b/dgpo/train"
+    Attributes:
+        name: unique in a plan, also of its log: "qwen3b_05b/dgpo/train".
+        models: of a test, what it tests: name in the table -> checkpoint. The last step comes first.
+        mode: how they are asked, where not as agents.
+    """
+
+    name: str
     stage: str
     run_dir: Path
     overrides: tuple[str, ...]
+    models: Mapping[str, str] = field(default_factory=dict)
+    mode: str | None = None
 
     @property
     def config(self) -> Config:
-        """As the stage will see it."""
-        return load_config(self.overrides)
+        """As the stage will see it, but for models that turn out to be one."""
+        return load_config([*self.overrides, *self._tested(self.models)])
+
+    @property
+    def command(self) -> list[str]:
+        """The stage and its overrides, now that the stages before it are done."""
+        return [self.stage, *self.overrides, *self._tested(distinct(self.models).values())]
+
+    def _tested(self, names: Iterable[str]) -> list[str]:
+        names = list(dict.fromkeys(names))
+        modes = [f"test.modes.{name}={self.mode}" for name in names] if self.mode else []
+        return [*(f"test.models.{name}={self.models[name]}" for name in names), *modes]
 
     @property
     def is_done(self) -> bool:
-        """Whether its last act, the manifest (of a test: the results), is there."""
-        result = "results.json" if self.stage == "test" else MANIFEST
-        return (self.run_dir / RESULTS[self.stage] / result).exists()
+        """Whether what it writes last is there."""
+        return (self.run_dir / RESULTS[self.stage] / LAST_FILES.get(self.stage, MANIFEST)).exists()
 
     @property
     def has_begun(self) -> bool:
@@ -44,14 +65,51 @@ class PlannedStage:
 
 @dataclass
 class Plan:
-    """Stages in an order in which each finds its inputs, and the test folder of each row."""
+    """Stages in an order in which each finds its inputs, and the test of each row."""
 
     stages: list[PlannedStage] = field(default_factory=list)
-    results: dict[str, Path] = field(default_factory=dict)  # row -> run folder of its test
+    results: dict[str, PlannedStage] = field(default_factory=dict)  # row -> its test
+    runs: dict[str, Path] = field(default_factory=dict)  # row -> run folder of its training
 
     def add(self, stage: PlannedStage) -> None:
         if all(stage.name != planned.name for planned in self.stages):
             self.stages.append(stage)
+
+
+def distinct(models: Mapping[str, str]) -> dict[str, str]:
+    """Name -> the first name of the same checkpoint, by the steps that the training left beside its models."""
+    first: dict[tuple[Path, int] | str, str] = {}
+    return {name: first.setdefault(_identity(Path(path)), name) for name, path in models.items()}
+
+
+def _identity(model: Path) -> tuple[Path, int] | str:
+    """(folder of the stage, step) where the stage says which step a model is; else its path."""
+    in_models = model.parent.name == "models"
+    stage = model.parents[1] if in_models else model.parent
+    path = stage / MODEL_STEPS
+    steps = json.loads(path.read_text()) if path.exists() else {}
+    name = model.name if in_models else "model"
+    return (stage, steps[name]) if name in steps else str(model)
+
+
+def row_models(row: str, config: Config) -> dict[str, str]:
+    """The checkpoints of a row: its last step; the best on validation; what the paper reports.
+
+    The best of a cold start is by its held-out loss, which is also what later stages start from; the paper does not say
+    which epoch it reports, TAID's library keeps the best.
+    """
+    stage = config.stages[-1]
+    last, models = stage_model(config, stage), Path(config.run_dir) / stage / "models"
+    if stage == "train":
+        paper = reported_model(config, "train") if RULES.get(row, "").startswith("step_") else last
+        paper = models / RULES[row] if RULES.get(row) == "before_collapse" else paper
+        best = {f"{row}-best": models / "best"} if config.data.validation_file else {}
+        found = {row: last, **best, f"{row}-paper": paper}
+    elif config.distill.held_out_share and config.distill.loss != "distillm":
+        found = {row: models / "last", f"{row}-best": last, f"{row}-paper": last}
+    else:
+        found = {row: last}
+    return {name: str(path) for name, path in found.items()}
 
 
 def plan_table(table: str, folder: Path, shared: Path, inputs: Sequence[str], overrides: Sequence[str]) -> Plan:
@@ -67,6 +125,7 @@ def plan_table(table: str, folder: Path, shared: Path, inputs: Sequence[str], ov
         overrides: the user's, laid over everything.
     """
     plan = Plan()
+    tested = table in ("main", "ablation", "pairs")
 
     def stage(row: str, name: str, *more: str, experiment: str | None = None) -> PlannedStage:
         own = [f"experiment={experiment}"] if experiment else []
@@ -74,33 +133,48 @@ def plan_table(table: str, folder: Path, shared: Path, inputs: Sequence[str], ov
         everything = (*own, *inputs, *more, *overrides, f"run_dir={run_dir}")
         return PlannedStage(f"{run_dir.parent.name}/{row}/{name}", name, run_dir, everything)
 
-    def test(row: str, checkpoint: str | Path) -> None:
-        planned = stage(row, "test", f"test.models.{row}={checkpoint}")
-        plan.add(planned)
-        plan.results[row] = planned.run_dir
+    def test(row: str, models: Mapping[str, str]) -> None:
+        base = stage(row, "test")
+        plan.results[row] = replace(base, models=models, mode=BASELINES.get(row))
+        plan.add(plan.results[row])
 
     config = load_config([*inputs, *overrides])
     teacher = _plan_teacher(plan, config, inputs, overrides)
+    reported: dict[str, str] = {}
     for row in ROWS[table]:
-        if row in ("untrained", "teacher"):
-            test(row, teacher if row == "teacher" else config.student.path or "")
-            continue
-        settings = load_config([f"experiment={row}", *inputs, *overrides])
-        init: list[str] = []
-        for name in settings.stages:
-            if name == "collect":
-                plan.add(stage("teacher", "collect"))
-                continue
-            episodes = [f"distill.episodes={folder / 'teacher' / 'collect'}"]
-            if name == "distill" and "train" in settings.stages[settings.stages.index("distill") :]:
-                cold_start = settings.distill.loss
-                plan.add(stage(cold_start, "distill", *episodes, experiment=cold_start))
-                init = [f"train.init={folder / cold_start / 'distill' / 'model'}"]
-                continue
-            plan.add(stage(row, name, *(episodes if name == "distill" else init), experiment=row))
-        settings.run_dir = str((shared if row in TEACHERLESS else folder) / row)
-        test(row, stage_model(settings, settings.stages[-1]))
+        if row in UNTRAINED:
+            models = {row: teacher if row == "teacher" else config.student.path or ""}
+        else:
+            settings = _plan_training(plan, row, stage, folder, load_config([f"experiment={row}", *inputs, *overrides]))
+            plan.runs[row] = Path(settings.run_dir)
+            models = row_models(row, settings)
+        reported[row] = models.get(f"{row}-paper", models[row])
+        if tested:
+            test(row, models)
+    if table == "arcap":
+        sets = [name for name in ARCAP_SETS if name in config.data.test_files]
+        chosen = [f"test.sets=[{','.join(sets)}]"] if sets else []
+        base = stage("arcap", "arcap", *chosen)
+        plan.add(PlannedStage(base.name, "arcap", folder, (*base.overrides[:-1], f"run_dir={folder}"), reported))
     return plan
+
+
+def _plan_training(plan: Plan, row: str, make: Callable[..., PlannedStage], folder: Path, settings: Config) -> Config:
+    """Plans the stages of a row that is trained. Returns its settings, with its run folder."""
+    init: list[str] = []
+    for name in settings.stages:
+        if name == "collect":
+            plan.add(make("teacher", "collect"))
+            continue
+        episodes = [f"distill.episodes={folder / 'teacher' / 'collect'}"]
+        if name == "distill" and "train" in settings.stages[settings.stages.index("distill") :]:
+            cold_start = settings.distill.loss
+            plan.add(make(cold_start, "distill", *episodes, experiment=cold_start))
+            init = [f"train.init={folder / cold_start / 'distill' / 'model'}"]
+            continue
+        plan.add(make(row, name, *(episodes if name == "distill" else init), experiment=row))
+    settings.run_dir = str(make(row, settings.stages[-1]).run_dir)
+    return settings
 
 
 def _plan_teacher(plan: Plan, config: Config, inputs: Sequence[str], overrides: Sequence[str]) -> str:

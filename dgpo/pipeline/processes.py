@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dgpo.config.load import ConfigError
-from dgpo.engines.die_with_parent import die_with_parent
+from dgpo.engines.vllm_patches import die_with_parent
 from dgpo.files import atomic_write_text
 from dgpo.runs.artifacts import package_versions
 

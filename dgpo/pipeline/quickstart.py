@@ -20,6 +20,7 @@ from dgpo.files import atomic_write_text
 from dgpo.pipeline import tiny
 from dgpo.pipeline.processes import PeakMemory, Stages, python_module
 from dgpo.runs.asking import write_asking
+from dgpo.runs.replacing import check_target
 from dgpo.runs.summary import read_results
 
 
@@ -32,17 +33,21 @@ def quickstart(overrides: Sequence[str] = ()) -> Path:
     Raises:
         StageFailedError: a stage failed.
         ConfigError: an override is wrong; nothing was started.
+        RunFolderExistsError: the folder is there.
     """
     started = time.perf_counter()
     config = load_config([*tiny.OVERRIDES, *overrides])
     if not any(override.startswith("run_dir=") for override in overrides):
         config.run_dir = f"runs/quickstart-{datetime.now():%Y%m%d-%H%M%S}"
     folder = Path(config.run_dir)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: choose another run_dir")
+    check_target(folder, key="run_dir", stage="quickstart", replace=False)
     if config.dry_run:
         print(f"dry run: {folder} would hold world, indexes, teacher, {', '.join(config.stages)}, test and report")
         return folder
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:  # another quickstart was quicker
+        raise FileExistsError(f"{folder} exists: choose another run_dir") from None
     stages = Stages(folder)
     print(f"run folder: {folder}   (logs: {stages.logs})", flush=True)
     with PeakMemory() as memory:

@@ -1,13 +1,14 @@
-"""The paper's tables: plan the stages, run what is missing, and print our numbers beside the paper's.
+"""The paper's tables and figures: plan the stages, run what is missing, and print our numbers beside the paper's.
 
 python -m dgpo reproduce table=main world=tiny hardware=cpu run_dir=runs/tables
-python -m dgpo reproduce table=pairs retriever.url=http://node0:8000 data.train_file=... dry_run=true
+python -m dgpo reproduce table=pairs data=prepared retriever.url=http://node0:8000 run_dir=runs/tables dry_run=true
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,27 +18,40 @@ from rich.table import Table
 
 from dgpo.config.load import ConfigError, chosen, group_choices, load_config
 from dgpo.config.schema import Config
-from dgpo.evaluation.paper import LABELS, MAIN_PAIR, TABLES, paper_value
+from dgpo.evaluation.arcap_chart import ARCAP_FILE
+from dgpo.evaluation.paper import FIGURES, LABELS, MAIN_PAIR, RULES, TABLES, TEACHER_TIME, paper_value
 from dgpo.evaluation.records import read_records
+from dgpo.evaluation.report import write_report
 from dgpo.evaluation.scores import Score, compare
 from dgpo.files import atomic_write_text
 from dgpo.hardware.gpu_hours import gpu_hours_range
 from dgpo.pipeline import tiny
-from dgpo.pipeline.plan import Plan, plan_table
-from dgpo.pipeline.processes import Stages, check_settings, python_module
+from dgpo.pipeline.missing import missing
+from dgpo.pipeline.plan import Plan, PlannedStage, distinct, plan_table
+from dgpo.pipeline.processes import Stages, python_module
+from dgpo.pipeline.reuse import is_current
+from dgpo.runs.artifacts import package_versions
+from dgpo.runs.owner import owned
+from dgpo.runs.settings import check_same
 
 BASELINE = {"main": "kd", "ablation": "dgpo", "pairs": "kd"}  # the row that the paired differences are against
+PROTOCOL_NOTE = (
+    "The paper's numbers are of single samples at temperature 1 (Bamboogle: 124 of 125 questions); ours are {ours}. "
+    "`test.compat=upstream` measures as the paper does."
+)
 SETTINGS = "reproduce.json"
 
 
 def reproduce(overrides: Sequence[str]) -> Path | None:
-    """Runs what is missing of a table into `run_dir`; what is complete there stays.
+    """Runs what is missing of a table into `run_dir`; what is complete there, of the same models and data, stays.
 
     Returns:
-        The table as a Markdown file, or None for a dry run, which prints the plan.
+        The table as a Markdown file (figures: the last page), or None for a dry run, which prints the plan.
 
     Raises:
-        ConfigError: an override is wrong, or the folder was made with other settings; nothing was started.
+        ConfigError: an override is wrong, the folder or a stage in it was made with other settings, or, of a dry run,
+            something is missing, all of which it lists; nothing was started.
+        RunFolderExistsError: another command works in the folder.
         StageFailedError: a stage failed; the same command continues.
     """
     config = load_config(overrides)
@@ -47,23 +61,39 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
     if config.dry_run.assume:
         own = [*(o for o in own if not o.startswith("hardware=")), f"hardware={config.dry_run.assume}"]
     if config.dry_run:
-        for pair in pairs:
-            inputs = ["student.path=student", "teacher.path=teacher"] if pair == "tiny" else [f"pair={pair}"]
-            _print_plan(pair, _plan(pair, folder, config, inputs, own))
+        _dry_run(pairs, folder, config, own)
         return None
-    check_settings(folder / SETTINGS, {"overrides": sorted(own)})  # rows of other settings would not be one table
-    stages = Stages(folder)
-    plans: dict[str, Plan] = {}
+    with owned(folder / "reproduce"):
+        _check_settings(folder, own)
+        stages = Stages(folder)
+        plans: dict[str, Plan] = {}
+        for pair in pairs:
+            with _inputs(pair, stages, folder, config) as inputs:
+                plan = plans[pair] = _plan(pair, folder, config, inputs, own)
+                _print_plan(pair, plan)
+                for stage in plan.stages:
+                    if not (stage.is_done and is_current(stage)):
+                        resume = ["resume=true"] if stage.has_begun else []
+                        stages.run(**{stage.name: [*python_module("dgpo"), *stage.command, *resume]})
+        return _write(folder, config.table, plans)
+
+
+def _dry_run(pairs: Sequence[str], folder: Path, config: Config, own: Sequence[str]) -> None:
+    """Prints the plans, then once what is missing; the tiny world makes its own inputs."""
+    faults, notes = [], []
     for pair in pairs:
-        with _inputs(pair, stages, folder, config) as inputs:
-            plan = plans[pair] = _plan(pair, folder, config, inputs, own)
-            _print_plan(pair, plan)
-            for stage in plan.stages:
-                if not stage.is_done:
-                    resume = ["resume=true"] if stage.has_begun else []
-                    command = [*python_module("dgpo"), stage.stage, *stage.overrides, *resume]
-                    stages.run(**{stage.name: command})
-    return _write_table(folder, config.table, plans)
+        inputs = ["student.path=student", "teacher.path=teacher"] if pair == "tiny" else [f"pair={pair}"]
+        plan = _plan(pair, folder, config, inputs, own)
+        _print_plan(pair, plan)
+        if pair != "tiny":
+            found = missing(load_config([*inputs, *own, "dry_run=true"]), plan)
+            faults += found[0]
+            notes += found[1]
+    for name, lines in (("note", dict.fromkeys(notes)), ("missing", dict.fromkeys(faults))):
+        for line in lines:
+            print(f"{name}: {line}")
+    if faults:
+        raise ConfigError(f"{len(dict.fromkeys(faults))} things are missing, listed above; nothing was started")
 
 
 def _plan(pair: str, folder: Path, config: Config, inputs: Sequence[str], own: Sequence[str]) -> Plan:
@@ -83,6 +113,20 @@ def _pairs(config: Config, overrides: Sequence[str]) -> list[str]:
             raise ConfigError("table=pairs with world=tiny: the tiny world has one pair; take table=main or ablation")
         return ["tiny"]
     return group_choices("pair") if config.table == "pairs" else [chosen("pair", overrides) or MAIN_PAIR]
+
+
+def _check_settings(folder: Path, own: Sequence[str]) -> None:
+    """One folder, one set of overrides: rows made under different settings would not be one table."""
+    path = folder / SETTINGS
+    now = {"overrides": sorted(own), "versions": package_versions()}
+    if path.exists():
+        before, present = (
+            dict(override.partition("=")[::2] for override in overrides)
+            for overrides in (json.loads(path.read_text())["overrides"], own)
+        )
+        check_same(before, present, made=folder)
+        return
+    atomic_write_text(path, json.dumps(now, indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -113,32 +157,77 @@ def _print_plan(pair: str, plan: Plan) -> None:
     Console(width=_width()).print(table)
 
 
+def _write(folder: Path, table: str, plans: Mapping[str, Plan]) -> Path:
+    if table == "figures":
+        return [_write_figure(folder, pair, plan, number) for pair, plan in plans.items() for number in FIGURES][-1]
+    if table == "arcap":
+        return next(iter(plans.values())).stages[-1].run_dir / ARCAP_FILE  # the stage itself printed it
+    return _write_teacher_time(folder, plans) if table == "teacher_time" else _write_table(folder, table, plans)
+
+
+def _write_figure(folder: Path, pair: str, plan: Plan, number: str) -> Path:
+    """The curves of a figure's runs on one page."""
+    first, *others = (plan.runs[row] for row in FIGURES[number])
+    path = folder / f"figure_{number}_{pair}.html"
+    shutil.move(write_report(first, others), path)
+    print(f"figure {number}, curves of {', '.join(FIGURES[number])}: {path}")
+    return path
+
+
+def _write_teacher_time(folder: Path, plans: Mapping[str, Plan]) -> Path:
+    """What the teacher adds to a step, by the steps' own timings, beside the paper's share of the whole training."""
+    lines = ["| run | steps | a step, s | of that the teacher, s | adds | paper |", "|---|---|---|---|---|---|"]
+    for pair, plan in plans.items():
+        for row, run in plan.runs.items():
+            records = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+            step = sum(record["timing_s/step"] for record in records) / len(records)
+            teacher = sum(record.get("timing_s/teacher", 0.0) for record in records) / len(records)
+            paper = "-" if pair == "tiny" else f"{TEACHER_TIME:.1%}"
+            added = f"{teacher / (step - teacher):.1%}"
+            lines.append(f"| {pair} {LABELS[row]} | {len(records)} | {step:.1f} | {teacher:.2f} | {added} | {paper} |")
+    text = "\n".join(lines) + "\n"
+    atomic_write_text(folder / "table_teacher_time.md", text)
+    print(text)
+    return folder / "table_teacher_time.md"
+
+
 def collect_rows(plans: Mapping[str, Plan], *, baseline: str) -> list[dict[str, Any]]:
-    """One record per row: our numbers from its test folder, the paper's, and the paired difference to the baseline."""
+    """One record per row: `last`, `best` and `paper`, its checkpoints by their rules, in their numbers.
+
+    A checkpoint that a row does not have is None; one that is the same as an earlier one was tested once.
+    """
     rows = []
     for pair, plan in plans.items():
-        scores = {row: _scores(folder, row) for row, folder in plan.results.items()}
-        for row, folder in plan.results.items():
-            model = json.loads((folder / "test" / "results.json").read_text())["models"][row]
-            difference = compare(scores[row], scores[baseline])["average"] if row != baseline else None
-            rows.append(
-                {
-                    "pair": pair,
-                    "row": row,
-                    "sets": {name: values["em"] for name, values in model["sets"].items()},
-                    "average": model["average"]["em"],
-                    "average_ci95": model["average"]["em_ci95"],
-                    "num_questions": model["num_questions"],
-                    "difference_to_baseline": difference,
-                    "num_searches": model["average"]["num_searches"],
-                    "answered": model["average"]["answered"],
-                }
-            )
+        baseline_scores = _scores(plan.results[baseline], baseline)
+        for row, test in plan.results.items():
+            results = json.loads((test.run_dir / "test" / "results.json").read_text())
+            tested = distinct(test.models)
+            numbers = {"last": row, "best": f"{row}-best", "paper": f"{row}-paper"}
+            record: dict[str, Any] = {"pair": pair, "row": row, "rule": RULES.get(row, "last")}
+            for column, name in numbers.items():
+                if name in tested:
+                    shown = _numbers(results["models"][tested[name]])
+                    scores = _scores(test, tested[name])
+                    record[column] = {**shown, "difference": compare(scores, baseline_scores)["average"]}
+            record["temperature"], record["protocol"] = results["temperature"], results["protocol"]
+            rows.append({"best": None, "paper": None, **record})
     return rows
 
 
-def _scores(folder: Path, row: str) -> list[Score]:
-    return read_records(folder / "test" / row / "scores.jsonl")
+def _numbers(model: Mapping[str, Any]) -> dict[str, Any]:
+    average = model["average"]
+    return {
+        "sets": {name: values["em"] for name, values in model["sets"].items()},
+        "average": average["em"],
+        "ci95": average["em_ci95"],
+        "num_questions": model["num_questions"],
+        "num_searches": average["num_searches"],
+        "answered": average["answered"],
+    }
+
+
+def _scores(test: PlannedStage, name: str) -> list[Score]:
+    return read_records(test.run_dir / "test" / name / "scores.jsonl")
 
 
 def _write_table(folder: Path, name: str, plans: Mapping[str, Plan]) -> Path:
@@ -153,24 +242,57 @@ def _write_table(folder: Path, name: str, plans: Mapping[str, Plan]) -> Path:
 
 
 def render_markdown(rows: Sequence[Mapping[str, Any]], *, baseline: str) -> str:
-    """A Markdown table: exact match by set as `ours (paper)`, the average with its interval, the paired difference."""
-    sets = list(rows[0]["sets"])
+    """Two Markdown tables: every row's last step and its best on validation; what the paper reports, beside the paper.
+
+    Differences are of the last steps, paired by question.
+    """
+    ours = _render_ours(rows, baseline=baseline)
+    beside = _render_beside(rows)
+    if not beside:
+        return ours
+    temperatures = {row["temperature"] for row in rows}
+    how = "greedy" if temperatures == {0.0} else "of temperature " + ", ".join(f"{t:g}" for t in sorted(temperatures))
+    upstream = all(row["protocol"] != "ours" for row in rows)
+    note = "Both by the protocol of the authors' release." if upstream else PROTOCOL_NOTE.format(ours=how)
+    return f"{ours}\nThe checkpoint that the paper reports (`rule`), as ours (paper's). {note}\n\n{beside}"
+
+
+def _render_ours(rows: Sequence[Mapping[str, Any]], *, baseline: str) -> str:
     many_pairs = len({row["pair"] for row in rows}) > 1
-    head = [*(["pair"] if many_pairs else []), "row", *(sets if len(sets) > 1 else []), "EM", "95% interval"]
-    head += [f"against {baseline}", "searches", "answered", "paper"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    head = [*(["pair"] if many_pairs else []), "row", "EM, last step", "95% interval", "EM, best on validation"]
+    head += ["95% interval", f"last against {baseline}", "searches", "answered"]
+    lines = [_line(head), "|" + "---|" * len(head)]
     for row in rows:
+        last, best = row["last"], row["best"]
         cells = [row["pair"]] if many_pairs else []
-        cells.append(LABELS[row["row"]])
-        if len(sets) > 1:
-            cells += [_beside(row["sets"][each], paper_value(row["pair"], row["row"], each)) for each in sets]
-        cells += [f"{row['average']:.3f}", _interval(row["average_ci95"])]
-        difference = row["difference_to_baseline"]
-        cells.append("" if difference is None else f"{difference[0]:+.3f} {_interval(difference[1:])}")
-        paper = paper_value(MAIN_PAIR if row["pair"] == "tiny" else row["pair"], row["row"], "average")
-        cells += [f"{row['num_searches']:.2f}", f"{row['answered']:.0%}", "-" if paper is None else f"{paper:.3f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells += [LABELS[row["row"]], f"{last['average']:.3f}", _interval(last["ci95"])]
+        cells += [f"{best['average']:.3f}", _interval(best["ci95"])] if best else ["-", "-"]
+        difference = last["difference"]
+        cells.append("" if row["row"] == baseline else f"{difference[0]:+.3f} {_interval(difference[1:])}")
+        lines.append(_line([*cells, f"{last['num_searches']:.2f}", f"{last['answered']:.0%}"]))
     return "\n".join(lines) + "\n"
+
+
+def _render_beside(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Empty where no pair of the rows is the paper's."""
+    lines = []
+    sets = list(rows[0]["last"]["sets"])
+    for row in rows:
+        paper = {each: paper_value(row["pair"], row["row"], each) for each in (*sets, "average")}
+        if paper["average"] is None:
+            continue
+        own = row["paper"] or row["last"]
+        values = {**own["sets"], "average": own["average"]}
+        cells = [row["pair"], LABELS[row["row"]], row["rule"]]
+        lines.append(_line([*cells, *(_beside(values[each], paper[each]) for each in paper)]))
+    if not lines:
+        return ""
+    head = ["pair", "row", "rule", *sets, "average"]
+    return "\n".join([_line(head), "|" + "---|" * len(head), *lines]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _beside(ours: float, paper: float | None) -> str:

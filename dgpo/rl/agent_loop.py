@@ -36,14 +36,8 @@ class RolloutPolicy:
     async def generate(
         self, token_ids: list[int], *, max_tokens: int, stop: Sequence[str], seed: int | None, request_id: str
     ) -> Generation:
-        params = dict(
-            self.sampling_params,
-            max_tokens=max_tokens,
-            stop=list(stop),
-            include_stop_str_in_output=True,
-            detokenize=True,
-            seed=seed,
-        )
+        # `BoundServer` makes the rest of the turn's sampling parameters, with the engine's tokenizer.
+        params = {**self.sampling_params, "max_tokens": max_tokens, "stop": list(stop), "seed": seed}
         started = time.time()
         output = await self.server.generate(request_id=request_id, prompt_ids=token_ids, sampling_params=params)
         self.spans.append(("generate", started, time.time()))
@@ -64,8 +58,8 @@ class Surroundings:
     Args:
         settings: JSON, from `dgpo.rl.verl_config`: the fields of `EpisodeConfig` and `RetrieverConfig` as `episode`
             and `retriever`; `reward`, the name of a reward function, or null for exact match; `seed`, the run's: a turn
-            samples with a seed derived from (seed, step, episode, session, turn); `concurrency`, the episodes in
-            flight in this worker, or null for no bound.
+            samples with a seed derived from (seed, step, row of the batch, session, turn), or, without `request_seeds`,
+            with whatever the engine draws; `concurrency`, the episodes in flight in this worker, or null for no bound.
     """
 
     def __init__(self, settings: str) -> None:
@@ -74,7 +68,7 @@ class Surroundings:
         self.limits = EpisodeLimits(**values["episode"])
         self.search = make_search(RetrieverConfig(**values["retriever"]))
         self.reward = load_reward(values["reward"]) if values["reward"] else None
-        self.seed: int = values["seed"]
+        self.seed: int | None = values["seed"] if values["request_seeds"] else None
         self.slots = asyncio.Semaphore(values["concurrency"] or 1_000_000)
 
 
@@ -129,9 +123,7 @@ class SearchAgentLoop(AgentLoopBase):
                 tokenizer=self.tokenizer,
                 limits=shared.limits,
                 corpus=info.get("corpus"),
-                seed=derive_seed(
-                    shared.seed, row["global_steps"], info.get("id", info.get("index")), row["session_id"]
-                ),
+                seed=None if shared.seed is None else _episode_seed(shared.seed, row),
             )
         golds = list(row["reward_model"]["ground_truth"]["target"])
         started = time.time()
@@ -191,3 +183,8 @@ class SearchAgentLoop(AgentLoopBase):
                 "tool_rewards": [],
             },
         )
+
+
+def _episode_seed(seed: int, row: Mapping[str, Any]) -> int:
+    """By the row's place in its batch, and not by what its file calls it: ids may be absent, or equal."""
+    return derive_seed(seed, row["global_steps"], row["uid"], row["session_id"])

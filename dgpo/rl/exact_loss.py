@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +25,13 @@ class ExactTeacherLoss:
     not, as that of PPO's loss does: so the term fades as failures do, and micro-batching does not change it.
 
     Args:
-        base_loss: PPO's loss.
+        base_loss: PPO's loss, a partial with veRL's `config`.
         teacher: a frozen veRL engine, in this process, with the student's vocabulary.
         coef: weight of the term.
         chunk_tokens: tokens whose teacher logits exist at once.
     """
 
-    def __init__(self, base_loss: Callable[..., Any], *, teacher: Any, coef: float, chunk_tokens: int) -> None:
+    def __init__(self, base_loss: partial[Any], *, teacher: Any, coef: float, chunk_tokens: int) -> None:
         self.base_loss = base_loss
         self.teacher = teacher
         self.coef = coef
@@ -47,6 +47,7 @@ class ExactTeacherLoss:
     ) -> Any:
         if student_logits is not None:
             return {KL_KEY: self.token_kl(student_logits[0], data)[None]}
+        assert model_output is not None
         loss, metrics = self.base_loss(model_output=model_output, data=data, dp_group=dp_group)
         kl = no_padding_2_padding(model_output[KL_KEY], data)  # [B, T]
         padded = data.select("response_mask", "teacher_gate").to_padded_tensor()

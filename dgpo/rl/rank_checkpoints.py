@@ -20,6 +20,17 @@ from dgpo.runs.checkpoints import FileEntries, file_entries
 _RANK = re.compile(r"_rank_(\d+)\.pt$")
 
 
+def _check_content(folder: Path, rank: int) -> None:
+    """Whoever can write to a run's folder must not run code in it: veRL would unpickle whatever the files hold.
+
+    Raises:
+        ShardError: a file holds more than tensors and plain values.
+    """
+    for kind in ("model", "optim", "extra_state"):
+        paths = shard_paths(folder, kind)
+        load_shards([paths[min(rank, len(paths) - 1)]])
+
+
 def own_entries(folder: str, *, rank: int) -> FileEntries:
     """Of the files that a rank wrote: its shards, and on rank 0 what all share.
 
@@ -31,8 +42,13 @@ def own_entries(folder: str, *, rank: int) -> FileEntries:
 
 
 def load_rank(engine: Any, folder: str) -> None:
-    """Loads this rank's part of model, optimiser, scheduler and random state into veRL's FSDP engine."""
+    """Loads this rank's part of model, optimiser, scheduler and random state into veRL's FSDP engine.
+
+    Raises:
+        ShardError: the checkpoint is incomplete, or holds what must not be unpickled.
+    """
     manager = engine.checkpoint_manager
+    _check_content(Path(folder), manager.rank)
     if saved_world_sizes(Path(folder)) != [manager.world_size]:
         engine.checkpoint_manager = _Resharding(manager)
     try:
@@ -77,7 +93,7 @@ class _Resharding:
     def _load_extra(self, folder: Path) -> None:
         paths = shard_paths(folder, "extra_state")
         # Random state beyond the ranks that there were is no one's; nothing of an update is drawn from it.
-        (extra,) = load_shards([paths[min(self.manager.rank, len(paths) - 1)]], weights_only=False)
+        (extra,) = load_shards([paths[min(self.manager.rank, len(paths) - 1)]])
         self.manager.load_rng_state(extra["rng"])
         if extra["lr_scheduler"] is not None and self.manager.lr_scheduler is not None:
             self.manager.lr_scheduler.load_state_dict(extra["lr_scheduler"])

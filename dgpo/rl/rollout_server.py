@@ -18,13 +18,19 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from dgpo.engines.engine_process import bind_engine_cores, run_in_process
+from dgpo.engines.turn_sampling import sampling_arguments
+from dgpo.engines.vllm_patches import bind_engine_cores, run_in_process
+from dgpo.rl.weight_sync import tag_receiver
 
 POLL_S = 0.5
 TAKE_WEIGHTS = "update_weights_from_ipc"  # of veRL's worker extension
 
 
 class BoundServer(vLLMHttpServer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        tag_receiver()
+
     async def run_server(self, args: argparse.Namespace) -> None:
         bind_engine_cores()
         if args.distributed_executor_backend == "uni":
@@ -38,10 +44,22 @@ class BoundServer(vLLMHttpServer):
         print("vLLM's engine process died; its server ends", file=sys.stderr, flush=True)
         os._exit(1)
 
-    async def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """veRL's; a request that finds the engine dead is sooner than the next look."""
+    async def generate(
+        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **others: Any
+    ) -> Any:
+        """veRL's, sampled as every turn of an episode is; a request that finds the engine dead is sooner than the next
+        look.
+
+        Args:
+            sampling_params: veRL's own, with the turn's `max_tokens`, `stop` and `seed`.
+        """
+        wanted = sampling_params["logprobs"]
+        turn = {name: sampling_params[name] for name in ("temperature", "max_tokens", "stop", "seed")}
+        arguments = sampling_arguments(self.engine.get_tokenizer(), **turn, log_probs=wanted)
         try:
-            return await super().generate(*args, **kwargs)
+            return await super().generate(
+                prompt_ids, {**sampling_params, **arguments, "logprobs": wanted}, request_id, **others
+            )
         except EngineDeadError:
             traceback.print_exc()
             os._exit(1)

@@ -1,16 +1,18 @@
-"""The process that drives veRL's trainer. The command that starts it imports neither veRL nor torch."""
+"""The process that drives the trainer. The command that starts it imports neither veRL nor torch."""
 
 from __future__ import annotations
 
 import gc
 import threading
 from pathlib import Path
+from typing import Any
 
 from dgpo.config.schema import Config
+from dgpo.rl.settings import TrainerSettings, trainer_settings
 
 
 class TaskRunner:
-    """A Ray actor: makes veRL's configuration, and runs veRL's own task runner with our trainer."""
+    """A Ray actor: makes veRL's configuration, and runs our trainer as veRL's `TaskRunnerV1` runs its own."""
 
     def run(self, config: Config, folder: Path, checkpoint: Path | None) -> None:
         """Trains to the end.
@@ -34,28 +36,58 @@ class TaskRunner:
         import dgpo.rl.rollout_server  # noqa: F401  registers the server
         from dgpo.runs.watchdog import Watchdog, run_watched
 
-        trainer = self.register_trainer()
+        trainer_class = self.trainer_class()
         gc.freeze()
         gc.enable()
         store.join()
-        from verl.trainer import main_ppo
-        from verl.trainer.ppo.utils import need_critic, need_reference_policy
-        from verl.utils.config import validate_config
+        settings = trainer_settings(config, folder)
+        watchdog = Watchdog(settings.limits)
+        run_watched(lambda: _train(trainer_class, verl, settings, watchdog), watchdog)
 
-        validate_config(config=verl, use_reference_policy=need_reference_policy(verl), use_critic=need_critic(verl))
-        trainer.watchdog = watchdog = Watchdog(dict(verl.actor_rollout_ref.teacher.phase_limits))
-        runner = main_ppo.TaskRunnerV1.__ray_metadata__.modified_class()
-        run_watched(lambda: runner.run(verl), watchdog)
-
-    def register_trainer(self) -> type:
-        """The trainer that veRL is to find by `TRAINER_NAME`."""
-        from dgpo.rl.trainer import DGPOTrainer
+    def trainer_class(self) -> type:
+        from dgpo.rl.loop import DGPOTrainer
 
         return DGPOTrainer
 
 
-def _start_episode_store(settings: object) -> None:
-    """veRL starts it again, which does nothing where it runs already. An error comes back there."""
+def _train(trainer_class: type, verl: Any, settings: TrainerSettings, watchdog: Any) -> None:
+    """One life of the trainer; its loggers and the episode store end with it."""
+    from pprint import pprint
+
+    import transfer_queue
+    from omegaconf import OmegaConf
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.trainer.ppo.v1 import AgentLoopManagerTQ
+    from verl.utils.config import validate_config
+    from verl.utils.logging_utils import configure_verl_logging
+
+    validate_config(config=verl, use_reference_policy=need_reference_policy(verl), use_critic=need_critic(verl))
+    configure_verl_logging()
+    pprint(OmegaConf.to_container(verl, resolve=True))
+    OmegaConf.resolve(verl)
+    transfer_queue.init(verl.transfer_queue)  # runs already, or fails as it did in its thread
+    trainer, succeeded = None, False
+    try:
+        trainer = trainer_class(verl, settings, watchdog)
+        trainer.init()
+        episodes = AgentLoopManagerTQ.create(
+            config=verl,
+            llm_client=trainer.get_llm_client(),
+            teacher_client=trainer.get_teacher_client(),
+            reward_loop_worker_handles=trainer.get_reward_handles(),
+        )
+        trainer.fit(episodes)
+        succeeded = True
+    finally:
+        try:
+            if hasattr(trainer, "logger"):
+                trainer.logger.finish(exit_code=0 if succeeded else 1)
+        finally:
+            transfer_queue.close()
+
+
+def _start_episode_store(settings: Any) -> None:
+    """Ahead of `_train`, which does so again."""
     import transfer_queue
 
     transfer_queue.init(settings)

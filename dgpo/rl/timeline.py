@@ -29,21 +29,6 @@ class Span:
     end: float
 
 
-class PhaseTimes(dict[str, float]):
-    """veRL's seconds per phase. It adds to a phase when that ends: so the span of the phase is known too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spans: list[tuple[str, float, float]] = []
-
-    def __setitem__(self, name: str, seconds: float) -> None:
-        added = seconds - self.get(name, 0.0)
-        if added > 0:
-            now = time.time()
-            self.spans.append((name, now - added, now))
-        super().__setitem__(name, seconds)
-
-
 class TimedSearch:
     """A search whose spans are kept, those of failed searches too."""
 

@@ -7,25 +7,30 @@ python -m dgpo train world=tiny hardware=cpu dry_run=true ...
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dgpo.checks import check_train
 from dgpo.config.load import to_yaml
-from dgpo.config.schema import Config
+from dgpo.config.schema import Config, HardwareConfig
 from dgpo.config.stages import initial_model, with_absolute_paths
+from dgpo.data.rows import read_rows
 from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
-from dgpo.models.model_folders import state_dtype, write_generation_config
-from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest, write_manifest
+from dgpo.rl.exports import export_models
+from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest
 from dgpo.runs.checkpoints import checkpoint_steps, newest_whole, read_seal, set_aside_later
 from dgpo.runs.faults import forget_failure, told_by_name, write_failure
+from dgpo.runs.identity import file_identity, model_identity, retriever_identity
+from dgpo.runs.owner import owned
 from dgpo.runs.processes import end_processes, mark, mark_processes
-from dgpo.runs.rollback import CHECKPOINT, EVENTS, TRACKER, after_rollbacks, num_rollbacks, roll_back
-from dgpo.runs.shared_memory import remove_abandoned_segments
+from dgpo.runs.remains import remove_remains
+from dgpo.runs.replacing import check_target
+from dgpo.runs.rollback import CHECKPOINT, EVENTS, after_rollbacks, roll_back
+from dgpo.runs.settings import fixed_settings, record_or_check
 from dgpo.runs.stopping import filed_on_request
 from dgpo.runs.stops import CollapseError, FaultError, RunStoppedError
 
@@ -36,7 +41,6 @@ VERL_ENVIRONMENT = {
     for name, value in {
         "NCCL_DEBUG": "WARN",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true",
-        "VLLM_DISABLE_COMPILE_CACHE": "1",  # it has been found corrupt (vllm issue 31199)
         "TRANSFER_QUEUE_ENABLE": "1",
     }.items()
 }
@@ -54,7 +58,8 @@ def train(config: Config) -> Path | None:
         The folder of the final Hugging Face checkpoint, or None for a dry run.
 
     Raises:
-        ConfigError: from the checks, before Ray starts.
+        ConfigError: from the checks, before Ray starts; or `resume=true` under other settings.
+        RunFolderExistsError: another command works in the folder.
         TrainingFailedError: the run stopped; it can be resumed from its last checkpoint.
         StoppedOnRequestError: on a signal (`dgpo.runs.stopping`); the step in progress was finished and saved.
     """
@@ -63,10 +68,31 @@ def train(config: Config) -> Path | None:
         print_dry_run(config, "train", _plan(config), notes)
         return None
     folder = Path(config.run_dir) / "train"
+    with owned(folder):
+        return _train(config, folder)
+
+
+def train_settings(config: Config) -> dict[str, Any]:
+    """What a run of RL depends on. Changes of `MAY_CHANGE` apart, it is continued under no others."""
+    alone = config.train.teacher_term.gate == "none"
+    questions = config.data.train_file or ""
+    return {
+        **fixed_settings(config, "episode", "train", "hardware.dtype", "hardware.engine.dtype", "hardware.verl"),
+        "weights at the start": model_identity(initial_model(config, "train")[1]),
+        "weights of the teacher": None if alone else model_identity(config.teacher.path or ""),
+        "data.train_file": file_identity(questions),
+        "retriever": retriever_identity(config.retriever, read_rows(questions)),
+    }
+
+
+def _train(config: Config, folder: Path) -> Path:
+    settings = train_settings(config)
+    prepare_run_folder(folder, resume=config.resume)
+    record_or_check(folder, settings)
     if config.resume and _is_finished(folder / "model", config):
         print(f"train: {folder} is finished already; to repeat it, delete the folder", file=sys.stderr)
         return folder / "model"
-    prepare_run_folder(folder, resume=config.resume)
+    check_target(folder / "model", key="run_dir", stage="train", replace=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     export_environment(config.hardware)
     ray_cluster.use_token(folder)
@@ -75,7 +101,7 @@ def train(config: Config) -> Path | None:
     forget_failure(folder)
     try:
         _run_with_restarts(config, folder)
-        return _export(config, folder)
+        return export_models(config, folder, settings)
     except TrainingFailedError as error:
         write_failure(folder, error)
         raise
@@ -84,7 +110,7 @@ def train(config: Config) -> Path | None:
 def _clear_remains(folder: Path) -> None:
     """What a run in this folder that has ended, or was killed, left behind on this machine."""
     end_processes(folder, grace_s=EXIT_GRACE_S)
-    remove_abandoned_segments()
+    remove_remains()
 
 
 def _plan(config: Config) -> str:
@@ -148,7 +174,14 @@ def _run_verl(config: Config, folder: Path) -> None:
 
     checkpoint = _start(folder.resolve() / "checkpoints", config)
     try:
-        ray_cluster.connect(config.hardware, token_folder=folder, environment={**VERL_ENVIRONMENT, **mark(folder)})
+        environment = {
+            **VERL_ENVIRONMENT,
+            **own_critic(config.hardware),
+            **_logger_folders(folder.resolve()),
+            **mark(folder),
+        }
+        ray_cluster.connect(config.hardware, token_folder=folder, environment=environment)
+        ray_cluster.claim()
         with told_by_name(folder), filed_on_request(folder):  # after Ray's start, which sets a handler of its own
             # With the driver: where another node is lost, the trainer is there to say so.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
@@ -157,6 +190,21 @@ def _run_verl(config: Config, folder: Path) -> None:
     finally:
         ray.shutdown()
         _clear_remains(folder)
+
+
+def _logger_folders(folder: Path) -> dict[str, str]:
+    """Where veRL's loggers write, unless the shell says otherwise: theirs are shared by runs whose names are equal."""
+    folders = {"TENSORBOARD_DIR": folder / "tensorboard", "WANDB_DIR": folder}
+    return {name: os.environ.get(name, str(place)) for name, place in folders.items()}
+
+
+def own_critic(hardware: HardwareConfig) -> dict[str, str]:
+    """The plugin that keeps veRL from giving the critic flash attention, where another one was asked for.
+
+    A platform's own plugin, in `hardware.env`, has it already.
+    """
+    asks = hardware.attention != "flash_attention_2"
+    return {"VERL_USE_EXTERNAL_MODULES": "dgpo.platforms.critic"} if asks else {}
 
 
 def _start(checkpoints: Path, config: Config) -> Path | None:
@@ -172,27 +220,3 @@ def _start(checkpoints: Path, config: Config) -> Path | None:
     others = "" if wrote == now else f", which {wrote} GPUs wrote, on {now}"
     print(f"train: continues from {checkpoint}{others}", file=sys.stderr, flush=True)
     return checkpoint
-
-
-def _export(config: Config, folder: Path) -> Path:
-    """The last checkpoint as `train/model`: a Hugging Face folder whose generation config carries the stop strings."""
-    checkpoints = folder / "checkpoints"
-    step = int((checkpoints / TRACKER).read_text())
-    target = folder / "model"
-    temporary = folder / "model.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoints / f"{CHECKPOINT}{step}" / "actor" / "huggingface", temporary)
-    state_dtype(temporary)
-    write_generation_config(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    write_manifest(
-        target,
-        stage="train",
-        inputs={"init": initial_model(config, "train")[1], "teacher": config.teacher.path},
-        config=to_yaml(config),
-        counts={"steps": step, "rollbacks": num_rollbacks(folder)},
-        seed=config.seed,
-    )
-    print(f"checkpoint after step {step}: {target}", file=sys.stderr)
-    return target

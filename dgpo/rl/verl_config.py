@@ -11,12 +11,15 @@ import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dgpo.config.schema import DEFAULT_TEACHER_COEF, Config, PhaseLimitsConfig
+from dgpo.config.methods import algorithm_of, has_exact_teacher
+from dgpo.config.schema import Config, TrainConfig
 from dgpo.config.stages import initial_model
-from dgpo.runs.rollback import num_rollbacks, num_to_keep
+from dgpo.hardware.memory import weight_bucket
+from dgpo.hardware.shapes import ModelShape, find_shape
+from dgpo.rl.settings import teacher_settings
 
-TRAINER_NAME = "dgpo"
 AGENT_NAME = "search_agent"
+NO_DUAL_CLIP = 1e9  # veRL always caps the ratio; its own clamp, exp(20), is below this
 
 
 def to_verl(config: Config, folder: Path, checkpoint: Path | None = None) -> DictConfig:
@@ -42,7 +45,7 @@ def to_verl(config: Config, folder: Path, checkpoint: Path | None = None) -> Dic
     with open_dict(verl):
         for key, value in values.items():
             OmegaConf.update(verl, key, value, force_add=True)
-        verl.actor_rollout_ref.teacher = _teacher(config)
+        verl.actor_rollout_ref.teacher = asdict(teacher_settings(config))  # of our worker; veRL reads nothing of it
     return verl
 
 
@@ -52,6 +55,7 @@ def _write_agent_loop(config: Config, folder: Path) -> str:
         "retriever": asdict(config.retriever),
         "reward": config.train.reward,
         "seed": config.seed,
+        "request_seeds": has_request_seeds(config),
         "concurrency": config.train.generation_concurrency,
     }
     # As one text: veRL makes the agent loop from this entry for every episode, and Hydra copies each node of it.
@@ -63,6 +67,12 @@ def _write_agent_loop(config: Config, folder: Path) -> str:
     path = folder / "agent_loop.yaml"
     path.write_text(yaml.safe_dump([entry], sort_keys=False))
     return str(path.resolve())
+
+
+def has_request_seeds(config: Config) -> bool:
+    """Whether every turn draws from a seed of its own: `train.request_seeds`, or, where it is null, on CPUs only."""
+    asked = config.train.request_seeds
+    return config.hardware.platform == "cpu" if asked is None else asked
 
 
 def _data(config: Config) -> dict[str, Any]:
@@ -119,13 +129,17 @@ def _rollout(config: Config, agent_loop_path: str) -> dict[str, Any]:
         "agent.agent_loop_config_path": agent_loop_path,
         "free_cache_engine": engine.sleep,
         "enable_sleep_mode": engine.sleep,
-        "checkpoint_engine.update_weights_bucket_megabytes": hardware.weight_bucket_mb,
+        "checkpoint_engine.update_weights_bucket_megabytes": int(weight_bucket(config, _shape(config)) / 2**20),
     }
     if engine.in_process:
         rollout["engine_kwargs.vllm.distributed_executor_backend"] = "uni"
     if engine.worker_extension:
         rollout["engine_kwargs.vllm.worker_extension_cls"] = engine.worker_extension
     return {f"actor_rollout_ref.rollout.{key}": value for key, value in rollout.items()}
+
+
+def _shape(config: Config) -> ModelShape | None:
+    return find_shape(config, initial_model(config, "train")[1])
 
 
 def _mixed_precision(dtype: str) -> dict[str, str]:
@@ -163,21 +177,23 @@ def _actor(config: Config) -> dict[str, Any]:
     train, hardware = config.train, config.hardware
     actor = {
         "strategy": "fsdp2",
-        "ppo_mini_batch_size": train.mini_batch_size,
+        "ppo_mini_batch_size": train.batch_size,  # in questions; the worker makes the updates, of so many episodes
         "ppo_micro_batch_size_per_gpu": hardware.micro_batch_size,
         "use_dynamic_bsz": hardware.max_tokens_per_gpu is not None,
         "ppo_max_token_len_per_gpu": _max_tokens(config),
+        "use_kl_loss": _has_kl_loss(config),
+        "kl_loss_coef": train.init_kl_coef,
+        "kl_loss_type": "low_var_kl",
         "clip_ratio": train.clip_ratio,
         "clip_ratio_low": train.clip_ratio,
         "clip_ratio_high": train.clip_ratio,
-        "entropy_coeff": 0.0 if train.algorithm == "gkd" else train.entropy_coef,
+        "clip_ratio_c": train.dual_clip or NO_DUAL_CLIP,
+        "entropy_coeff": train.entropy_coef if algorithm_of(config).task_reward else 0.0,
         # The exact teacher term reads the logits in its backward pass; without entropy veRL's log-prob kernel writes
         # its gradient over them.
-        "calculate_entropy": _uses_exact_teacher(config),
+        "calculate_entropy": has_exact_teacher(config),
         "grad_clip": train.max_grad_norm,
-        "optim.lr": train.actor_learning_rate,
-        "optim.lr_warmup_steps_ratio": train.actor_warmup_ratio,
-        "optim.weight_decay": 0.0,
+        **_optimizer(train, train.actor_learning_rate, train.actor_warmup_steps),
         "data_loader_seed": config.seed,
         "checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
         "checkpoint.load_contents": ["model", "optimizer", "extra"],
@@ -197,20 +213,32 @@ def _actor(config: Config) -> dict[str, Any]:
     }
 
 
+def _optimizer(train: TrainConfig, learning_rate: float, warmup_steps: int) -> dict[str, Any]:
+    return {
+        "optim.lr": learning_rate,
+        "optim.lr_warmup_steps": warmup_steps,
+        "optim.betas": list(train.adam_betas),
+        "optim.weight_decay": train.weight_decay,
+    }
+
+
+def _has_kl_loss(config: Config) -> bool:
+    return config.train.init_kl_coef > 0 and config.train.init_kl_form == "loss"
+
+
 def _critic(config: Config) -> dict[str, Any]:
     train, hardware = config.train, config.hardware
     critic = {
-        "enable": train.algorithm == "ppo",
+        "enable": algorithm_of(config).critic,
         "strategy": "fsdp2",
+        "ppo_mini_batch_size": train.mini_batch_size // train.samples_per_question,  # in questions
         "ppo_micro_batch_size_per_gpu": hardware.micro_batch_size,
         "use_dynamic_bsz": hardware.max_tokens_per_gpu is not None,
         "ppo_max_token_len_per_gpu": _max_tokens(config),
         "ppo_infer_max_token_len_per_gpu": _max_tokens(config),  # veRL trains the critic by this one too
         "cliprange_value": train.value_clip,
         "grad_clip": train.max_grad_norm,
-        "optim.lr": train.critic_learning_rate,
-        "optim.lr_warmup_steps_ratio": train.critic_warmup_ratio,
-        "optim.weight_decay": 0.0,
+        **_optimizer(train, train.critic_learning_rate, train.critic_warmup_steps),
         "data_loader_seed": config.seed,
         **_engine(config, "fsdp"),
     }
@@ -220,11 +248,11 @@ def _critic(config: Config) -> dict[str, Any]:
 def _algorithm(config: Config) -> dict[str, Any]:
     train = config.train
     return {
-        # "grpo" is veRL's word for "no critic" here: the trainer makes the advantages of grpo and gkd itself.
-        "algorithm.adv_estimator": "gae" if train.algorithm == "ppo" else "grpo",
+        # veRL's words for "with" and "without a critic": advantages are `dgpo.algorithms.advantages`' alone.
+        "algorithm.adv_estimator": "gae" if algorithm_of(config).critic else "grpo",
         "algorithm.gamma": train.gamma,
         "algorithm.lam": train.gae_lambda,
-        "algorithm.use_kl_in_reward": train.init_kl_coef > 0,
+        "algorithm.use_kl_in_reward": train.init_kl_coef > 0 and train.init_kl_form == "reward",
         "algorithm.kl_ctrl.kl_coef": train.init_kl_coef,
         "reward.num_workers": 0,  # the agent loop scores its episodes itself
     }
@@ -234,7 +262,7 @@ def _trainer(config: Config, folder: Path, checkpoint: Path | None) -> dict[str,
     train, hardware = config.train, config.hardware
     return {
         "trainer.use_v1": True,
-        "trainer.v1.trainer_mode": TRAINER_NAME,
+        "trainer.v1.trainer_mode": "sync",
         "trainer.device": hardware.platform,
         "trainer.n_gpus_per_node": hardware.gpus_per_node,
         "trainer.nnodes": hardware.num_nodes,
@@ -252,6 +280,7 @@ def _trainer(config: Config, folder: Path, checkpoint: Path | None) -> dict[str,
         "trainer.max_critic_ckpt_to_keep": None,
         "trainer.resume_mode": "resume_path" if checkpoint else "disable",
         "trainer.resume_from_path": str(checkpoint.resolve()) if checkpoint else None,
+        "transfer_queue.enable": True,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": hardware.num_storage_units,
     }
 
@@ -263,47 +292,3 @@ def _max_tokens(config: Config) -> int:
 
 def _context_length(config: Config) -> int:
     return config.episode.max_prompt_tokens + config.episode.max_response_tokens
-
-
-def _uses_exact_teacher(config: Config) -> bool:
-    return config.train.teacher_term.form == "exact" and config.train.teacher_term.gate != "none"
-
-
-def _teacher(config: Config) -> dict[str, Any]:
-    """What the worker and the trainer need to know of the teacher; veRL itself never reads this node."""
-    term = config.train.teacher_term
-    return {
-        "path": None if term.gate == "none" else config.teacher.path,
-        "trust_remote_code": config.teacher.trust_remote_code,
-        "algorithm": config.train.algorithm,
-        "form": term.form,
-        "gate": term.gate,
-        "coef": term.coef if term.coef is not None else DEFAULT_TEACHER_COEF[term.form],
-        "num_monitored": term.num_monitored,
-        "reuse_log_probs_within": config.train.reuse_log_probs_within,
-        "chunk_tokens": term.chunk_tokens,
-        "needs_initial_policy": config.train.init_kl_coef > 0 or config.train.stability.measure_init_kl,
-        "stability": asdict(config.train.stability),
-        "rollbacks_left": config.train.stability.max_rollbacks - num_rollbacks(Path(config.run_dir) / "train"),
-        "keep_last": num_to_keep(config),
-        "keep_best": config.train.keep_best if config.data.validation_file else 0,
-        "replay_poll_s": config.hardware.replay_poll_s,
-        "max_failed_share": config.retriever.max_failed_share,
-        "log_episodes_every": config.train.log_episodes_every,
-        "num_logged_episodes": config.train.num_logged_episodes,
-        "timeline": config.train.timeline,
-        "phase_limits": _phase_limits(config.train.limits),
-        "metrics_path": str((Path(config.run_dir) / "train" / "metrics.jsonl").resolve()),
-    }
-
-
-def _phase_limits(limits: PhaseLimitsConfig) -> dict[str, float]:
-    """In the watchdog's words."""
-    return {
-        "start": limits.start_s,
-        "rollout": limits.rollout_s,
-        "update": limits.update_s,
-        "sync": limits.sync_s,
-        "save": limits.save_s,
-        "validate": limits.validate_s,
-    }

@@ -16,7 +16,9 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
+from dgpo.algorithms.selective_kl import TEACHER_FORMS
 from dgpo.rl.exact_loss import ExactTeacherLoss
+from dgpo.rl.frozen import FrozenWorker
 from dgpo.rl.rank_checkpoints import load_rank, own_entries
 from dgpo.rl.updates import num_skipped, set_learning_rate
 from dgpo.runs.checkpoints import FileEntries
@@ -25,18 +27,23 @@ from dgpo.runs.checkpoints import FileEntries
 class TeacherGuidedWorker(ActorRolloutRefWorker):
     """Actor, rollout and one or two frozen models: the teacher, and the initial policy where a penalty asks for it.
 
-    `config.teacher` (written by `dgpo.rl.verl_config`) says what is needed. With the `exact` form the actor's loss
-    reads the teacher in this process; with the `reward` form the trainer asks for its log-probs of chosen episodes.
+    `config.teacher` (`dgpo.rl.settings.TeacherSettings`) says what is needed. With the `exact` form the actor's loss
+    reads the teacher in this process; the trainer asks for its log-probs of chosen episodes.
     """
 
     teacher: TrainingWorker | None = None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
+        from verl.workers.rollout.vllm_rollout import vllm_rollout
+
+        from dgpo.rl.weight_sync import TaggedSender
+
+        vllm_rollout.BucketedWeightSender = TaggedSender
         self.ref_worker_cls = self._build_frozen_models
         super().init_model()
         term = self.config.teacher
-        if self.teacher is not None and term.form == "exact":
+        if self.teacher is not None and TEACHER_FORMS[term.form].in_loss:
             self.actor.set_loss_fn(
                 ExactTeacherLoss(
                     self.loss_fn, teacher=self.teacher.engine, coef=term.coef, chunk_tokens=term.chunk_tokens
@@ -47,23 +54,26 @@ class TeacherGuidedWorker(ActorRolloutRefWorker):
         """Builds the teacher, and returns the model that veRL is to use as its reference policy."""
         term = self.config.teacher
         if term.path is not None:
-            self.teacher = TrainingWorker(
+            self.teacher = FrozenWorker(
                 config=dataclasses.replace(config, model_config=_teacher_model(self.config.model, term))
             )
             if not term.needs_initial_policy:
                 return self.teacher
             self.teacher.reset()
-        return TrainingWorker(config=config)
+        return FrozenWorker(config=config)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="ref"))
     def compute_teacher_log_prob(self, data: Any) -> Any:
         """Teacher log-probs of the sampled tokens of the given episodes, under the key `log_probs`."""
+        assert self.teacher is not None
         output = self.teacher.infer_batch(data=data)
         return output.cpu() if output is not None else None
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def update_actor(self, data: Any) -> Any:
-        if self.teacher is not None and self.config.teacher.form == "exact":
+        size = self.config.teacher.mini_batch_size  # in episodes: veRL's, in questions, need not be a whole number
+        tu.assign_non_tensor(data, mini_batch_size=size, global_batch_size=size)
+        if self.teacher is not None and TEACHER_FORMS[self.config.teacher.form].in_loss:
             # veRL's name for "also call the loss function with the logits" (engine/fsdp/transformer_impl.py).
             tu.assign_non_tensor(data, distillation_use_topk=True)
         return count_skipped_updates(self.actor.train_mini_batch(data=data))

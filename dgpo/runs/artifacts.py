@@ -57,6 +57,7 @@ def write_manifest(
     config: Any,
     counts: Mapping[str, Any],
     seed: int,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `manifest.json`, a stage's last act: what made the folder, from what, and every file's checksum.
 
@@ -69,6 +70,7 @@ def write_manifest(
         config: the settings that it ran with, as plain values.
         counts: what it kept, dropped and cut.
         seed: of the run.
+        settings: what the results depend on, by content (`dgpo.runs.settings`); None where nothing will be compared.
     """
     folder = Path(folder)
     share_as_umask_says(folder)
@@ -80,6 +82,7 @@ def write_manifest(
         "inputs": dict(inputs),
         "counts": dict(counts),
         "config": config,
+        **({} if settings is None else {"settings": dict(settings)}),
         "versions": package_versions(),
         "sha256": {path.relative_to(folder).as_posix(): file_sha256(path) for path in files},
     }

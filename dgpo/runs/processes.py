@@ -6,6 +6,7 @@ Ray ends its workers when their driver ends or dies, but does not wait for it, a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import time
@@ -23,6 +24,11 @@ def mark(folder: Path) -> dict[str, str]:
 def mark_processes(folder: Path) -> None:
     """Every process that this one starts from now on carries the mark."""
     os.environ.update(mark(folder))
+
+
+def run_tag() -> str:
+    """Twelve digits that name this process's run in names that all runs on a machine could share."""
+    return hashlib.sha256(os.environ[MARK].encode()).hexdigest()[:12]
 
 
 def marked_processes(folder: Path) -> list[int]:

@@ -100,7 +100,7 @@ def keep_last_good(folder: Path, first_step: int) -> int:
     good = last_good_step(folder, first_step)
     target = folder / LAST_GOOD / f"{CHECKPOINT}{good}"
     if good and not target.exists():
-        shutil.copytree(folder / "checkpoints" / target.name, target, copy_function=_link_or_copy)
+        shutil.copytree(folder / "checkpoints" / target.name, target, copy_function=link_or_copy)
     return good
 
 
@@ -113,7 +113,8 @@ def num_to_keep(config: Config) -> int:
     return max(config.train.keep_last, -(-steps_back // max(1, config.train.save_every)) + 1)
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def link_or_copy(source: str, target: str) -> None:
+    """For `shutil.copytree`: the file itself once more where the file system allows it, which takes no space."""
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links

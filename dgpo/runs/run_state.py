@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,14 +120,17 @@ def append_record(path: Path, record: Record) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def prune(folder: Path, scores: Mapping[int, float], *, keep_last: int, keep_best: int) -> None:
-    """Deletes the checkpoints that are neither among the last nor among the best.
+def prune(
+    folder: Path, scores: Mapping[int, float], *, keep_last: int, keep_best: int, keep: Iterable[int] = ()
+) -> None:
+    """Deletes the checkpoints that are neither among the last, nor among the best, nor to be kept besides.
 
     Args:
         scores: step -> validation score.
+        keep: steps.
     """
     steps = checkpoint_steps(folder, CHECKPOINT)
-    for step in steps_to_delete(steps, scores, keep_last=keep_last, keep_best=keep_best):
+    for step in steps_to_delete(steps, scores, keep_last=keep_last, keep_best=keep_best, keep=keep):
         # First out of the way: what a kill leaves of it is then no checkpoint, and removed at the next start.
         doomed = folder / f".{CHECKPOINT}{step}.writing"
         (folder / f"{CHECKPOINT}{step}").rename(doomed)

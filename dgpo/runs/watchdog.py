@@ -60,13 +60,11 @@ class Watchdog:
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """A phase inside another one, which has all its time again afterwards."""
+        """A phase inside another one, which has all its time again afterwards. An error is of the inner one."""
         outer = self.phase
         self.enter(phase)
-        try:
-            yield
-        finally:
-            self.enter(outer)
+        yield
+        self.enter(outer)
 
     def watch(self, role: str, actor: Any, *, holds_weights: bool = False) -> None:
         """Looks after an actor from now on.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dgpo.config.load import ConfigError
 from dgpo.files import atomic_write_text
+from dgpo.slurm.inputs import missing_inputs
 from dgpo.slurm.options import JobOptions, parse_options
 from dgpo.slurm.render import render, submission
 
@@ -27,9 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 SLURM refused, 2 the command is wrong."""
     try:
         options = parse_options(arguments)
+        missing = missing_inputs(options)
         if options.dry_run:
             print(describe(options))
-        else:
+        if missing:
+            raise ConfigError("missing: " + "; ".join(missing))
+        if not options.dry_run:
             submit(options)
     except ConfigError as error:
         print(f"dgpo.slurm: {error}", file=sys.stderr)

@@ -14,6 +14,8 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dgpo.agent.search import open_direct
+
 POLL_S = 0.5
 ANSWER_TIMEOUT_S = 10.0
 
@@ -25,10 +27,9 @@ def ports_written(folder: str, *nodes: str) -> bool:
 
 def retrievers_ready(*urls: str) -> bool:
     """Whether every server says that it is ready, asked directly, whatever proxy the environment names."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         for url in urls:
-            opener.open(f"{url}/ready", timeout=ANSWER_TIMEOUT_S).close()
+            open_direct(urllib.request.Request(f"{url}/ready"), ANSWER_TIMEOUT_S).close()
     except OSError:
         return False
     return True

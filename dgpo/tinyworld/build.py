@@ -21,6 +21,8 @@ from dgpo.agent.protocol import build_messages, normalize_question
 from dgpo.data.rows import write_rows
 from dgpo.files import atomic_write_text
 from dgpo.runs.artifacts import write_manifest
+from dgpo.runs.checkpoints import writing
+from dgpo.runs.replacing import check_target
 from dgpo.tinyworld.models import STUDENT_SIZE, TEACHER_SIZE, make_model, save_model
 from dgpo.tinyworld.oracle import template_texts
 from dgpo.tinyworld.tokenizer import build_tokenizer
@@ -60,7 +62,17 @@ def real_world(settings: WorldSettings) -> tuple[World, list[str], list[str]]:
 
 
 def build_world(out: Path, settings: WorldSettings) -> dict[str, int]:
-    """Write everything that the module's docstring lists below `out`; return counts. The same seed, the same files."""
+    """Write everything that the module's docstring lists below `out`; return counts. The same seed, the same files.
+
+    Raises:
+        RunFolderExistsError: `out` exists.
+    """
+    check_target(out, key="--out", stage="world", replace=False)
+    with writing(out) as folder:
+        return _write_world(folder, settings)
+
+
+def _write_world(out: Path, settings: WorldSettings) -> dict[str, int]:
     world, train_isos, test_isos = real_world(settings)
     permuted = [permute_world(world, name=f"permuted{i}", seed=settings.seed) for i in range(settings.num_worlds)]
     counts = {"worlds": 1 + len(permuted), "countries": len(world.countries), "test_countries": len(test_isos)}

@@ -29,7 +29,7 @@ def make_folder(folder: Path, *, num_passages: int, index_type: str) -> int:
     from retriever.corpus import Corpus, scan_offsets, write_offsets
     from retriever.encoder_config import EncoderConfig, resolve_config
     from retriever.encoders import load_encoder
-    from retriever.manifest import CORPUS_FILE, OFFSETS_FILE, probe_rows, read_manifest
+    from retriever.manifest import CORPUS_FILE, NUM_PROBES, OFFSETS_FILE, probe_rows, read_manifest
 
     folder.mkdir(parents=True)
     with open(folder / CORPUS_FILE, "w") as file:
@@ -40,7 +40,7 @@ def make_folder(folder: Path, *, num_passages: int, index_type: str) -> int:
     corpus = Corpus(folder / CORPUS_FILE)
     config = resolve_config(EncoderConfig())
     encoder = load_encoder(config, num_threads=1)
-    known = {row: encoder.encode_passages([corpus[row]["contents"]])[0] for row in probe_rows(num_passages)}
+    known = {row: encoder.encode_passages([corpus[row]["contents"]])[0] for row in probe_rows(num_passages, NUM_PROBES)}
 
     def read_rows(start: int, end: int) -> np.ndarray:
         blocks = []

@@ -1,4 +1,6 @@
-"""vLLM's packed CPU linear layers against torch's plain ones: what `MIN_PACKED_ELEMENTS` of plain_linears.py rests on.
+"""vLLM's packed CPU linear layers against torch's plain ones.
+
+What `MIN_PACKED_ELEMENTS` of dgpo/engines/vllm_patches.py rests on.
 
     python scripts/bench/linears.py [--dtype float32]
 

@@ -4,7 +4,7 @@ Each request is encoded, searched and answered in a thread of FastAPI's pool; no
 passages are read row by row from a Hugging Face dataset, and FAISS and torch keep their defaults. `--num-threads 1`
 gives every operation one thread instead of one per core, which is faster under load: the best that this shape does.
 
-Used by scripts/bench/retriever.py, which starts it with the same encoder and index as the server under test.
+Used by scripts/bench/retrieval.py, which starts it with the same encoder and index as the server under test.
 """
 
 import argparse

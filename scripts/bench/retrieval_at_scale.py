@@ -16,12 +16,12 @@ import numpy as np
 
 NUM_PASSAGES, DIMENSION = 21_015_324, 768  # wiki-18, E5-base
 CORPUS_GB = 14.3  # wiki-18.jsonl
-MAX_BATCH = 256  # retriever/limits.py
+MAX_BATCH = 256  # retriever/options.py
 SIMULATED_MS = 10_000.0
 
 # Measured in CPU time on one core of an AVX512 EPYC (2 contended cores), by the scripts in brackets.
-LOOP_MS_PER_REQUEST = 0.35  # what one query a request costs beyond 512 queries a request (retriever.py)
-RENDER_MS_PER_QUERY = 0.05  # cache, rows, json of a query (retriever.py)
+LOOP_MS_PER_REQUEST = 0.35  # what one query a request costs beyond 512 queries a request (retrieval.py)
+RENDER_MS_PER_QUERY = 0.05  # cache, rows, json of a query (retrieval.py)
 RESCORE_MS_PER_QUERY = 0.012  # 16 mapped rows of 768 float32 (index_types.py, the part beyond the product)
 START_CPU_S = 6.2  # libraries, encoder, checks of a million passages (index_start.py)
 PRIVATE_GB, PRIVATE_GB_PER_MILLION = 0.42, 0.009  # without and per million passages (index_start.py)
@@ -54,8 +54,6 @@ class Setting:
     search_ms: Callable[[int], float]
     num_copies: int = 1
     """Workers of one deployment, each with a server of its own, that share the clients."""
-    num_shards: int = 1
-    """Pieces of the index, each on a worker of its own, that all work on every query."""
 
     def batch_ms(self, size: int) -> float:
         rescore = 0.0 if "HNSW" in self.name else size * RESCORE_MS_PER_QUERY
@@ -66,12 +64,11 @@ def gpu_encode_ms(size: int) -> float:
     return float(np.interp(size, *GPU_ENCODE_MS))
 
 
-def gpu_search_ms(size: int, *, num_shards: int = 1) -> float:
+def gpu_search_ms(size: int) -> float:
     """One pass over the 16-bit rows, or the arithmetic, whichever takes longer, and a pass over the scores."""
-    rows = NUM_PASSAGES / num_shards
-    read_s = rows * DIMENSION * 2 / GPU_BYTES_PER_S
-    multiply_s = 2 * rows * DIMENSION * size / GPU_FLOPS
-    scores_s = 2 * rows * size * 4 / GPU_BYTES_PER_S  # float32 scores are written once and read once
+    read_s = NUM_PASSAGES * DIMENSION * 2 / GPU_BYTES_PER_S
+    multiply_s = 2 * NUM_PASSAGES * DIMENSION * size / GPU_FLOPS
+    scores_s = 2 * NUM_PASSAGES * size * 4 / GPU_BYTES_PER_S  # float32 scores are written once and read once
     return (max(read_s, multiply_s) + scores_s) * 1e3
 
 
@@ -99,14 +96,6 @@ def settings() -> list[Setting]:
         Setting("1 H200, Flat, torch fp16 + fp32 rescore", fp32, fp16, gpu_encode_ms, gpu_search_ms),
         Setting("1 H200, SQfp16, torch", fp16, fp16, gpu_encode_ms, gpu_search_ms),
         Setting("8 H200, a copy each", fp16, fp16, gpu_encode_ms, gpu_search_ms, num_copies=8),
-        Setting(
-            "8 H200, a shard each",
-            fp16 / 8,
-            fp16 / 8,
-            gpu_encode_ms,
-            lambda size: gpu_search_ms(size, num_shards=8),
-            num_shards=8,
-        ),
         Setting(
             "CPU node, Flat, FAISS",
             fp32,
@@ -190,8 +179,7 @@ def main() -> None:
         # A GPU's copy is made by reading the file once; a mapped index is read as it is searched
         read_s = setting.index_gb * 1e9 / DISK_BYTES_PER_S
         copy_s = setting.index_gb * 1e9 / HOST_TO_GPU_BYTES_PER_S if setting.gpu_gb else 0.0
-        num_millions = NUM_PASSAGES / setting.num_shards / 1e6
-        private_gb = PRIVATE_GB + num_millions * PRIVATE_GB_PER_MILLION
+        private_gb = PRIVATE_GB + NUM_PASSAGES / 1e6 * PRIVATE_GB_PER_MILLION
         if "bf16" in setting.name:
             private_gb += setting.index_gb / 2
         loads = setting.gpu_gb or "bf16" in setting.name
@@ -200,7 +188,7 @@ def main() -> None:
             setting.index_gb,
             setting.gpu_gb,
             private_gb,
-            setting.index_gb + CORPUS_GB / setting.num_shards,
+            setting.index_gb + CORPUS_GB,
             cold_s,
             warm_s,
         ]

@@ -24,8 +24,6 @@ import numpy as np
 import orjson
 import psutil
 import uvloop
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from retriever_data import NUM_PASSAGES, load_bench_encoder, make, query_text, vector_file
 from retriever_load import LoadResult, http_request, run_load
 from retriever_servers import end_servers_on_sigterm, started

@@ -32,13 +32,8 @@ ALLOWANCE = 0.05  # of what scoring every episode adds, beyond the share of fail
 
 
 class MeasuringTaskRunner(task_runner.TaskRunner):
-    def register_trainer(self) -> type:
-        from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
-
-        from dgpo.rl.verl_config import TRAINER_NAME
-
-        TRAINER_REGISTRY[TRAINER_NAME] = measuring_trainer()
-        return TRAINER_REGISTRY[TRAINER_NAME]
+    def trainer_class(self) -> type:
+        return measuring_trainer()
 
 
 def measuring_trainer() -> type:
@@ -49,19 +44,19 @@ def measuring_trainer() -> type:
     import transfer_queue as tq
     from tensordict import TensorDict
 
+    from dgpo.rl.loop import DGPOTrainer
     from dgpo.rl.metrics import choose_monitored
-    from dgpo.rl.trainer import DGPOTrainer
 
     class MeasuringTrainer(DGPOTrainer):
         def _chosen(self, batch: Any, way: str) -> list[int]:
             """Rows of the batch; on several ranks filled up to what divides."""
-            correct = torch.tensor([score["em"] for score in self.scores])
+            correct = torch.tensor([score["em"] for score in self.played.scores])
             gated = {"closed": correct < 0, "failed": correct < 0.5, "as run": correct < 0.5, "all": correct >= 0}[way]
             monitored = choose_monitored(
                 correct,
                 already=gated,
-                num_monitored=self.term.num_monitored if way == "as run" else 0,
-                multiple=self._num_ranks(),
+                num_monitored=self.settings.teacher.num_monitored if way == "as run" else 0,
+                multiple=self.num_ranks,
             )
             return torch.nonzero(gated | monitored)[:, 0].tolist()
 
@@ -80,21 +75,26 @@ def measuring_trainer() -> type:
                 act(way)
                 record[way] = time.perf_counter() - started
                 record[f"{way}, CPU"] = self._workers_cpu_s() - cpu_started
-            record["failed share"] = sum(score["em"] < 0.5 for score in self.scores) / len(self.scores)
+            record["failed share"] = sum(score["em"] < 0.5 for score in self.played.scores) / len(self.played.scores)
             with self.metrics_path.with_name(OUT).open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
-        def _compute_ref_log_prob(self, batch: Any, metrics: dict) -> Any:
-            if self.term.form != "exact":
+        def _read_played(self, batch: Any) -> Any:
+            self.played = super()._read_played(batch)
+            return self.played
+
+        def _teacher_log_probs(self, batch: Any, played: Any, metrics: dict) -> Any:
+            if not self.teacher.form.in_loss:
 
                 def score(way: str) -> None:
-                    self._score_by_teacher(batch.select_keys([batch.keys[row] for row in self._chosen(batch, way)]))
+                    chosen = batch.select_keys([batch.keys[row] for row in self._chosen(batch, way)])
+                    self.teacher.score(chosen, self.actor_rollout_wg)
 
                 self._measure(("failed", "as run", "all"), score)
-            return super()._compute_ref_log_prob(batch, metrics)
+            return super()._teacher_log_probs(batch, played, metrics)
 
         def _update_actor(self, batch: Any, metrics: dict) -> Any:
-            if self.term.form == "exact":
+            if self.teacher.form.in_loss:
                 update = super()._update_actor
 
                 def gate_and_update(way: str) -> None:

@@ -29,6 +29,8 @@ mkdir -p "$logs" "$private"
 chmod 700 "$private"
 read -ra container <<<"${DGPO_CONTAINER:-}"
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+# SLURM may name the GPUs to every maker's library at once; veRL then takes NVIDIA's for AMD's. srun sets them anew.
+other_makers=(-u ROCR_VISIBLE_DEVICES -u HIP_VISIBLE_DEVICES)
 steps=()
 stage_pid='' timer_pid='' warned='' terminated='' failed=''
 export RAY_TMPDIR=$node_tmp
@@ -52,7 +54,8 @@ on_node() { # on_node NODE COMMAND...: in a subshell, which becomes srun; with a
 step() { # step NODE NAME COMMAND...: runs on a node until the job ends; NAME is that of its log
   local node=$1 name=$2
   shift 2
-  on_node "$node" --output="$logs/$DGPO_STAGE-$name.log" --open-mode=append "${container[@]}" "$@" &
+  on_node "$node" --output="$logs/$DGPO_STAGE-$name.log" --open-mode=append \
+    env "${other_makers[@]}" "${container[@]}" "$@" &
   steps+=($!)
 }
 
@@ -113,7 +116,7 @@ run_stage() { # run_stage [key=value ...]: the stage on these nodes; ends the jo
   local code=0 argument arguments=()
   for argument in "$@"; do arguments+=("${argument//\{run_dir\}/$run_dir}"); done
   say "start ${SLURM_RESTART_COUNT:-0} on ${nodes[*]}"
-  "${container[@]}" python -m dgpo "$DGPO_STAGE" "${arguments[@]}" "${settings[@]}" &
+  env "${other_makers[@]}" "${container[@]}" python -m dgpo "$DGPO_STAGE" "${arguments[@]}" "${settings[@]}" &
   stage_pid=$!
   while true; do # a signal ends `wait` before the stage ends
     wait "$stage_pid" && code=0 || code=$?

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from dgpo.engines.environment import DEFAULTS
 from dgpo.rl.train import VERL_ENVIRONMENT
+from dgpo.tinyworld.tokenizer import TAGS
 from tests.conftest import ROOT, TinyWorld, read_metrics, retriever_process, run_command
 from tests.engine.killing import has_step, start_and_kill
 from tests.engine.same_run import assert_same_run
@@ -69,6 +72,33 @@ def test_a_sample_of_the_episodes_is_logged_with_both_log_probs(straight_run: Pa
     assert {record["em"] for record in records} == {0.0, 1.0}
 
 
+def with_special_tags(model: Path, out: Path) -> Path:
+    """A copy of the model whose tokenizer holds the tags as special tokens, as some published ones do."""
+    shutil.copytree(model, out)
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    tags = [token for token in tokenizer["added_tokens"] if token["content"] in TAGS]
+    assert len(tags) == len(TAGS)
+    for token in tags:
+        token["special"] = True
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return out
+
+
+def test_tags_that_are_special_tokens_end_turns_as_plain_ones_do(
+    tiny_world: TinyWorld, straight_run: Path, tmp_path: Path
+):
+    student = with_special_tags(tiny_world.student, tmp_path / "student")
+    teacher = with_special_tags(tiny_world.folder / "models" / "teacher", tmp_path / "teacher")
+    arguments = [*tiny_world.overrides(tmp_path / "run"), *SMALL, *REPEATABLE, "train.num_steps=1"]
+    result = run_command("-m", "dgpo", "train", *arguments, f"train.init={student}", f"teacher.path={teacher}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    (record,) = read_metrics(tmp_path / "run" / "train" / "metrics.jsonl")
+    plain = read_metrics(straight_run / "metrics.jsonl")[0]
+    episodes = {name: value for name, value in plain.items() if name.startswith("episode/")}
+    assert episodes["episode/truncated_turn_share"] == 0
+    assert {name: record[name] for name in episodes} == episodes
+
+
 def test_trained_tokens_are_the_sampled_ones(straight_run: Path):
     """The trainer's log-probs of the batch are vLLM's of what it sampled: same ids, same positions, same weights."""
     for record in read_metrics(straight_run / "metrics.jsonl"):
@@ -102,9 +132,12 @@ def test_ray_gets_the_variables_that_verl_expects():
     )
     expected = json.loads(run_command("-c", script).stdout.splitlines()[-1])
     others = {"TOKENIZERS_PARALLELISM", "VLLM_LOGGING_LEVEL"}
+    given = {**DEFAULTS, **VERL_ENVIRONMENT}
+    given = {name: value for name, value in given.items() if name not in others}
     assert {
         name: value for name, value in expected.items() if not name.startswith(("HCCL_", "HSA_")) and name not in others
-    } == {name: value for name, value in VERL_ENVIRONMENT.items() if name != "TRANSFER_QUEUE_ENABLE"}
+    } == {name: value for name, value in given.items() if name in expected}
+    assert VERL_ENVIRONMENT.keys() - expected.keys() == {"TRANSFER_QUEUE_ENABLE"}
 
 
 def test_a_retriever_killed_in_mid_run_stops_it_resumably(

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from dgpo.config.load import load_config
-from dgpo.engines.cpu_sampling import draw
+from dgpo.engines.vllm_patches import draw
 from dgpo.engines.vllm_policy import VllmPolicy
 
 pytestmark = pytest.mark.engine

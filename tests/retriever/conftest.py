@@ -19,12 +19,11 @@ import numpy as np
 import pytest
 import uvicorn
 
+from retriever.app import create_app
 from retriever.build import build_indexes
 from retriever.collection import Collection, Hits, SearchJob
-from retriever.front import Service
-from retriever.limits import ServerLimits
-from retriever.server import create_app
-from retriever.service import RetrievalService
+from retriever.options import ServerLimits
+from retriever.service import Service
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTUP_TIMEOUT_S = 120
@@ -84,7 +83,7 @@ class WordHashEncoder:
 def word_hash_encoder(monkeypatch: pytest.MonkeyPatch) -> WordHashEncoder:
     """Builder and loader use this one encoder, whatever they are asked for."""
     encoder = WordHashEncoder()
-    for module in ("encoding", "collection", "recall"):
+    for module in ("build", "collection", "recall"):
         monkeypatch.setattr(f"retriever.{module}.load_encoder", lambda *_, **__: encoder)
     return encoder
 
@@ -173,7 +172,7 @@ def serving(service: Service) -> Iterator[str]:
 def served_here(collection: Collection, *, limits: ServerLimits, token: str | None = None) -> Iterator[str]:
     """A loaded collection, once it is served; its first corpus is the default."""
     names = list(collection.corpora)
-    service = RetrievalService(lambda _: collection, names=names, default=names[0], limits=limits, token=token)
+    service = Service(lambda _: collection, names=names, default=names[0], limits=limits, token=token)
     with serving(service) as url:
         while not service.ready:
             time.sleep(0.01)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from retriever.batcher import Batcher, QueueFullError
+from retriever.batcher import Batcher
 from retriever.collection import Hits, SearchJob
 
 
@@ -59,7 +59,7 @@ async def test_a_full_queue_refuses_at_once_and_recovers() -> None:
     search = HeldSearch()
     batcher = started(search, max_batch=8, max_waiting=2)
     tasks = await submit_behind(batcher, search, job("a"), job("b"))
-    with pytest.raises(QueueFullError):
+    with pytest.raises(asyncio.QueueFull):
         batcher.submit(job("c"))
     search.release.set()
     await asyncio.gather(*tasks)
@@ -100,5 +100,5 @@ async def test_closing_finishes_what_waits_and_refuses_what_comes() -> None:
     search.release.set()
     await asyncio.to_thread(batcher.close)
     assert len(await asyncio.gather(*tasks)) == 3
-    with pytest.raises(QueueFullError):
+    with pytest.raises(asyncio.QueueFull):
         batcher.submit(job("late"))

@@ -12,7 +12,7 @@ from retriever.build import build_indexes
 from retriever.collection import SearchJob, load_collection
 from retriever.corpus import scan_offsets
 from retriever.encoder_config import EncoderConfig
-from retriever.errors import CorpusError, IndexFolderError
+from retriever.errors import RetrieverError
 from retriever.faiss_file import write_index
 from retriever.manifest import (
     MANIFEST_FILE,
@@ -58,14 +58,14 @@ def test_a_text_in_several_corpora_is_encoded_once(tmp_path: Path, word_hash_enc
 
 def test_a_build_that_fails_before_it_encoded_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{}\n")
-    with pytest.raises(CorpusError):
+    with pytest.raises(RetrieverError):
         build_indexes({"bad": tmp_path / "bad.jsonl"}, tmp_path / "out", STUB)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_an_existing_folder_is_replaced_only_when_told(folder: Path, tmp_path: Path) -> None:
     corpora = {"facts": write_corpus(tmp_path / "new.jsonl", {"Nice": "A city."})}
-    with pytest.raises(IndexFolderError, match="exists; choose another folder, or pass --overwrite"):
+    with pytest.raises(RetrieverError, match="exists; choose another folder, or pass --overwrite"):
         build_indexes(corpora, tmp_path, STUB)
     build_indexes(corpora, tmp_path, STUB, overwrite=True)
     assert read_manifest(folder).num_passages == 1
@@ -73,9 +73,9 @@ def test_an_existing_folder_is_replaced_only_when_told(folder: Path, tmp_path: P
 
 
 def test_a_malformed_row_is_named_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retriever.encoding.load_encoder", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("retriever.build.load_encoder", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "bad.jsonl").write_text('{"id": "0", "contents": null}\n')
-    with pytest.raises(CorpusError, match='row 0: "contents" is None'):
+    with pytest.raises(RetrieverError, match='row 0: "contents" is None'):
         build_indexes({"bad": tmp_path / "bad.jsonl"}, tmp_path)
 
 
@@ -132,7 +132,7 @@ def test_a_folder_whose_parts_do_not_belong_together_is_refused_before_a_model_i
     load_collection({"facts": folder})
     monkeypatch.setattr("retriever.collection.load_encoder", lambda *_, **__: pytest.fail("loaded"))
     damage(folder)
-    with pytest.raises(IndexFolderError, match=message) as refusal:
+    with pytest.raises(RetrieverError, match=message) as refusal:
         load_collection({"facts": folder})
     assert "\n" not in str(refusal.value)
 
@@ -142,10 +142,10 @@ def test_an_encoder_of_another_dimension_or_other_vectors_is_refused_before_the_
 ) -> None:
     monkeypatch.setattr("retriever.collection.open_dense", lambda *_, **__: pytest.fail("opened"))
     monkeypatch.setattr(word_hash_encoder, "encode_passages", lambda texts: np.full((len(texts), 64), 0.125))
-    with pytest.raises(IndexFolderError, match=r"does not reproduce the stored vector of passage .*another encoder"):
+    with pytest.raises(RetrieverError, match=r"does not reproduce the stored vector of passage .*another encoder"):
         load_collection({"facts": folder})
     monkeypatch.setattr(word_hash_encoder, "dimension", 32)
-    with pytest.raises(IndexFolderError, match="vectors of 64 dimensions, the encoder makes 32"):
+    with pytest.raises(RetrieverError, match="vectors of 64 dimensions, the encoder makes 32"):
         load_collection({"facts": folder})
 
 
@@ -169,7 +169,7 @@ def test_verify_finds_a_change_that_samples_miss(folder: Path, monkeypatch: pyte
     seals = json.loads((folder / MANIFEST_FILE).read_text())["files"]
     overwrite_bytes(folder / INDEX_FILE, (folder / INDEX_FILE).read_bytes()[:-1] + b"x")
     load_collection({"facts": folder})
-    with pytest.raises(IndexFolderError, match="another sha256"):
+    with pytest.raises(RetrieverError, match="another sha256"):
         load_collection({"facts": folder}, verify=True)
 
 
@@ -195,9 +195,9 @@ def test_a_bm25_index_of_another_corpus_is_refused(tmp_path: Path) -> None:
     folders = build_indexes({"facts": facts, "one": one}, tmp_path, method="bm25")
     shutil.rmtree(folders["facts"] / "bm25")
     shutil.copytree(folders["one"] / "bm25", folders["facts"] / "bm25")
-    with pytest.raises(IndexFolderError, match="indexes 1 passages, the corpus has 12"):
+    with pytest.raises(RetrieverError, match="indexes 1 passages, the corpus has 12"):
         BM25Index.load(folders["facts"] / "bm25", num_passages=len(FACTS))
-    with pytest.raises(IndexFolderError, match=r"bm25/.* the manifest was written for"):
+    with pytest.raises(RetrieverError, match=r"bm25/.* the manifest was written for"):
         load_collection(folders)
 
 

@@ -13,10 +13,10 @@ from retriever.build import build_indexes
 from retriever.collection import SearchJob, load_collection
 from retriever.convert import convert_file, convert_folder
 from retriever.encoder_config import EncoderConfig
-from retriever.errors import IndexFolderError
-from retriever.manifest import read_manifest
-from retriever.recall import RECALL_FILE, measure_recall, recall_at, title_queries
-from retriever.search_options import SearchOptions
+from retriever.errors import RetrieverError
+from retriever.manifest import RECALL_FILE, read_manifest
+from retriever.options import SearchOptions
+from retriever.recall import measure_recall, recall_at, title_queries
 
 STUB = EncoderConfig(spec="models/stub", preset="none", dtype="float32")
 
@@ -57,14 +57,14 @@ def test_a_published_flat_file_is_taken_over_without_copying_it(flat: Path, tmp_
 def test_what_does_not_belong_together_is_not_converted(flat: Path, tmp_path: Path) -> None:
     index = flat / "stub_Flat.index"
     short = write_corpus(tmp_path / "short.jsonl", FACTS)
-    with pytest.raises(IndexFolderError, match=r"holds 312 vectors, .* has 12 passages: they do not belong together"):
+    with pytest.raises(RetrieverError, match=r"holds 312 vectors, .* has 12 passages: they do not belong together"):
         convert_file(index, short, tmp_path / "out", STUB)
-    with pytest.raises(IndexFolderError, match=r"expected a SQfp16 index of 312 rows.*of another kind"):
+    with pytest.raises(RetrieverError, match=r"is a Flat index, not SQfp16 as --from-type says"):
         convert_file(index, short, tmp_path / "out", STUB, from_type="SQfp16")
     convert_folder(flat, flat.with_name("sq8"), index_type="SQ8")
-    with pytest.raises(IndexFolderError, match="is a SQ8 index, which does not hold the vectors"):
+    with pytest.raises(RetrieverError, match="is a SQ8 index, which does not hold the vectors"):
         convert_folder(flat.with_name("sq8"), tmp_path / "out", index_type="Flat")
-    with pytest.raises(IndexFolderError, match="sq8 exists"):
+    with pytest.raises(RetrieverError, match="sq8 exists"):
         convert_folder(flat, flat.with_name("sq8"), index_type="SQfp16")
     with pytest.raises(ValueError, match="'Plat' is refused by FAISS"):
         convert_folder(flat, tmp_path / "out", index_type="Plat")
@@ -122,10 +122,10 @@ def test_the_recall_report_is_a_table_and_a_file_beside_the_index(flat: Path) ->
 
 def test_recall_wants_the_same_corpus_and_an_exact_reference(flat: Path, tmp_path: Path) -> None:
     other = build_indexes({"other": write_corpus(tmp_path / "o.jsonl", FACTS)}, tmp_path, STUB)["other"]
-    with pytest.raises(IndexFolderError, match="index different corpora"):
+    with pytest.raises(RetrieverError, match="index different corpora"):
         measure_recall(other, flat)
     convert_folder(flat, flat.with_name("half"), index_type="SQfp16")
-    with pytest.raises(IndexFolderError, match="reference must be Flat"):
+    with pytest.raises(RetrieverError, match="reference must be Flat"):
         measure_recall(flat, flat.with_name("half"))
 
 

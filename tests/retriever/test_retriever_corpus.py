@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from retriever.corpus import Corpus, scan_offsets
-from retriever.errors import CorpusError
+from retriever.errors import RetrieverError
 
 ROW = b'{"id":"%d","contents":"\\"T\\"\\n%d"}'
 
@@ -41,17 +41,17 @@ def test_offsets_survive_block_borders(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_malformed_row_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(ROW % (0, 0) + b"\n" + line + b"\n")
-    with pytest.raises(CorpusError, match=message):
+    with pytest.raises(RetrieverError, match=message):
         list(Corpus(path))
 
 
 def test_an_empty_corpus_and_a_changed_one_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(b"")
-    with pytest.raises(CorpusError, match="is empty"):
+    with pytest.raises(RetrieverError, match="is empty"):
         Corpus(path)
     path.write_bytes(ROW % (0, 0) + b"\n")
     offsets = scan_offsets(path)
     path.write_bytes(ROW % (0, 1000) + b"\n")
-    with pytest.raises(CorpusError, match="offset table was made for"):
+    with pytest.raises(RetrieverError, match="offset table was made for"):
         Corpus(path, offsets)

@@ -12,7 +12,7 @@ from conftest import FACTS, ROOT, WordHashEncoder, write_corpus
 from retriever.build import build_indexes
 from retriever.encoder_config import EncoderConfig
 from retriever.encoding import ProgressPrinter
-from retriever.errors import IndexFolderError
+from retriever.errors import RetrieverError
 
 STUB = EncoderConfig(spec="models/stub", query_prefix="", passage_prefix="", dtype="float32")
 TIMEOUT_S = 600
@@ -50,7 +50,7 @@ def test_a_build_goes_on_where_it_stopped(
     whole = build_indexes({"facts": corpus}, tmp_path / "whole", STUB)["facts"]
     word_hash_encoder.passages.clear()
     with monkeypatch.context() as patch:
-        patch.setattr("retriever.encoding.load_encoder", lambda *_, **__: FailingEncoder(2))
+        patch.setattr("retriever.build.load_encoder", lambda *_, **__: FailingEncoder(2))
         with pytest.raises(Killed):
             build_indexes({"facts": corpus}, tmp_path / "out", STUB, passages_per_part=5)
     assert not (tmp_path / "out" / "facts").exists()
@@ -70,10 +70,10 @@ def test_unfinished_work_of_other_settings_or_another_corpus_is_not_mixed_in(
     corpus = write_corpus(tmp_path / "facts.jsonl", FACTS)
     other = EncoderConfig(spec="models/stub", query_prefix="", passage_prefix="p: ", dtype="float32")
     with monkeypatch.context() as patch:
-        patch.setattr("retriever.encoding.load_encoder", lambda *_, **__: FailingEncoder(2))
+        patch.setattr("retriever.build.load_encoder", lambda *_, **__: FailingEncoder(2))
         with pytest.raises(Killed):
             build_indexes({"facts": corpus}, tmp_path, STUB, passages_per_part=5)
-    with pytest.raises(IndexFolderError, match=r"unfinished build with other settings.*--overwrite to discard"):
+    with pytest.raises(RetrieverError, match=r"unfinished build with other settings.*--overwrite to discard"):
         build_indexes({"facts": corpus}, tmp_path, other, passages_per_part=5)
     write_corpus(corpus, dict(reversed(FACTS.items())))
     build_indexes({"facts": corpus}, tmp_path, STUB, passages_per_part=5)
@@ -85,7 +85,7 @@ def test_two_builds_of_one_folder_do_not_meet(tmp_path: Path, word_hash_encoder:
     refusals = []
 
     def build_again(num_done: int, num_all: int) -> None:
-        with pytest.raises(IndexFolderError, match="another process builds this index") as refusal:
+        with pytest.raises(RetrieverError, match="another process builds this index") as refusal:
             build_indexes({"facts": corpus}, tmp_path, STUB)
         refusals.append(refusal)
 

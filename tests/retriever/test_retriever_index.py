@@ -9,7 +9,7 @@ import torch
 from conftest import WordHashEncoder
 
 from retriever.bm25 import BM25Index
-from retriever.errors import IndexFolderError
+from retriever.errors import RetrieverError
 from retriever.faiss_file import make_index, map_rows, row_reader, write_index
 from retriever.index import DenseIndex
 from retriever.scan import BLAS_THRESHOLD, NO_ROW, FaissScan, TorchScan, advise, best_of, open_scan
@@ -167,7 +167,7 @@ def test_rows_of_a_file_are_read_mapped_and_unmapped(tmp_path: Path, index_type:
     scan = FaissScan(path, index_type)
     np.testing.assert_array_equal(scan.rows(), rows)
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(IndexFolderError, match=f"expected a {index_type} index of 100 rows of 64 dimensions.*cut off"):
+    with pytest.raises(RetrieverError, match=f"expected a {index_type} index of 100 rows of 64 dimensions.*cut off"):
         map_rows(path, index_type)
 
 
@@ -175,7 +175,7 @@ def test_an_index_of_distances_is_refused(tmp_path: Path) -> None:
     index = faiss.IndexFlatL2(DIMENSION)
     index.add(unit_vectors(3, DIMENSION, seed=0))
     faiss.write_index(index, str(tmp_path / "l2.index"))
-    with pytest.raises(IndexFolderError, match=r"has metric 1.*inner products"):
+    with pytest.raises(RetrieverError, match=r"has metric 1.*inner products"):
         map_rows(tmp_path / "l2.index", "Flat")
 
 
@@ -217,10 +217,10 @@ def test_what_an_index_cannot_do_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'nprobe=3' do not fit a IndexFlat"):
         make_index("Flat", DIMENSION, "nprobe=3")
     path = write(tmp_path / "sq8.index", unit_vectors(9, DIMENSION, seed=0), "SQ8")
-    with pytest.raises(IndexFolderError, match=r"SQ8 index, which the torch engine cannot scan.*--to SQfp16"):
+    with pytest.raises(RetrieverError, match=r"SQ8 index, which the torch engine cannot scan.*--to SQfp16"):
         open_index(path, "SQ8", engine="torch")
     if not hasattr(faiss, "StandardGpuResources"):
-        with pytest.raises(IndexFolderError, match="needs a FAISS with CUDA"):
+        with pytest.raises(RetrieverError, match="needs a FAISS with CUDA"):
             open_index(path, "SQ8", engine="faiss-gpu")
 
 

@@ -7,8 +7,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from retriever.build import build_indexes
 from retriever.collection import SearchJob, load_collection
+from retriever.options import SearchOptions
 from retriever.rerank import Reranker
-from retriever.search_options import SearchOptions
 
 QUERIES = list(QUESTIONS)
 

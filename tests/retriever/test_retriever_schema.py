@@ -9,7 +9,7 @@ import pytest
 from conftest import Server, get, post, served_here
 
 from retriever.collection import load_collection
-from retriever.limits import ServerLimits
+from retriever.options import ServerLimits
 
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 

@@ -25,7 +25,7 @@ from conftest import (
 
 from retriever.cache import ENTRY_BYTES, LRUCache
 from retriever.collection import load_collection
-from retriever.limits import ServerLimits
+from retriever.options import ServerLimits
 
 Retrieve = Callable[..., Reply]
 TITLES = list(FACTS)
@@ -91,23 +91,25 @@ def test_words_without_a_match_get_an_empty_list(retrieve: Retrieve) -> None:
         (b"{", 400, "not valid JSON"),
         (b"", 400, "not valid JSON"),
         (b'{"query": "\xff"}', 400, "not valid JSON"),
-        (b'{"query": "\\ud800"}', 400, "not valid JSON"),
         (b"[]", 422, "JSON array"),
         ({}, 422, 'either "queries"'),
         ({"queries": ["a"], "query": "a"}, 422, 'either "queries"'),
         ({"queries": "a"}, 422, '"queries" is a JSON string'),
         ({"queries": ["a", None]}, 422, "queries[1] is a JSON null"),
-        ({"queries": ["a", " "]}, 422, "queries[1] is empty"),
         ({"queries": ["a"] * 601}, 422, "601 queries in one request; at most 600"),
-        ({"query": "a" * 1001}, 422, "1001 characters; at most 1000"),
-        ({"query": "a", "topk": 0}, 422, "topk is 0; expected null or an integer from 1 to 20"),
-        ({"query": "a", "topk": -1}, 422, "topk is -1"),
-        ({"query": "a", "topk": 21}, 422, "topk is 21"),
-        ({"query": "a", "topk": 10**12}, 422, "topk is 1000000000000"),
+        ({"query": "a", "topk": -1}, 422, "topk is -1; expected null or a whole number from 0 on"),
+        ({"query": "a", "topk": -1.0}, 422, "topk is -1"),
+        ({"query": "a", "topk": "-1"}, 422, "topk is a JSON string"),
+        ({"query": "a", "topk": "three"}, 422, "topk is a JSON string"),
+        ({"query": "a", "topk": "9" * 5000}, 422, "topk is a JSON string"),
+        ({"query": "a", "topk": [3]}, 422, "topk is a JSON array"),
+        (b'{"query": "a", "topk": NaN}', 400, "not valid JSON"),
         ({"query": "a", "topk": 2.5}, 422, "topk is 2.5"),
-        ({"query": "a", "topk": "3"}, 422, "topk is a JSON string"),
         ({"query": "a", "topk": True}, 422, "topk is"),
         ({"query": "a", "return_scores": "yes"}, 422, "return_scores is a JSON string"),
+        ({"query": "a", "return_scores": 2}, 422, "return_scores is a JSON number"),
+        ({"query": "a", "return_scores": None}, 422, "return_scores is a JSON null"),
+        ({"query": "a", "return_scores": [1]}, 422, "return_scores is a JSON array"),
         ({"query": "a" * 100_000}, 413, "larger than 100000 bytes"),
     ],
 )

@@ -1,10 +1,10 @@
-"""Group-relative advantages by hand, and who takes part in a group's statistics."""
+"""Advantages by hand and against veRL, and who takes part in a statistic."""
 
 import pytest
 import torch
 
-from dgpo.algorithms.advantages import group_relative_advantages
-from dgpo.algorithms.selective_kl import selective_kl_advantages
+from dgpo.algorithms.advantages import generalised_advantages, group_relative_advantages
+from dgpo.algorithms.selective_kl import subtract_teacher_kl
 
 
 def one_reward_each(returns, length=3):
@@ -73,7 +73,7 @@ def test_a_missing_group_name_is_refused():
 
 def test_the_token_form_moves_only_gated_policy_tokens_by_their_own_log_ratio():
     advantages = torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
-    result = selective_kl_advantages(
+    result = subtract_teacher_kl(
         advantages,
         student_log_probs=torch.tensor([[-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0]]),
         teacher_log_probs=torch.tensor([[-3.0, -1.5, -9.0], [-9.0, -9.0, -9.0]]),
@@ -82,3 +82,30 @@ def test_the_token_form_moves_only_gated_policy_tokens_by_their_own_log_ratio():
         kl_coef=0.5,
     )
     torch.testing.assert_close(result, torch.tensor([[0.0, 0.75, 1.0], [2.0, 2.0, 2.0]]))
+
+
+def test_generalised_advantages_by_hand():
+    """Discount 1/2; the token in the middle is the environment's: the first looks past it."""
+    rewards, mask = torch.tensor([[0.0, 9.0, 1.0]]), torch.tensor([[1, 0, 1]])
+    values = torch.tensor([[0.5, 7.0, 0.5]])
+    advantages, returns = generalised_advantages(rewards, response_mask=mask, values=values, gamma=0.5, lam=1.0)
+    # Last: 1 - .5. First: 0 + .5 * .5 - .5 + .5 * .5 = 0. Whitened: mean .25, variance .125 with one degree of freedom.
+    torch.testing.assert_close(advantages[:, [0, 2]], torch.tensor([[-0.25, 0.25]]) / 0.125**0.5)
+    torch.testing.assert_close(returns[:, [0, 2]], torch.tensor([[0.5, 1.0]]))
+
+
+def test_generalised_advantages_are_verls_to_the_last_bit():
+    core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+    for seed, (gamma, lam) in enumerate([(1.0, 1.0), (0.99, 0.95)]):
+        generator = torch.Generator().manual_seed(seed)
+        rewards, values = torch.randn(2, 16, 37, generator=generator)
+        mask = (torch.rand(16, 37, generator=generator) > 0.4).long()
+        theirs = core_algos.compute_gae_advantage_return(rewards, values, mask, gamma, lam)
+        ours = generalised_advantages(rewards, response_mask=mask, values=values, gamma=gamma, lam=lam)
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_a_batch_without_policy_tokens_has_no_advantages():
+    nothing = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="0 policy tokens"):
+        generalised_advantages(nothing, response_mask=nothing, values=nothing, gamma=1.0, lam=1.0)

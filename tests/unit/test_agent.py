@@ -71,7 +71,7 @@ async def test_it_works_inside_an_event_loop_and_tells_its_trace():
 
 
 def test_settings_hold_and_faults_are_told_as_on_the_command_line(tmp_path):
-    agent, search = make_agent(settings=["hardware=cpu", "episode.topk=1", "ask.rag=true"])
+    agent, search = make_agent(settings=["hardware=cpu", "episode.topk=1", "ask.mode=rag"])
     with agent, pytest.raises(QuestionError, match="is empty"):
         agent.ask(" ")
     assert search.queries == []

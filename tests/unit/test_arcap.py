@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from dgpo.agent.trajectory import SearchRecord, Trajectory, read_trajectories
-from dgpo.config.load import ConfigError
 from dgpo.data.rows import DataError
 from dgpo.engines.episode_runner import PlannedEpisode
 from dgpo.evaluation.arcap import arcap, gold_observation, score_arcap
@@ -96,14 +95,17 @@ def test_the_report_draws_what_the_stage_writes(model, tmp_path):
     assert "searches per episode, own</td><td>1.00" in page
 
 
-def test_sets_without_gold_passages_are_left_out_and_said(model, tmp_path, capsys):
+def test_a_set_without_gold_passages_is_measured_by_what_it_allows_and_that_is_said(model, tmp_path, capsys):
     config = fake_config(tmp_path, {"own": QUESTIONS, "bare": QUESTIONS[3:]}, SHELF)
-    assert list(run(config)["models"]["mine"]["when_to_search"]) == ["own"]
-    assert "left out, for want of gold passages: bare" in capsys.readouterr().out
-    config.data.test_files.pop("own")
-    config.run_dir = str(tmp_path / "other")
-    with pytest.raises(ConfigError, match="none of the test sets bare has gold passages"):
-        arcap(config)
+    measured = run(config)["models"]["mine"]
+    assert {dimension: list(sets) for dimension, sets in measured.items() if dimension != "checkpoint"} == {
+        "source_referencing": ["own"],
+        "using_evidence": ["own"],
+        "query_rewriting": ["own", "bare"],
+        "when_to_search": ["own", "bare"],
+    }
+    assert measured["query_rewriting"]["bare"]["num_questions"] == 1
+    assert "bare has no gold passages" in capsys.readouterr().out
 
 
 def test_the_papers_numbers_stand_beside_its_pairs_rows(model, tmp_path, capsys):

@@ -271,10 +271,10 @@ def test_without_a_checkpoint_or_a_retriever_the_way_out_is_named(asked, tmp_pat
     assert main(["ask", "who?", "hardware=cpu"]) == 2
     assert "ask.model is not set" in capsys.readouterr().err
     model = make_model(tmp_path / "model")
-    assert main(["ask", "who?", f"ask.model={model}", "retriever.url=http://127.0.0.1:9"]) == 2
+    assert main(["ask", "who?", "hardware=cpu", f"ask.model={model}", "retriever.url=http://127.0.0.1:9"]) == 2
     assert "no retrieval server answers" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="place for the question"):
-        command.ask([f"ask.model={model}", "ask.prompt=nothing"])
+        command.ask(["hardware=cpu", f"ask.model={model}", "ask.prompt=nothing"])
     assert asked == []
 
 
@@ -375,10 +375,10 @@ def test_words_that_a_small_vocabulary_spells_are_named():
 
 
 def test_rag_searches_for_the_question_and_answers_at_once():
-    policy, search = ScriptedPolicy([" Paris </answer>"]), RecordingSearch()
-    trajectory = asyncio.run(make_asker(policy, search, rag=True).ask("Where is Lyon?", lambda _: None))
+    policy, search = ScriptedPolicy(["<think>I read</think><answer> Paris </answer>"]), RecordingSearch()
+    trajectory = asyncio.run(make_asker(policy, search, mode="rag").ask("Where is Lyon?", lambda _: None))
     assert (search.queries[0][0], trajectory.answer, len(policy.calls)) == ("Where is Lyon?", "Paris", 1)
     begun = bytes(policy.calls[0]["token_ids"]).decode()
-    assert begun.endswith("</information>\n\n<answer>")
+    assert begun.startswith("Answer the given question. Search results for it stand")
+    assert begun.endswith("</information>\n\n")
     assert trajectory.question == "Where is Lyon?"
-    assert sum(trajectory.response_mask) == len(" Paris </answer>")

@@ -53,6 +53,17 @@ def test_a_good_configuration_passes(config, tmp_path):
     check_collect(config)
 
 
+def test_rows_that_would_share_seeds_and_records_are_refused_before_they_are_played(config, tmp_path):
+    """In training they do not: there a row is known by its place in the batch, and may stand in a file twice."""
+    write_rows(tmp_path / "twice.parquet", [make_row(index % 32) for index in range(64)])
+    config.data.train_file = config.data.collect_file = str(tmp_path / "twice.parquet")
+    config.data.test_files = {"nq": config.data.train_file}
+    check_train(config)
+    config.run_dir = str(tmp_path / "other")
+    for check, key in ((check_collect, "data.collect_file"), (check_test, "data.test_files.nq")):
+        refused(check, config, key, "rows 0 and 32 have the id", "extra_info.id of its own")
+
+
 def test_a_missing_data_file_is_named(config):
     config.data.train_file = "nowhere.parquet"
     refused(check_train, config, "data.train_file", "nowhere.parquet", "does not exist")
@@ -159,6 +170,7 @@ def test_passages_that_can_never_fit_are_refused(config):
     ("key", "value", "part"),
     [
         ("mini_batch_size", 24, "train.mini_batch_size=24"),
+        ("samples_per_question", 3, "train.samples_per_question=3"),
         ("mini_batch_size", 4, "hardware.micro_batch_size=8"),
     ],
 )
@@ -256,7 +268,7 @@ def test_every_stage_with_episodes_asks_a_backend_of_the_users_and_no_server(con
         (["train", "trian.num_steps=3"], "did you mean train.num_steps?"),
         (["trian"], "expected one of quickstart"),
         (["train", "hardware=gpu"], "cpu, gpu24gb, h200x8, h200x8xN"),
-        (["collect"], "data.collect_file"),
+        (["collect", "hardware=cpu"], "data.collect_file"),
     ],
 )
 def test_the_command_line_prints_one_line_and_exits_with_2(arguments, part, capsys):

@@ -1,98 +1,104 @@
-"""The collect stage by its command: scripted demonstrations, transcripts, and a collection that keeps nothing."""
+"""Collection with a teacher whose every turn is known: what is kept, continued, refused."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
-from dgpo.__main__ import main
-from dgpo.agent.trajectory import read_trajectories
+from dgpo.coldstart.collect import collect
+from dgpo.config.load import ConfigError
 from dgpo.data.rows import write_rows
-from tests.unit.fake_model import ChatTokenizer, make_question
-from tests.unit.scripted import EOS_ID
-from tests.unit.stubs import healthy_server, make_model
+from tests.unit.fake_model import ChatTokenizer, FakeModel, fake_config, make_question, use_model
 
-
-class Tokenizer(ChatTokenizer):
-    eos_token_id = EOS_ID
+SHELF = {"x": ['"X"\nx']}
+QUESTIONS = [make_question(index, "right") for index in range(4)]
 
 
 @pytest.fixture
-def collect(tmp_path, monkeypatch, capsys):
-    """Runs the command on these rows; gives (exit code, manifest's counts, episodes, what was printed)."""
-    monkeypatch.setattr("dgpo.coldstart.collect.load_tokenizer", lambda *_, **__: Tokenizer())
-
-    def run(rows, *overrides):
-        file = tmp_path / "collect.parquet"
-        if rows:
-            write_rows(file, rows)
-        student = tmp_path / "student"
-        common = [
-            "hardware=cpu",
-            f"run_dir={tmp_path / 'run'}",
-            f"student.path={student if student.exists() else make_model(student)}",
-            f"data.collect_file={file}",
-            "retriever.backend=tests.unit.scripted:RecordingSearch",
-        ]
-        code = main(["collect", *common, *overrides])
-        folder = tmp_path / "run" / "collect"
-        counts = json.loads((folder / "manifest.json").read_text())["counts"] if folder.exists() else {}
-        episodes = list(read_trajectories(folder / "episodes.jsonl")) if folder.exists() else []
-        return code, counts, episodes, capsys.readouterr()
-
-    return run
+def teacher(monkeypatch):
+    model = FakeModel(lambda text, seed: "<answer>right</answer>")
+    use_model(monkeypatch, model)
+    monkeypatch.setattr("dgpo.coldstart.collect.load_tokenizer", lambda *_, **__: ChatTokenizer())
+    return model
 
 
-def test_the_oracles_misses_are_kept_out_and_counted(collect):
-    rows = [make_question(0, "Paris"), make_question(1, "Atlantis"), make_question(2, "France")]
-    code, counts, episodes, printed = collect(rows, "collect.from=oracle")
-    assert code == 0
-    assert (counts["episodes"], counts["kept"], counts["missed"], counts["search_failed"]) == (3, 2, 1, 0)
-    assert [(episode.question, episode.golds) for episode in episodes] == [("Q0 ?", ["Paris"]), ("Q2 ?", ["France"])]
-    assert {episode.origin for episode in episodes} == {"sampled"}
-    assert "next: python -m dgpo distill" in printed.out
+@pytest.fixture
+def config(teacher, tmp_path):
+    config = fake_config(tmp_path, {"own": QUESTIONS}, SHELF)
+    config.teacher.path, config.data.collect_file = config.test.models["mine"], config.data.test_files["own"]
+    return config
 
 
-def test_several_phrasings_of_a_question_are_several_samples(collect):
-    rows = [make_question(0, "Paris")]
-    _, counts, episodes, _ = collect(rows, "collect.from=oracle", "collect.samples_per_question=6")
-    assert counts["kept"] == 6
-    assert len({tuple(episode.response_ids) for episode in episodes}) > 2
+@pytest.fixture
+def interrupted(config, teacher):
+    """One that ended after two episodes, to be resumed."""
+    config.hardware.engine.concurrency = 1
+    right = teacher.reply
+
+    def dying(text, seed):
+        if "Q2" in text:
+            raise OSError("gone")
+        return right(text, seed)
+
+    teacher.reply = dying
+    with pytest.raises(OSError, match="gone"):
+        collect(config)
+    teacher.reply, teacher.num_turns, config.resume = right, 0, True
+    return config
 
 
-def test_a_collection_that_keeps_nothing_says_so_and_ends_with_status_1(collect):
-    code, counts, episodes, printed = collect([make_question(0, "Atlantis")], "collect.from=oracle")
-    assert (code, counts["kept"], episodes) == (1, 0, [])
-    assert "no episode was kept of 1 (1 missed)" in printed.err
-    assert "next:" not in printed.out
+def other_weights(config):
+    path = Path(config.teacher.path) / "model.safetensors"
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_transcripts_are_collected_from_a_file_of_texts(collect, tmp_path):
-    good = {"question": "who", "answers": ["Ada"], "response": "<answer> Ada </answer>"}
-    file = tmp_path / "texts.jsonl"
-    file.write_text(f"{json.dumps(good)}\n{json.dumps({**good, 'answers': ['Bob']})}\n")
-    code, counts, episodes, _ = collect([], "collect.from=transcripts", f"data.collect_file={file}")
-    assert code == 0
-    assert (counts["episodes"], counts["kept"], counts["wrong"]) == (2, 1, 1)
-    assert [episode.origin for episode in episodes] == ["text"]
+CHANGES = [
+    (other_weights, "weights was"),
+    (lambda c: write_rows(c.data.collect_file, QUESTIONS[::-1]), "data.collect_file was"),
+    (lambda c: setattr(c.episode, "topk", 1), "episode.topk was 3, now 1"),
+    (lambda c: setattr(c.collect, "temperature", 0.5), "temperature was 1.0, now 0.5"),
+    (lambda c: c.retriever.backend_options.update(shelf={}), "retriever.options.shelf.x was"),
+]
+
+
+def test_a_finished_collection_is_not_played_again(config, teacher, capsys):
+    folder = collect(config)
+    turns, config.resume = teacher.num_turns, True
+    assert collect(config) == folder
+    assert teacher.num_turns == turns
+    assert "is finished already" in capsys.readouterr().err
+    assert len((folder / "episodes.jsonl").read_text().splitlines()) == 4
+    assert json.loads((folder / "manifest.json").read_text())["counts"]["episodes"] == 4
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["collect.from=oracl"], "collect.source=oracl: expected one of teacher, oracle, transcripts"),
-        (["collect.from=transcripts", "data.collect_file=none"], "name a jsonl file of transcripts"),
-        (["teacher.url=127.0.0.1:8000"], "expected an address such as http://"),
-    ],
+    ("change", "named"),
+    [*CHANGES, (lambda c: setattr(c.collect, "max_questions", 3), "collect.max_questions was null, now 3")],
 )
-def test_what_cannot_be_collected_is_refused_at_once(collect, overrides, message):
-    code, counts, _, printed = collect([make_question(0, "Paris")], *overrides)
-    assert (code, counts) == (2, {})
-    assert message in printed.err
+def test_a_finished_collection_of_something_else_is_refused_with_what_differs(config, teacher, change, named):
+    folder = collect(config)
+    turns, config.resume = teacher.num_turns, True
+    change(config)
+    with pytest.raises(ConfigError, match=rf"{folder} was made with other settings \(.*{named}"):
+        collect(config)
+    assert teacher.num_turns == turns
+    assert (folder / "episodes.jsonl").exists()
 
 
-def test_a_teacher_that_does_not_answer_is_told_by_its_address_before_anything_starts(collect):
-    code, counts, _, printed = collect([make_question(0, "Paris")], "teacher.url=http://127.0.0.1:9")
-    assert (code, counts) == (2, {})
-    assert "http://127.0.0.1:9/v1/models names no model" in printed.err
-    with healthy_server() as url:  # it lists no models
-        assert "set teacher.url_model" in collect([], f"teacher.url={url}")[3].err
+@pytest.mark.parametrize(("change", "named"), CHANGES)
+def test_an_unfinished_collection_of_something_else_is_refused_and_kept(interrupted, teacher, change, named):
+    change(interrupted)
+    partial = Path(interrupted.run_dir) / "collect" / "trajectories.jsonl.partial"
+    kept = partial.read_bytes()
+    with pytest.raises(ConfigError, match=rf"partial was made with other settings \(.*{named}"):
+        collect(interrupted)
+    assert (teacher.num_turns, partial.read_bytes()) == (0, kept)
+
+
+def test_an_unfinished_collection_goes_on_with_more_or_fewer_questions(interrupted, teacher):
+    interrupted.collect.max_questions = 3
+    collect(interrupted)
+    assert teacher.num_turns == 1

@@ -1,7 +1,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from dgpo.algorithms.selective_kl import TEACHER_FORMS
 from dgpo.config.load import (
     CONFIG_DIR,
     GROUPS,
@@ -10,9 +12,11 @@ from dgpo.config.load import (
     config_keys,
     group_choices,
     load_config,
+    recipe_settings,
     to_yaml,
 )
-from dgpo.config.schema import DEFAULT_TEACHER_COEF
+from dgpo.config.methods import teacher_coef
+from dgpo.config.schema import Config
 
 PRESETS = [(group, choice) for group in GROUPS for choice in group_choices(group)]
 LEFT_TO_THE_USER = {"h200x8xN": ["hardware.num_nodes=2"]}
@@ -20,7 +24,7 @@ LEFT_TO_THE_USER = {"h200x8xN": ["hardware.num_nodes=2"]}
 
 def test_every_preset_is_known_to_this_test():
     fits = list(CONFIG_DIR.glob("fit/*.yaml"))
-    assert len(PRESETS) == len(list(CONFIG_DIR.glob("*/*.yaml"))) - len(fits) == 23
+    assert len(PRESETS) == len(list(CONFIG_DIR.glob("*/*.yaml"))) - len(fits) == 29
 
 
 def test_every_fit_belongs_to_a_world_and_an_experiment():
@@ -31,7 +35,7 @@ def test_every_fit_belongs_to_a_world_and_an_experiment():
 @pytest.mark.parametrize(("group", "choice"), PRESETS)
 def test_every_preset_composes(group, choice):
     config = load_config([f"{group}={choice}", *LEFT_TO_THE_USER.get(choice, [])])
-    assert config.train.teacher_term.form in DEFAULT_TEACHER_COEF
+    assert config.train.teacher_term.form in TEACHER_FORMS
 
 
 def test_the_paper_preset_has_the_papers_numbers():
@@ -39,7 +43,32 @@ def test_the_paper_preset_has_the_papers_numbers():
     assert (train.num_steps, train.batch_size, train.mini_batch_size) == (1000, 512, 256)
     assert (train.actor_learning_rate, train.critic_learning_rate) == (1e-6, 1e-5)
     assert (train.teacher_term.form, train.teacher_term.gate) == ("reward", "failed")
-    assert DEFAULT_TEACHER_COEF["reward"] == 0.001
+    assert teacher_coef(train.teacher_term) == 0.001
+
+
+def test_the_paper_is_in_force_by_default_and_the_tiny_world_keeps_what_we_recommend():
+    paper, tiny = load_config([]), load_config(["world=tiny"])
+    assert (paper.distill.adam_betas, paper.distill.weight_decay) == ([0.9, 0.999], 0.01)
+    assert (paper.distill.warmup_ratio, paper.distill.min_learning_rate_share) == (0, 0)
+    assert (paper.train.weight_decay, paper.train.dual_clip) == (0.01, None)
+    assert load_config(["recipe=recommended"]).distill == Config().distill
+    for section in ("distill", "train"):
+        assert all("(recommended; the paper's: " in line for line in recipe_settings(tiny, section))
+    assert load_config(["world=tiny", "recipe=paper"]).distill.weight_decay == 0.01
+
+
+def test_a_dry_run_can_say_whose_value_is_in_force():
+    config = load_config(["distill.weight_decay=0.1"])
+    lines = recipe_settings(config, "distill")
+    assert "distill.adam_betas=[0.9, 0.999] (the paper's; recommended: [0.9, 0.98])" in lines
+    assert "distill.weight_decay=0.1 (the paper's: 0.01; recommended: 0.0)" in lines
+    assert "train.dual_clip=None (the paper's; recommended: 3.0)" in recipe_settings(config, "train")
+
+
+def test_the_warm_up_has_the_papers_steps_however_many_are_asked_for():
+    for overrides in ([], ["train.num_steps=200"]):
+        train = load_config(overrides).train
+        assert (train.actor_warmup_steps, train.critic_warmup_steps) == (285, 15)
 
 
 def test_cpu_and_gpu_differ_in_the_hardware_section_only():
@@ -109,17 +138,28 @@ def test_free_mappings_take_any_key():
     assert config.data.test_files == {"nq": "nq.parquet"}
 
 
+@pytest.mark.parametrize("hardware", group_choices("hardware"))
+def test_the_hardware_says_which_runner_of_vllm_it_uses_and_the_manifest_will(hardware, monkeypatch):
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    config = load_config([f"hardware={hardware}"])
+    assert yaml.safe_load(to_yaml(config))["hardware"]["env"]["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    other = load_config([f"hardware={hardware}", "hardware.env.VLLM_USE_V2_MODEL_RUNNER='1'"])
+    assert other.hardware.env["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+
+
 def test_every_schema_key_is_read_somewhere():
     """A key that no code reads is a lie to its user."""
     root = Path(__file__).parents[2] / "dgpo"
     code = "\n".join(path.read_text() for path in root.rglob("*.py") if path.name != "schema.py")
-    dead = [key for key in config_keys() if key.rsplit(".", 1)[-1] not in code]
+    ours = [key for key in config_keys() if not key.startswith("hardware.env.")]  # variables that others read
+    dead = [key for key in ours if key.rsplit(".", 1)[-1] not in code]
     assert dead == []
 
 
 def test_changed_settings_are_those_that_differ():
-    assert changed_settings(load_config()) == []
+    assert changed_settings(load_config(["recipe=recommended"])) == []
     overrides = ["train.num_steps=7", "hardware.env.A=b", "test.models.mine=x", "train.stability.patience=3"]
+    overrides = ["recipe=recommended", *overrides]
     assert changed_settings(load_config(overrides)) == ["hardware.env.A=b", "train.num_steps=7", "test.models.mine=x"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -12,12 +13,12 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainingArguments
 
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES
-from dgpo.coldstart.checkpoints import check_settings
 from dgpo.coldstart.distill import LOSSES_WITHOUT_TEACHER, distill
-from dgpo.coldstart.errors import CheckpointMismatchError, DivergedError
+from dgpo.coldstart.errors import DivergedError
 from dgpo.coldstart.examples import StepBatches, TrainingExample, collate, split_held_out
 from dgpo.coldstart.train import train_on_examples
 from dgpo.coldstart.trainer import DistillationTrainer
+from dgpo.config.load import ConfigError
 from dgpo.config.schema import DistillConfig, HardwareConfig
 from dgpo.runs.artifacts import RunFolderExistsError
 from dgpo.tinyworld.models import save_model
@@ -81,6 +82,23 @@ def test_loss_and_gradients_are_the_equation_on_policy_tokens_only(tokenizer, tm
     model, trainer = make_trainer(tokenizer, tmp_path, kl_ratio=kl_ratio, make=make)
     loss = trainer.compute_loss(model, batch_of(tokenizer, EXAMPLES))
     expected, student = expected_loss(tokenizer, kl_ratio=kl_ratio, make=make)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    expected.backward()
+    for mine, plain in zip(model.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_an_appended_end_token_is_trained_by_cross_entropy_alone(tokenizer, tmp_path):
+    model, trainer = make_trainer(tokenizer, tmp_path, kl_ratio=1.0)
+    ended = [*EXAMPLES[:1], replace(EXAMPLES[1], end_was_appended=True)]
+    loss = trainer.compute_loss(model, batch_of(tokenizer, ended))
+    expected, student = expected_loss(tokenizer, kl_ratio=1.0)
+    teacher, ids = trainer.teacher, EXAMPLES[1].prompt_ids + EXAMPLES[1].response_ids
+    p, q = (m(torch.tensor([ids])).logits[0, -2].log_softmax(-1) for m in (student, teacher.requires_grad_(False)))
+    num_tokens = sum(sum(example.response_mask) for example in EXAMPLES)
+    expected = expected + (-p[ids[-1]] - (q.exp() * (q - p)).sum()) / num_tokens
+    trainer.loss_in_head.remove()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     loss.backward()
     expected.backward()
@@ -298,11 +316,48 @@ def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(tokenizer, tmp_p
         assert {key: line[key] for key in expected} == pytest.approx(expected, abs=1e-6)
 
 
-def test_resuming_under_other_settings_is_refused(tmp_path):
-    check_settings(tmp_path, {"batch_size": 8, "seed": 1})
-    check_settings(tmp_path, {"batch_size": 8, "seed": 1})
-    with pytest.raises(CheckpointMismatchError, match="batch_size"):
-        check_settings(tmp_path, {"batch_size": 16, "seed": 1})
+@pytest.fixture
+def stopped(tokenizer, tmp_path, monkeypatch):
+    """A cold start that ended after its settings were recorded, to be resumed."""
+    config = write_stage(tmp_path, ["distill.max_steps=2"])
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dgpo.coldstart.distill.run_on_ranks", stop)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config)
+    monkeypatch.undo()
+    return replace(config, resume=True)
+
+
+def other_weights(folder):
+    path = Path(folder) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda c: setattr(c.distill, "batch_size", 16), "distill.batch_size was"),
+        (lambda c: setattr(c, "seed", 7), "seed was 1, now 7"),
+        (lambda c: setattr(c.hardware, "dtype", "bfloat16"), 'hardware.dtype was "float32", now "bfloat16"'),
+        (lambda c: other_weights(c.teacher.path), "weights of the teacher was"),
+        (lambda c: other_weights(c.student.path), "weights at the start was"),
+    ],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_resuming_from_something_else_is_refused_with_what_differs(stopped, change, named, finished):
+    if finished:
+        distill(stopped)
+    change(stopped)
+    with pytest.raises(ConfigError, match=rf"run/distill was made with other settings \(.*{re.escape(named)}"):
+        distill(stopped)
+
+
+def test_how_the_machine_does_it_may_change(stopped):
+    stopped.distill.micro_batch_size, stopped.distill.chunk_tokens, stopped.distill.patience = 1, 64, 9
+    distill(stopped)
 
 
 def test_stage_learns_and_leaves_a_checkpoint_a_curve_and_a_manifest(tokenizer, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from dgpo.config.load import group_choices, load_config
 from dgpo.config.methods import support_table
 from dgpo.data.rows import write_rows
 from dgpo.hardware.checks import check_engine, check_heads, check_training
+from dgpo.hardware.machine import Machine, VisibleGpu
 from dgpo.hardware.stages import stage_budget, stage_models
 from tests.unit.stubs import healthy_server, make_model, make_row
 
@@ -50,7 +52,7 @@ def dry_run(stage: str, overrides: list[str], capsys: pytest.CaptureFixture[str]
 
 
 def test_the_rows_of_the_paper_are_all_there():
-    assert len(EXPERIMENTS) == 15
+    assert len(EXPERIMENTS) == 18
     assert len(PAIRS) == 3
 
 
@@ -111,15 +113,18 @@ def test_what_does_not_fit_is_refused_with_a_setting_that_does(stage, overrides,
 
 
 def test_a_machine_without_the_gpus_is_told_how_to_plan_for_one_that_has_them(inputs, capsys, monkeypatch):
-    monkeypatch.setattr("dgpo.hardware.dry_run.visible_gpus", lambda: [])
+    monkeypatch.setattr("dgpo.hardware.machine.visible_gpus", list)
     assert main(["train", "pair=qwen3b_05b", *inputs]) == 2
-    assert "nvidia-smi finds no GPUs on this machine: plan for another one with dry_run.assume=h200x8" in (
+    assert "nvidia-smi finds no GPUs on this machine: use hardware=cpu, or plan for another machine with dry_run." in (
         capsys.readouterr().err
     )
 
 
 def test_another_gpu_than_configured_is_named(inputs, capsys, monkeypatch):
-    monkeypatch.setattr("dgpo.hardware.dry_run.visible_gpus", lambda: [("NVIDIA H100 80GB HBM3", 79.6 * 2**30)] * 8)
+    h100 = VisibleGpu("NVIDIA H100 80GB HBM3", 79.6 * 2**30, 79 * 2**30, "580.65.06")
+    node = Machine([h100] * 8, 64, 2e12, 1e12, "gcc", Path("/usr/include"))
+    monkeypatch.setattr("dgpo.hardware.machine.this_machine", lambda: node)
+    monkeypatch.setattr("dgpo.hardware.machine._check_flash_attention", lambda *_: None)
     assert main(["train", "pair=qwen3b_05b", *inputs]) == 2
     assert "hardware.gpu=h200 has 139.8 GiB, but this machine's NVIDIA H100 80GB HBM3 has 79.6" in (
         capsys.readouterr().err
@@ -146,7 +151,7 @@ def test_a_teacher_that_is_not_published_is_planned(inputs, capsys):
 
 def test_a_real_run_misses_what_no_stage_has_written(inputs, tmp_path, capsys):
     overrides = [f"student.path={make_model(tmp_path / 'student')}", "train.teacher_term.gate=none", *inputs[:-1]]
-    assert main(["train", *overrides]) == 2
+    assert main(["train", "hardware=cpu", *overrides]) == 2
     error = capsys.readouterr().err
     assert "run the stage before it (distill) with this run_dir first, or set train.init" in error
 
@@ -174,6 +179,7 @@ def test_the_inverted_order_distils_what_rl_made(inputs):
         (["experiment=gkd", "train.init_kl_coef=0.001"], "set it to 0"),
         (["experiment=dgpo_grpo", "train.samples_per_question=1"], "train.samples_per_question=1 leaves nothing"),
         (["train.teacher_term.form=exact", "train.temperature=0.7"], "train.temperature=0.7"),
+        (["hardware.verl.algorithm.adv_estimator=rloo"], "adv_estimator is read by nothing here: set train.algorithm"),
         (["stages=[train,train]"], "at most once"),
         (["stages=[distil]"], "expected each of collect, distill, train, test"),
     ],

@@ -9,9 +9,9 @@ import pytest
 
 from dgpo.agent.episode import Generation
 from dgpo.agent.trajectory import read_trajectories
-from dgpo.config.load import load_config
+from dgpo.config.load import ConfigError, load_config
 from dgpo.data.rows import DataError
-from dgpo.engines.episode_runner import ResumeMismatchError, SearchOutageError, plan_episodes, play_episodes
+from dgpo.engines.episode_runner import SearchOutageError, forget_episodes, plan_episodes, play_episodes
 from tests.unit.scripted import PASSAGES, ByteTokenizer
 
 
@@ -123,8 +123,27 @@ def test_an_interrupted_run_plays_only_what_is_missing(config, tmp_path):
 def test_resuming_under_other_settings_is_refused(config, tmp_path):
     with pytest.raises(RuntimeError, match="the engine died"):
         play(config, tmp_path / "t.jsonl", SearchOnceThenAnswer(fail_after=11))
-    with pytest.raises(ResumeMismatchError, match="model"):
+    with pytest.raises(ConfigError, match=r't\.jsonl\.partial was made with other settings \(model was "a", now "b"\)'):
         play(config, tmp_path / "t.jsonl", SearchOnceThenAnswer(), settings={"model": "b"})
+
+
+def test_episodes_of_other_settings_are_forgotten_where_they_are_to_be_played_again(config, tmp_path, capsys):
+    path = tmp_path / "t.jsonl"
+    with pytest.raises(RuntimeError, match="the engine died"):
+        play(config, path, SearchOnceThenAnswer(fail_after=11))
+    forget_episodes(path, unless={"model": "a"})
+    assert (tmp_path / "t.jsonl.partial").exists()
+    forget_episodes(path, unless={"model": "b"})
+    assert 'its episodes are played again (model was "a", now "b")' in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_episodes_without_a_record_of_their_settings_are_not_used(config, tmp_path):
+    with pytest.raises(RuntimeError, match="the engine died"):
+        play(config, tmp_path / "t.jsonl", SearchOnceThenAnswer(fail_after=11))
+    (tmp_path / "t.jsonl.settings.json").unlink()
+    with pytest.raises(ConfigError, match="model was not recorded"):
+        play(config, tmp_path / "t.jsonl", SearchOnceThenAnswer())
 
 
 def test_a_dead_retriever_stops_the_run_with_a_way_to_go_on(config, tmp_path):

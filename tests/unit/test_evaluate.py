@@ -11,9 +11,12 @@ import pytest
 from dgpo.__main__ import main
 from dgpo.agent.trajectory import read_trajectories
 from dgpo.config.load import ConfigError
+from dgpo.data.rows import write_rows
 from dgpo.engines import episode_runner
 from dgpo.engines.play import load_tokenizer
+from dgpo.evaluation.compare import compare_runs
 from dgpo.evaluation.evaluate import evaluate
+from dgpo.evaluation.report import write_report
 from dgpo.evaluation.scores import compare
 from tests.unit.fake_model import ChatTokenizer, FakeModel, fake_config, make_question, use_model
 from tests.unit.stubs import make_model
@@ -151,6 +154,144 @@ def test_a_finished_model_is_not_played_again(model, tmp_path):
     config.test.max_questions = 1
     evaluate(config)
     assert results_of(config)["models"]["mine"]["num_questions"] == 1
+
+
+def swap_weights(config, name="mine"):
+    """Another checkpoint under the same path, of the same size, with its modification time."""
+    path = Path(config.test.models[name]) / "model.safetensors"
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def swap_questions(config):
+    write_rows(config.data.test_files["own"], questions()[:2])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (swap_weights, "weights was"),
+        (swap_questions, "data.test_files.own was"),
+        (lambda c: setattr(c.episode, "topk", 1), "episode.topk was 3, now 1"),
+        (lambda c: setattr(c.episode, "max_turns", 1), "episode.max_turns was 4, now 1"),
+        (lambda c: setattr(c, "seed", 7), "seed was 1, now 7"),
+        (lambda c: setattr(c.test, "temperature", 0.5), "temperature was 0.0, now 0.5"),
+        (lambda c: setattr(c.test, "samples", 2), "test.samples was 1, now 2"),
+        (
+            lambda c: setattr(c.hardware.engine, "dtype", "float16"),
+            'hardware.engine.dtype was "float32", now "float16"',
+        ),
+        (lambda c: c.retriever.backend_options.update(shelf={}), "retriever.options.shelf.find Ada was"),
+    ],
+)
+def test_results_of_anything_else_are_played_again_and_that_is_said(model, tmp_path, capsys, change, named):
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    evaluate(config)
+    before = results_of(config)["models"]["mine"]
+    change(config)
+    config.resume, model.num_turns = True, 0
+    evaluate(config)
+    assert model.num_turns > 0
+    said = capsys.readouterr().err
+    assert "test/mine: its episodes are played again (" in said
+    assert named in said
+    assert (results_of(config)["models"]["mine"]["weights"] != before["weights"]) == (change is swap_weights)
+    model.num_turns = 0
+    evaluate(config)
+    assert model.num_turns == 0, "and only once"
+
+
+def test_weights_that_change_while_they_are_played_give_no_result(model, tmp_path):
+    """A training that goes on writes its model again while the engine starts."""
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    play = model.reply
+
+    def changing(text, seed):
+        swap_weights(config)
+        return play(text, seed)
+
+    model.reply = changing
+    with pytest.raises(ConfigError, match="was changed while its episodes were played"):
+        evaluate(config)
+    assert not (Path(config.run_dir) / "test" / "results.json").exists()
+    config.resume, model.reply, model.num_turns = True, play, 0
+    evaluate(config)
+    assert model.num_turns == 8
+
+
+def test_only_the_model_that_changed_is_played_again(model, tmp_path):
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    config.test.models["other"] = make_model(tmp_path / "other", weights=b"other")
+    evaluate(config)
+    once, config.resume, model.num_turns = model.num_turns // 2, True, 0
+    swap_weights(config)
+    evaluate(config)
+    assert model.num_turns == once
+
+
+def test_another_path_to_the_same_weights_is_not_played_again(model, tmp_path):
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    evaluate(config)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    config.test.models, config.resume, model.num_turns = {"mine": str(tmp_path / "moved")}, True, 0
+    evaluate(config)
+    assert model.num_turns == 0
+
+
+def test_results_without_a_record_of_their_weights_are_played_again(model, tmp_path, capsys):
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    evaluate(config)
+    path = Path(config.run_dir) / "test" / "mine" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["settings"]
+    path.write_text(json.dumps(manifest))
+    config.resume, model.num_turns = True, 0
+    evaluate(config)
+    assert model.num_turns > 0
+    assert "what they depend on was not recorded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_episodes_of_an_unfinished_test_are_kept_for_their_own_weights_only(model, tmp_path, capsys, changed):
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    config.hardware.engine.concurrency = 1
+    play = model.reply
+
+    def dying(text, seed):
+        if "Q2" in text:
+            raise OSError("gone")
+        return play(text, seed)
+
+    model.reply = dying
+    with pytest.raises(OSError, match="gone"):
+        evaluate(config)
+    if changed:
+        swap_weights(config)
+    config.resume, model.num_turns, model.reply = True, 0, play
+    evaluate(config)
+    assert model.num_turns == (2 + 1 + 5 if changed else 5), "Q0 searches and answers, Q1 answers, Q2 never does"
+    assert ("partial: its episodes are played again (weights was" in capsys.readouterr().err) == changed
+
+
+def test_a_report_and_a_comparison_say_which_numbers_are_of_weights_that_are_gone(model, tmp_path):
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    evaluate(config)
+    folder = Path(config.run_dir)
+    assert "Out of date" not in write_report(folder).read_text()
+    swap_weights(config)
+    assert "the numbers of mine belong to other weights than" in write_report(folder).read_text()
+    assert "the numbers of mine belong to other weights than" in compare_runs(folder, folder)[-1].note
+
+
+def test_results_of_an_older_version_are_still_reported(model, tmp_path):
+    config = fake_config(tmp_path, {"own": questions()}, SHELF)
+    evaluate(config)
+    path = Path(config.run_dir) / "test" / "results.json"
+    results = json.loads(path.read_text())
+    del results["models"]["mine"]["weights"]
+    path.write_text(json.dumps(results))
+    assert "Out of date" not in write_report(Path(config.run_dir)).read_text()
 
 
 def test_a_killed_run_resumes_to_the_same_numbers_and_plays_no_question_twice(monkeypatch, tmp_path):
@@ -320,24 +461,6 @@ def test_a_wandb_that_refuses_costs_no_result(model, tmp_path, monkeypatch, caps
     evaluate(config)
     assert results_of(config)["models"]["mine"]["num_questions"] == 3
     assert "wandb did not take the metrics of mine (No API key configured.)" in capsys.readouterr().err
-
-
-def test_rag_searches_for_the_question_itself_and_only_answers(monkeypatch, tmp_path):
-    def answer(text, seed):
-        return " Ada Lovelace </answer>" if text.endswith("<answer>") and "wrote it" in text else " hm </answer>"
-
-    model = FakeModel(answer)
-    use_model(monkeypatch, model)
-    shelf = {"Q0 ?": ['"Ada"\nAda Lovelace wrote it.']}
-    config = fake_config(tmp_path, {"own": questions()}, shelf)
-    config.test.rag = True
-    evaluate(config)
-    result = results_of(config)["models"]["mine"]
-    assert (result["average"]["em"], result["average"]["hit"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
-    assert (result["average"]["num_searches"], model.num_turns) == (1.0, 3)
-    episodes = list(read_trajectories(Path(config.run_dir) / "test" / "mine" / "trajectories.jsonl"))
-    assert (episodes[0].question, episodes[0].golds) == ("Q0 ?", ["Ada Lovelace"])
-    assert [each.searches[0].turn for each in episodes] == [-1, -1, -1]
 
 
 def test_results_are_also_shown_by_the_source_of_each_question(model, tmp_path):

@@ -16,6 +16,7 @@ from dgpo.models.card import lineage
 from dgpo.models.licences import inherited, licence_of
 from dgpo.models.model_folders import state_dtype, write_generation_config
 from dgpo.runs.artifacts import write_manifest
+from dgpo.runs.identity import model_identity
 from dgpo.tinyworld.models import save_model
 from tests.distill_stage import tiny_model, tiny_tokenizer
 from tests.unit.hub_server import serving
@@ -61,7 +62,13 @@ def run(models, tmp_path):
     scores = {"em": 0.25, "em_ci95": [0.2, 0.31], "f1": 0.3, "num_searches": 1.5, "num_questions": 600}
     other = {**scores, "em": 0.99}
     models = {
-        name: {"checkpoint": str(folder / stage / "model"), "sets": {"nq": each}, "average": each, "num_questions": 600}
+        name: {
+            "checkpoint": str(folder / stage / "model"),
+            "weights": model_identity(str(folder / stage / "model")),
+            "sets": {"nq": each},
+            "average": each,
+            "num_questions": 600,
+        }
         for name, stage, each in (("cold", "distill", other), ("ours", "train", scores))
     }
     (folder / "test").mkdir()
@@ -155,6 +162,31 @@ def test_the_card_says_what_the_run_recorded(run, tmp_path):
     assert str(tmp_path) not in card, "where it was on this machine is no one's business"
 
 
+def change_result(run, change):
+    path = run / "test" / "results.json"
+    results = json.loads(path.read_text())
+    change(results["models"]["ours"])
+    path.write_text(json.dumps(results))
+
+
+def test_no_number_of_other_weights_gets_into_the_card(run, tmp_path):
+    """The run went on after its test; or was tested before results recorded their weights."""
+    change_result(run, lambda ours: ours.update(weights="f" * 64))
+    export(run, tmp_path / "later")
+    change_result(run, lambda ours: ours.pop("weights"))
+    export(run, tmp_path / "old")
+    for out in ("later", "old"):
+        card = (tmp_path / out / "README.md").read_text()
+        assert "These weights were not evaluated in their run." in card
+        assert "0.250" not in card
+
+
+def test_the_same_weights_tested_in_another_folder_count(run, tmp_path):
+    change_result(run, lambda ours: ours.update(checkpoint="elsewhere/model"))
+    export(run, tmp_path / "out")
+    assert "| nq | 600 | 0.250 |" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_cards_own_python_runs(run, tmp_path, monkeypatch, capsys):
     export(run, tmp_path / "my-agent")
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "my-agent" / "README.md").read_text(), re.DOTALL)
@@ -183,6 +215,8 @@ def test_student_and_teachers_are_found_through_the_stages(run):
     config = to_yaml(load_config(["train.teacher_term.gate=none"]))
     inputs = {"init": str(run / "distill" / "model"), "teacher": TEACHER}
     assert lineage({"stage": "train", "inputs": inputs, "config": config}) == (STUDENT, ["my/teacher"])
+    redone = {"stage": "train", "inputs": inputs, "config": config, "settings": {"weights at the start": "f" * 64}}
+    assert lineage(redone) == (inputs["init"], []), "the cold start was made again since"
     assert lineage({"stage": "distill", "inputs": {"student": "s", "teacher": "t"}}) == ("s", ["t"])
 
 
@@ -245,6 +279,18 @@ def test_a_push_that_failed_is_repeated(run, tmp_path, hub, capsys):
     hub.token = "secret"
     assert push(run, tmp_path / "out", hub) == 0
     assert "model.safetensors" in hub.models["me/agent"]
+
+
+def test_a_folder_of_other_weights_than_the_run_has_now_is_not_pushed(run, tmp_path, hub, capsys):
+    export(run, tmp_path / "out")
+    manifest = json.loads((run / "train" / "model" / "manifest.json").read_text())
+    weights = run / "train" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    manifest["sha256"]["model.safetensors"] = file_sha256(weights)
+    (run / "train" / "model" / "manifest.json").write_text(json.dumps(manifest))
+    assert push(run, tmp_path / "out", hub) == 2
+    assert "out was made with other settings (weights was" in capsys.readouterr().err
+    assert "me/agent" not in hub.models
 
 
 def test_a_server_that_is_not_there_is_told(run, tmp_path, hub, capsys):

@@ -21,10 +21,6 @@ from tests.unit.scripted import EOS_ID, RecordingSearch, make_limits
 SEARCH, ANSWER = "<think>é</think><search>Lyon</search>", "<answer> Paris </answer>"
 
 
-class Tokenizer(ChatTokenizer):
-    eos_token_id = EOS_ID
-
-
 def reply(text, _=None):
     return ANSWER if "Doc 1(" in text else SEARCH
 
@@ -60,13 +56,13 @@ class Server:
 
 def make_policy(url, **options):
     prompts = {"e": "<s>Q?"}
-    defaults = {"model": "big", "tokenizer": Tokenizer(), "temperature": 0.0, "num_prompt_tokens": {"e": 2}}
+    defaults = {"model": "big", "tokenizer": ChatTokenizer(), "temperature": 0.0, "num_prompt_tokens": {"e": 2}}
     return HttpPolicy(str(url), **{**defaults, "prompts": prompts, **options})
 
 
 async def play(server, **options):
     async with TestServer(server.app()) as running, make_policy(running.make_url("/v1"), **options) as policy:
-        settings = {"search": RecordingSearch(), "tokenizer": Tokenizer(), "limits": make_limits()}
+        settings = {"search": RecordingSearch(), "tokenizer": ChatTokenizer(), "limits": make_limits()}
         episode = await run_episode(
             episode_id="e", prompt_ids=[257, 258], policy=policy, stop=COLLECT_STOP_STRINGS, **settings
         )
@@ -100,7 +96,7 @@ async def test_a_server_of_token_ids_gives_the_same_episode_as_the_model_in_proc
             ids = generation.token_ids + ends
             return Generation(ids, [-0.5] * len(ids), "stop")
 
-    settings = {"search": RecordingSearch(), "tokenizer": Tokenizer(), "limits": make_limits()}
+    settings = {"search": RecordingSearch(), "tokenizer": ChatTokenizer(), "limits": make_limits()}
     inside = await run_episode(
         episode_id="e", prompt_ids=[257, 258], policy=WithEnd(reply), stop=COLLECT_STOP_STRINGS, **settings
     )
@@ -131,7 +127,7 @@ async def test_both_stop_strings_are_put_back_where_their_tags_are_open():
 
 
 async def collect(server, path, config, rows):
-    tokenizer = Tokenizer()
+    tokenizer = ChatTokenizer()
     planned = plan_episodes(rows, tokenizer, config=config)
     async with TestServer(server.app()) as running:
         prompts = {each.episode_id: "Q?" for each in planned}

@@ -162,7 +162,7 @@ def test_without_questions_the_index_is_built_rag_is_offered_and_what_is_missing
     assert f"next: python -m dgpo ask run_dir={run}" in text
     asking = read_asking(run)
     assert (asking.model, asking.corpus) == ("some/model", "own")
-    assert load_config(asking.overrides).ask.rag
+    assert load_config(asking.overrides).ask.mode == "rag"
 
 
 def write_scores(folder: Path, em: list[int]) -> None:

@@ -16,6 +16,10 @@ from dgpo.__main__ import COMMANDS
 ROOT = Path(__file__).parents[2]
 PIXI = tomllib.loads((ROOT / "pixi.toml").read_text())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TASKS = {
+    **PIXI["tasks"],
+    **{name: task for feature in PIXI["feature"].values() for name, task in feature["tasks"].items()},
+}
 EXPECTED_TASKS = {"quickstart", "check", "start", "build", "collect", "distill", "train", "test"}
 
 
@@ -24,13 +28,30 @@ def locked(kind: str) -> dict[str, str]:
     return {name.lower(): version for name, version in re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)", text, re.MULTILINE)}
 
 
+def environment_tasks(name: str) -> set[str]:
+    features = (PIXI["feature"][feature]["tasks"] for feature in PIXI["environments"][name])
+    return {*PIXI["tasks"], *(task for tasks in features for task in tasks)}
+
+
 def test_pixi_offers_the_promised_tasks():
-    assert set(PIXI["tasks"]) >= EXPECTED_TASKS
+    assert environment_tasks("default") >= EXPECTED_TASKS
+    assert environment_tasks("gpu") >= EXPECTED_TASKS - {"check"}
 
 
-@pytest.mark.parametrize("name", sorted(PIXI["tasks"]))
+@pytest.mark.parametrize("name", ["retriever", "retriever-gpu"])
+def test_the_retrievers_environments_offer_only_what_their_packages_can_do(name):
+    modules = {shlex.split(TASKS[task]["cmd"])[2] for task in environment_tasks(name) - {"install"}}
+    assert modules == {"retriever.serve", "retriever.build"}
+
+
+def test_cuda_environments_are_refused_where_the_driver_is_too_old():
+    for name in ("gpu", "retriever-gpu"):
+        assert PIXI["feature"][name]["system-requirements"] == {"cuda": "13"}
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
 def test_every_pixi_task_calls_an_entry_point_that_exists(name):
-    words = shlex.split(PIXI["tasks"][name]["cmd"])
+    words = shlex.split(TASKS[name]["cmd"])
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file()
         return
@@ -42,11 +63,14 @@ def test_every_pixi_task_calls_an_entry_point_that_exists(name):
 
 @pytest.mark.parametrize("script", ["quickstart"])
 def test_scripts_and_tasks_call_the_same_command(script):
-    assert PIXI["tasks"][script]["cmd"] in (ROOT / "scripts" / f"{script}.sh").read_text()
+    assert TASKS[script]["cmd"] in (ROOT / "scripts" / f"{script}.sh").read_text()
 
 
 def test_every_environment_installs_a_lock_that_exists():
+    assert {name for features in PIXI["environments"].values() for name in features} == set(PIXI["feature"])
     for feature in PIXI["feature"].values():
+        if "install" not in feature["tasks"]:  # it comes with one that has it
+            continue
         _, script, kind = shlex.split(feature["tasks"]["install"]["cmd"])
         assert (ROOT / script).is_file()
         assert (ROOT / "requirements" / f"{kind}.lock").is_file()

@@ -12,11 +12,15 @@ import psutil
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.config.load import group_choices, load_config
-from dgpo.evaluation.paper import EXACT_MATCH, LABELS, ROWS, SETS, paper_value
+from dgpo.config.load import ConfigError, group_choices, load_config
+from dgpo.evaluation.evaluate import evaluate
+from dgpo.evaluation.paper import EXACT_MATCH, LABELS, ROWS, RULES, SETS, UNTRAINED, paper_value
 from dgpo.hardware.gpu_hours import PAPER_GPU_HOURS, gpu_hours_range, paper_gpu_hours
-from dgpo.pipeline.plan import Plan, plan_table
+from dgpo.pipeline.plan import Plan, PlannedStage, distinct, plan_table
 from dgpo.pipeline.reproduce import collect_rows, render_markdown
+from dgpo.pipeline.reuse import is_current
+from dgpo.runs.artifacts import write_manifest
+from tests.unit.fake_model import FakeModel, fake_config, make_question, use_model
 from tests.unit.stubs import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -32,8 +36,9 @@ def names(table: str, tmp_path: Path, pair: str = "qwen3b_05b") -> list[str]:
 
 def test_every_row_of_the_tables_is_a_preset_or_a_model():
     rows = {row for table in ROWS.values() for row in table}
-    assert rows - {"untrained", "teacher"} == set(group_choices("experiment")) - {"teacher_ppo"}
+    assert rows - set(UNTRAINED) == set(group_choices("experiment")) - {"teacher_ppo"}
     assert rows == set(LABELS)
+    assert set(RULES) <= rows
 
 
 @pytest.mark.parametrize("pair", EXACT_MATCH)
@@ -68,8 +73,9 @@ def test_a_stage_comes_after_what_it_reads(tmp_path):
             if stage.stage == "distill":
                 assert config.distill.episodes in made
             if stage.stage == "test":
-                (checkpoint,) = config.test.models.values()
-                assert str(tmp_path) not in checkpoint or str(Path(checkpoint).parent) in made
+                for checkpoint in config.test.models.values():
+                    stage_folder = checkpoint.partition("/model")[0]
+                    assert str(tmp_path) not in checkpoint or stage_folder in made
             made.add(str(stage.run_dir / stage.stage))
 
 
@@ -79,7 +85,10 @@ def test_the_inverted_order_trains_first(tmp_path):
     (distill,) = [s for s in plan("ablation", tmp_path).stages if s.name.endswith("inverted/distill")]
     from dgpo.config.stages import initial_model
 
-    assert initial_model(distill.config, "distill")[1] == f"{tmp_path}/qwen3b_05b/inverted/train/model"
+    assert initial_model(distill.config, "distill")[1] == f"{tmp_path}/qwen3b_05b/inverted/train/models/step_200"
+    short = plan_table("ablation", tmp_path / "a", tmp_path / "b", ["pair=qwen3b_05b", "train.num_steps=100"], [])
+    (distill,) = [s for s in short.stages if s.name.endswith("inverted/distill")]
+    assert initial_model(distill.config, "distill")[1] == f"{tmp_path}/a/inverted/train/model"
 
 
 def test_sft_ppo_starts_from_the_seqkd_row(tmp_path):
@@ -151,24 +160,81 @@ def finished(tmp_path):
             "average": {"em": sum(em) / 4, "em_ci95": [0.0, 1.0], "num_searches": 1.5, "answered": 1.0},
             "sets": {"real": {"em": sum(em) / 4}},
         }
-        (folder.parent / "results.json").write_text(json.dumps({"models": {row: model}}))
-        results[row] = tmp_path / row
-    return {"tiny": Plan([], results)}
+        tested = {"models": {row: model}, "temperature": 0.0, "protocol": "ours"}
+        (folder.parent / "results.json").write_text(json.dumps(tested))
+        models = {row: "a", **({f"{row}-best": "a"} if row == "dgpo" else {})}
+        results[row] = PlannedStage(f"x/{row}/test", "test", tmp_path / row, (), models)
+    return Plan([], results)
 
 
-def test_a_row_holds_ours_the_papers_and_the_paired_difference(finished):
-    kd, dgpo = collect_rows(finished, baseline="kd")
-    assert kd["difference_to_baseline"] is None
-    assert dgpo["difference_to_baseline"][0] == pytest.approx(0.25)
+def test_a_row_holds_the_last_step_the_best_and_the_paired_difference(finished):
+    kd, dgpo = collect_rows({"tiny": finished}, baseline="kd")
+    assert (kd["best"], kd["paper"]) == (None, None)
+    assert dgpo["best"] == dgpo["last"]  # one checkpoint, tested once
+    assert dgpo["last"]["difference"][0] == pytest.approx(0.25)
     text = render_markdown([kd, dgpo], baseline="kd")
-    assert "| DGPO | 0.750 | [0.000, 1.000] | +0.250 [" in text
-    assert text.splitlines()[-1].endswith("| 1.50 | 100% | 0.329 |")
+    assert "| KD | 0.500 | [0.000, 1.000] | - | - |  | 1.50 | 100% |" in text
+    assert "| DGPO | 0.750 | [0.000, 1.000] | 0.750 | [0.000, 1.000] | +0.250 [" in text
+    assert "(" not in text.splitlines()[-1], "the paper's number is of another world"
+
+
+def test_the_papers_rule_stands_beside_the_papers_number_with_both_protocols(finished):
+    rows = collect_rows({"qwen3b_05b": finished}, baseline="kd")
+    text = render_markdown(rows, baseline="kd")
+    assert "single samples at temperature 1" in text
+    assert "ours are greedy" in text
+    assert text.splitlines()[-1] == "| qwen3b_05b | DGPO | last | 0.750 | 0.750 (0.329) |"
+
+
+def test_checkpoints_of_one_step_are_tested_once(tmp_path):
+    train = tmp_path / "train"
+    models = {
+        "ppo": str(train / "model"),
+        "ppo-best": str(train / "models" / "best"),
+        "ppo-paper": str(train / "models" / "step_200"),
+    }
+    assert list(distinct(models).values()) == list(models), "before training nothing is known"
+    (train / "models").mkdir(parents=True)
+    (train / "models" / "steps.json").write_text(json.dumps({"model": 1000, "best": 200, "step_200": 200}))
+    assert distinct(models) == {"ppo": "ppo", "ppo-best": "ppo-best", "ppo-paper": "ppo-best"}
+    stage = PlannedStage("a/rag/test", "test", tmp_path, ("x=1",), models, mode="rag")
+    assert stage.command == [
+        "test",
+        "x=1",
+        f"test.models.ppo={train}/model",
+        f"test.models.ppo-best={train}/models/best",
+        "test.modes.ppo=rag",
+        "test.modes.ppo-best=rag",
+    ]
+
+
+def test_rows_report_by_the_papers_rule(tmp_path):
+    more = ["pair=qwen3b_05b", "data=prepared"]
+    found = {
+        row: [Path(path).relative_to(tmp_path) for path in test.models.values()]
+        for table in ("main", "ablation")
+        for row, test in plan_table(table, tmp_path / "p", tmp_path / "s", more, []).results.items()
+        if row in ("ppo", "no_cold_start", "dgpo", "kd")
+    }
+    assert [str(path) for path in found["ppo"]] == [
+        "s/ppo/train/model", "s/ppo/train/models/best", "s/ppo/train/models/step_200"
+    ]  # fmt: skip
+    assert found["no_cold_start"][2].name == "before_collapse"
+    assert found["dgpo"][2] == found["dgpo"][0]
+    assert [str(path) for path in found["kd"][:2]] == ["p/kd/distill/models/last", "p/kd/distill/model"]
+
+
+def test_arcap_and_figures_are_of_the_same_runs(tmp_path):
+    arcap = plan("arcap", tmp_path).stages[-1]
+    assert arcap.config.test.models["ppo"].endswith("ppo/train/models/step_200")
+    assert not any(stage.stage == "test" for stage in plan("figures", tmp_path).stages)
+    assert [stage.stage for stage in plan("teacher_time", tmp_path).stages] == ["collect", "distill", "train"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["table=fig6"], "expected one of main, ablation, pairs"),
+        (["table=fig6"], "expected one of main, ablation, pairs, arcap, figures, teacher_time"),
         (["experiment=kd"], "the rows of the table decide that"),
         (["table=pairs", "world=tiny"], "the tiny world has one pair"),
     ],
@@ -181,14 +247,22 @@ def test_a_request_without_sense_is_refused(overrides, message, tmp_path, capsys
 def test_a_folder_made_with_other_overrides_is_refused(tmp_path, capsys):
     (tmp_path / "reproduce.json").write_text(json.dumps({"overrides": ["train.num_steps=5"], "versions": {}}))
     assert main(["reproduce", "train.num_steps=6", f"run_dir={tmp_path}"]) == 2
-    assert "was made with train.num_steps=5" in capsys.readouterr().err
+    assert 'was made with other settings (train.num_steps was "5", now "6")' in capsys.readouterr().err
 
 
-def test_a_dry_run_prints_the_plan_and_starts_nothing(no_hub, tmp_path, capsys):
-    assert main(["reproduce", "table=pairs", f"run_dir={tmp_path / 'tables'}", "dry_run=true"]) == 0
-    output = capsys.readouterr().out
-    assert "Stages for llama8b_1b" in output
-    assert "total" in output
+@pytest.mark.parametrize("table", ["main", "pairs", "figures"])
+def test_a_dry_run_prints_the_plan_and_all_that_is_missing_once(no_hub, tmp_path, capsys, table):
+    overrides = [f"table={table}", f"run_dir={tmp_path / 'tables'}", "data=prepared", "prepare.out=/nowhere"]
+    assert main(["reproduce", *overrides, "retriever.url=http://127.0.0.1:9", "dry_run=true"]) == 2
+    captured = capsys.readouterr()
+    assert f"Stages for {'llama8b_1b' if table == 'pairs' else 'qwen3b_05b'}" in captured.out
+    assert "total" in captured.out
+    lines = [line for line in captured.out.splitlines() if line.startswith("missing: ")]
+    assert len(lines) == len(set(lines))
+    assert sum("data.collect_file: data file '/nowhere/train.parquet'" in line for line in lines) == 1
+    assert sum("data.test_files.musique" in line for line in lines) == (table not in ("figures", "teacher_time"))
+    assert sum("retriever" in line for line in lines) == 1
+    assert f"{len(lines)} things are missing, listed above" in captured.err
     assert not (tmp_path / "tables").exists()
 
 
@@ -216,3 +290,55 @@ def test_a_stopped_pipeline_takes_its_stages_with_it(tmp_path):
     driver.terminate()
     assert driver.wait(timeout=30) == 143
     assert not psutil.pid_exists(stage)
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A finished stage `test` of one model, as a table would reuse it."""
+    config = fake_config(tmp_path, {"own": [make_question(0, "right")]}, {"x": ["y"]})
+    use_model(monkeypatch, FakeModel(lambda text, seed: "<answer>right</answer>"))
+    evaluate(config)
+    monkeypatch.setattr(PlannedStage, "config", property(lambda _: config))
+    return PlannedStage("row/test", "test", Path(config.run_dir), ()), config
+
+
+def test_a_finished_test_is_reused_for_the_weights_and_questions_that_it_measured(measured):
+    stage, config = measured
+    assert stage.is_done
+    assert is_current(stage)
+    weights = Path(config.test.models["mine"]) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert stage.is_done
+    assert not is_current(stage)
+
+
+def test_a_table_of_a_test_that_was_interrupted_is_not_reused(measured):
+    """The model was played again, and results.json is still of before."""
+    stage, config = measured
+    results = Path(config.run_dir) / "test" / "results.json"
+    results.write_text(results.read_text().replace(json.loads(results.read_text())["models"]["mine"]["weights"], "0"))
+    assert not is_current(stage)
+
+
+def test_another_stage_of_something_else_is_refused_and_an_old_one_stands_with_a_note(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dgpo.pipeline.reuse.distill_settings", lambda config: {"seed": config.seed})
+    stage = PlannedStage("kd/distill", "distill", tmp_path, ("seed=2",))
+    made = {"stage": "distill", "inputs": {}, "config": {}, "counts": {}, "seed": 1}
+    write_manifest(tmp_path / "distill", **made)
+    assert is_current(stage)
+    assert "what it was made from was not recorded" in capsys.readouterr().err
+    write_manifest(tmp_path / "distill", **made, settings={"seed": 2})
+    assert is_current(stage)
+    write_manifest(tmp_path / "distill", **made, settings={"seed": 1})
+    with pytest.raises(ConfigError, match=r"distill was made with other settings \(seed was 1, now 2\)"):
+        is_current(stage)
+
+
+def test_of_two_quickstarts_in_one_folder_one_is_refused(tmp_path, capsys, monkeypatch):
+    """The other makes the folder after this one has looked."""
+    folder, exists = tmp_path / "run", Path.exists
+    folder.mkdir()
+    monkeypatch.setattr(Path, "exists", lambda path: path != folder and exists(path))
+    assert main(["quickstart", f"run_dir={folder}"]) == 2
+    assert f"{folder} exists: choose another run_dir" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []

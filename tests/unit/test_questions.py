@@ -99,6 +99,10 @@ def test_evidence_and_hops_of_the_three_multi_hop_sets():
     )
 
 
+def test_evidence_may_stand_one_level_deeper():
+    assert evidence({"metadata": MUSIQUE["metadata"]}) == evidence(MUSIQUE["metadata"])
+
+
 def test_evidence_is_whole_or_absent():
     partial = {**HOTPOT["metadata"], "context": {"title": ["Ed Wood"], "sentences": [["Ed."]]}}
     assert evidence(partial) == ((), 2)
@@ -178,6 +182,9 @@ def test_compressed_lines_are_read(tmp_path):
         ('{"question": "a?", "answer": "x", "metadata": "m"}', "`metadata` is 'm', expected an object"),
         ('{"question": "a?", "answer": "x", "gold_passages": [3]}', "a gold passage is 3, expected a text"),
         ('{"id": "q", "question": "a?", "answer": "x"}', "id 'q' is also on line 1; ids must be unique"),
+        ('{"id": ["q"], "question": "a?", "answer": "x"}', "`id` is ['q'], expected a text or a whole number, or none"),
+        ('{"id": NaN, "question": "a?", "answer": "x"}', "`id` is nan, expected a text or a whole number, or none"),
+        ('{"id": true, "question": "a?", "answer": "x"}', "`id` is True, expected a text or a whole number, or none"),
     ],
 )
 def test_a_bad_line_is_named_with_file_number_and_reason(tmp_path, line, reason):

@@ -57,7 +57,7 @@ def test_workers_on_every_node_get_the_environment_and_hardware_env_wins(started
     connect(hardware(), token_folder=tmp_path, environment=more)
     variables = started["runtime_env"]["env_vars"]
     assert variables["VERL_PLATFORM"] == "cpu"
-    assert variables["OMP_NUM_THREADS"] == "1"
+    assert variables["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
     assert variables["NCCL_DEBUG"] == "WARN"
     assert variables["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "0"
 
@@ -80,3 +80,23 @@ def test_relative_paths_are_resolved_where_they_were_given_and_hub_names_stay(tm
     assert resolved.data.train_file == str(tmp_path / "train.parquet")
     assert resolved.run_dir == str(tmp_path / "runs" / "a")
     assert config.run_dir == "runs/a"
+
+
+def test_on_nvidia_gpus_the_variables_of_other_makers_are_gone_before_ray_starts(started, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "0,1")
+    connect(hardware(), token_folder=tmp_path)
+    assert os.environ["ROCR_VISIBLE_DEVICES"] == "0,1"
+    connect(load_config(["hardware=h200x8"]).hardware, token_folder=tmp_path)
+    assert "ROCR_VISIBLE_DEVICES" not in os.environ
+
+
+def test_workers_of_a_cluster_get_where_models_lie_and_the_shells_own_defaults(started, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("HF_HOME", "/shared/hf")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    connect(hardware(), token_folder=tmp_path)
+    variables = started["runtime_env"]["env_vars"]
+    assert variables["HF_HOME"] == "/shared/hf"
+    assert variables["VLLM_LOGGING_LEVEL"] == "INFO"
+    assert variables["VLLM_DISABLE_COMPILE_CACHE"] == "1"
+    assert "HF_HUB_OFFLINE" not in variables

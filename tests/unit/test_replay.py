@@ -29,6 +29,15 @@ def test_the_level_follows_the_loss_down():
     assert thresholds([5.0, 2.0, 1.0, 1.05, 1.2, 1.2, 1.3]) == pytest.approx([0, 0, 0, 0, 0.1, 0.1, 0.2])
 
 
+def test_by_taids_library_the_level_stays_where_training_began_until_it_is_reached_again():
+    """Its sampler.update with loss_eps 0: 1.2 and 1.9 are below the first loss, 2.0 is not, nor is 2.0 again."""
+    state, seen = AdaptiveSchedule(0.0, increment=0.1, min_rise=0.0, level_follows_down=False), []
+    for loss in [2.0, 1.0, 1.2, 1.9, 2.0, 2.0, 1.0, 2.1]:
+        state = state.observe(loss)
+        seen.append(state.threshold)
+    assert seen == pytest.approx([0, 0, 0, 0, 0.1, 0.2, 0.2, 0.3])
+
+
 def test_the_threshold_stops_at_one():
     assert thresholds([float(i) for i in range(15)])[-4:] == [1.0] * 4
 

@@ -11,19 +11,10 @@ from dgpo.agent.protocol import INVALID_ACTION_TEXT, render_observation, render_
 from tests.unit.scripted import PASSAGES, PROMPT_IDS, ByteTokenizer, ScriptedPolicy, make_limits
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
-
-
-def bench_module(name):
-    sys.path.insert(0, str(BENCH))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCH))
-
-
-lock_step = bench_module("lock_step")
-simulated = bench_module("simulated_engine")
-at_scale = bench_module("rollout_at_scale")
+sys.path.append(str(BENCH))
+lock_step = importlib.import_module("lock_step")
+simulated = importlib.import_module("simulated_engine")
+at_scale = importlib.import_module("rollout_at_scale")
 
 SEARCH = "<search> Lyon </search>"
 ANSWER = "<answer> Paris </answer>"

@@ -44,7 +44,7 @@ def imports(source: str) -> set[str]:
 
 
 def room_of(module: str) -> str:
-    name = (module.split(".") + ["__init__"])[1]
+    name = [*module.split("."), "__init__"][1]
     return "__init__" if name.startswith("__version") else name
 
 

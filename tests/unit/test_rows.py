@@ -4,12 +4,14 @@ import pytest
 
 from dgpo.data.rows import (
     DataError,
+    check_ids,
     read_rows,
     row_gold_passages,
     row_golds,
     row_hops,
     row_id,
     row_question,
+    validate_rows,
     write_rows,
 )
 
@@ -52,6 +54,27 @@ def test_ids_are_unique_over_data_sources():
     assert row_id(ROW) == "nq-train-4"
     assert row_id(changed("data_source", "hotpotqa")) == "hotpotqa-train-4"
     assert row_id(changed("extra_info.id", "0")) == "0"
+
+
+@pytest.mark.parametrize("absent", [None, ""])
+def test_a_row_without_an_id_of_its_own_goes_by_source_split_and_index(absent):
+    assert row_id(changed("extra_info.id", absent)) == "nq-train-4"
+
+
+@pytest.mark.parametrize("identity", [1.5, float("nan"), True, ["a"], {"a": 1}])
+def test_an_id_is_a_text_or_a_whole_number(identity):
+    """pandas makes NaN of a missing one: all those rows would be `nan`."""
+    with pytest.raises(DataError, match=r"row 1: `extra_info.id` is .*, expected a text or a whole number, or none"):
+        validate_rows([ROW, changed("extra_info.id", identity)], "a.parquet")
+
+
+@pytest.mark.parametrize("second", ["x", "nq-train-4"])
+def test_two_rows_with_one_id_are_named(second):
+    """Given twice, or given to one and made for the other."""
+    rows = [changed("extra_info.id", "x"), ROW, changed("extra_info.id", second)]
+    with pytest.raises(DataError, match=rf"a.parquet, rows [01] and 2 have the id '{second}': give each"):
+        check_ids(rows, "a.parquet")
+    check_ids(rows[:2], "a.parquet")
 
 
 def test_evidence_and_hops_survive_parquet_where_the_source_has_them(tmp_path):

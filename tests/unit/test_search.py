@@ -19,6 +19,7 @@ from dgpo.agent.search import (
     read_token,
     split_urls,
 )
+from dgpo.slurm.ready import retrievers_ready
 
 DOCUMENT = {"id": "0", "contents": '"Lyon"\nLyon is a city in France.'}
 ANSWER = {"result": [[{"document": DOCUMENT, "score": 0.5}]]}
@@ -438,3 +439,57 @@ def test_no_server_is_one_line_that_names_the_way_out(url):
         check_health(url, timeout_s=1)
     assert url in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@asynccontextmanager
+async def searching_only(status=200, answer=None):
+    """The URL of a server that has /retrieve and nothing else, as Search-R1's own."""
+
+    async def retrieve(request):
+        body = await request.json()
+        hit = {"document": {"id": "0", "contents": "x"}, "score": 1.0}
+        given = {"result": [[hit][: body["topk"]] for _ in body["queries"]]} if answer is None else answer
+        return web.json_response(given, status=status)
+
+    app = web.Application()
+    app.router.add_post("/retrieve", retrieve)
+    async with TestServer(app) as running:
+        yield str(running.make_url("/"))
+
+
+async def test_a_server_that_only_searches_is_healthy_when_it_finds():
+    async with searching_only() as url, searching_only(answer={"result": [[]]}) as empty:
+        assert await check(url) == {}
+        assert await check(url, empty) == {}
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "message"),
+    [
+        (500, {}, "answers a search with HTTP 500"),
+        (404, {}, "answers a search with HTTP 404"),
+        (200, {"results": []}, "is no retrieval server"),
+        (200, {"result": [["text"]]}, "is no retrieval server"),
+        (200, {"result": []}, "is no retrieval server"),
+    ],
+)
+async def test_a_server_that_only_searches_is_refused_when_it_cannot(status, answer, message):
+    async with searching_only(status, answer) as url:
+        with pytest.raises(RetrieverUnavailableError, match=message) as refusal:
+            await check(url)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+async def test_a_proxy_of_the_environment_is_not_asked(variable, monkeypatch):
+    """Neither by probes nor by searches: retrievers stand on this machine or in this cluster."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    async with probed(corpora={"a": {}}) as ours, searching_only() as theirs:
+        assert await check(ours) == {"corpora": {"a": {}}}
+        assert await check(theirs) == {}
+        assert await asyncio.to_thread(retrievers_ready, ours)
+        options = {"timeout_s": 5.0, "max_retries": 0, "max_concurrency": 1, "max_queries_per_request": 1}
+        async with SearchClient(theirs, **options) as client:
+            assert await client.search("a", topk=1, corpus=None) == [{"id": "0", "contents": "x"}]

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgpo.algorithms.selective_kl import compute_gate, selective_kl_rewards
+from dgpo.algorithms.selective_kl import compute_gate, subtract_teacher_kl
 
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "selective_kl.json").read_text())["cases"]
 
@@ -22,13 +22,13 @@ def episode_batch():
 
 
 def rewards(batch):
-    return selective_kl_rewards(batch["token_level_scores"], **{k: v for k, v in batch.items() if "scores" not in k})
+    return subtract_teacher_kl(batch["token_level_scores"], **{k: v for k, v in batch.items() if "scores" not in k})
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_rewards_equal_the_authors(case):
     scores = torch.tensor(case["token_level_scores"])
-    result = selective_kl_rewards(
+    result = subtract_teacher_kl(
         scores,
         student_log_probs=torch.tensor(case["old_log_probs"]),
         teacher_log_probs=torch.tensor(case["teacher_log_probs"]),
@@ -40,7 +40,7 @@ def test_rewards_equal_the_authors(case):
 
 
 def test_rewards_by_hand():
-    result = selective_kl_rewards(
+    result = subtract_teacher_kl(
         torch.tensor([[0.0, 0.0, 0.5]]),
         student_log_probs=torch.tensor([[-1.0, -2.0, -3.0]]),
         teacher_log_probs=torch.tensor([[-2.0, -9.0, -1.0]]),

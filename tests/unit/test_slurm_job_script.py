@@ -27,16 +27,17 @@ STAND_INS = {
         pkill -KILL -g 0 -f 'sleep 61' """,
     "srun": """
         while [[ "$1" == --* ]]; do shift; done
-        exec "$@" """,
+        ROCR_VISIBLE_DEVICES=0,1 HIP_VISIBLE_DEVICES=0,1 exec "$@" """,
     "ray": """
         echo "ray $*" >>"$FOLDER/events"
+        env >>"$FOLDER/environments"
         exec sleep 60""",
     "python": """
         case "$*" in
           "-m dgpo.slurm.ready ports"*) for node in "${@:5}"; do echo 8123 >"$4/port-$node"; done ;;
           "-m dgpo.slurm.ready"*) exit "$READY" ;;
           "-m retriever.serve"*) echo "$*" >>"$FOLDER/events"; eval "$SERVER" ;;
-          *) echo "${*:2}" >>"$FOLDER/events"; eval "$STAGE" ;;
+          *) echo "${*:2}" >>"$FOLDER/events"; env >>"$FOLDER/environments"; eval "$STAGE" ;;
         esac""",
 }
 
@@ -67,7 +68,8 @@ class Job:
         environment |= {"SLURM_JOB_NODELIST": ",".join(names), "SLURM_RESTART_COUNT": str(restarts)}
         self.process = subprocess.Popen(
             ["bash", "-c", script, "job"],
-            env=environment | {"SLURM_ARRAY_TASK_ID": "1"},
+            env=environment
+            | {"SLURM_ARRAY_TASK_ID": "1", "ROCR_VISIBLE_DEVICES": "0,1", "CUDA_VISIBLE_DEVICES": "0,1"},
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -122,6 +124,14 @@ def test_a_step_that_takes_its_time_to_end_is_killed_and_the_script_lives_on(tmp
     assert code == 0, output
     assert job.events[-1] == "scancel --signal=KILL 7.0"
     assert list((tmp_path / "run" / "slurm").iterdir()) == []
+
+
+def test_gpus_are_named_to_nvidias_library_alone(tmp_path):
+    assert Job(tmp_path, nodes=2).end()[0] == 0
+    environments = (tmp_path / "environments").read_text()
+    assert environments.count("CUDA_VISIBLE_DEVICES=0,1") == 3  # Ray's head, a worker, the stage
+    assert "ROCR_VISIBLE_DEVICES" not in environments
+    assert "HIP_VISIBLE_DEVICES" not in environments
 
 
 def test_one_node_starts_no_ray(tmp_path):

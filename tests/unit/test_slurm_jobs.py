@@ -126,7 +126,29 @@ def test_stages_that_search_need_a_retriever(capsys):
     parse_options([*RUN, "--stages", "distill"])
 
 
-def test_jobs_are_submitted_in_order_and_cancelled_when_one_is_refused(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def nothing_missing(monkeypatch):
+    monkeypatch.setattr("dgpo.slurm.__main__.missing_inputs", lambda _: [])
+
+
+def test_what_the_jobs_would_miss_is_said_before_they_wait_in_the_queue(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dgpo.config.model_files.hub_answers", lambda: False)
+    (tmp_path / "train.parquet").touch()
+    wanted = [f"data.train_file={tmp_path / 'train.parquet'}", f"teacher.path={tmp_path / 'teacher'}"]
+    for more in ([], ["--dry-run"]):
+        assert main([*SERVED, *RUN, *wanted, *more]) == 2
+        captured = capsys.readouterr()
+        assert ("#SBATCH" in captured.out) is bool(more)
+        assert captured.err.count("\n") == 1
+        assert "data.collect_file is not set, and collect reads it" in captured.err
+        assert "data.test_files is empty" in captured.err
+        assert "the index /shared/wiki18 does not exist" in captured.err
+        assert f"teacher.path={tmp_path / 'teacher'}: no such folder" in captured.err
+        assert "student.path=Qwen/Qwen2.5-0.5B-Instruct: neither a folder nor in the cache" in captured.err
+        assert "data.train_file" not in captured.err
+
+
+def test_jobs_are_submitted_in_order_and_cancelled_when_one_is_refused(tmp_path, monkeypatch, capsys, nothing_missing):
     """With an sbatch that knows two jobs and refuses the third."""
     log = tmp_path / "log"
     (tmp_path / "sbatch").write_text(
@@ -146,7 +168,7 @@ def test_jobs_are_submitted_in_order_and_cancelled_when_one_is_refused(tmp_path,
     assert lines[3] == "cancel 101 102"
 
 
-def test_without_slurm_the_way_out_is_named(tmp_path, monkeypatch, capsys):
+def test_without_slurm_the_way_out_is_named(tmp_path, monkeypatch, capsys, nothing_missing):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main([*SERVED, *RUN, f"run_dir={tmp_path / 'run'}"]) == 1
     assert "print the scripts with --dry-run" in capsys.readouterr().err

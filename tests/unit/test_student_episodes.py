@@ -89,8 +89,8 @@ def test_a_checkpoint_holds_what_later_steps_depend_on(tmp_path):
     with make(tmp_path / "a", threshold=0.7) as episodes, make(tmp_path / "b", threshold=0.0) as restored:
         for step in range(1, 8):
             choose(episodes, step)
-        episodes.observe(1.0)
-        episodes.observe(2.0)
+        episodes.observe(loss=9.0, cross_entropy=1.0)
+        episodes.observe(loss=0.0, cross_entropy=2.0)
         episodes.save_state(tmp_path)
         restored.load_state(tmp_path)
         assert restored.schedule.threshold == pytest.approx(0.8)

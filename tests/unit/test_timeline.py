@@ -1,4 +1,4 @@
-"""Spans of a step: what veRL's timers leave, the Chrome trace, and the table that the benchmark makes of them."""
+"""Spans of a step: the Chrome trace, and the table that the benchmark makes of them."""
 
 import asyncio
 import importlib.util
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dgpo.agent.search import SearchFailedError
-from dgpo.rl.timeline import TRAINER, PhaseTimes, Span, TimedSearch, chrome_trace, read_spans, write_spans
+from dgpo.rl.timeline import TRAINER, Span, TimedSearch, chrome_trace, read_spans, write_spans
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench" / "step.py"
 
@@ -18,15 +18,6 @@ def load_bench():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_a_phase_is_as_long_as_what_was_added_to_it():
-    times = PhaseTimes()
-    times["gen"] = 0  # as veRL's timer does
-    times["gen"] += 2.0
-    times["gen"] += 0.5
-    assert times == {"gen": 2.5}
-    assert [(name, round(end - start, 6)) for name, start, end in times.spans] == [("gen", 2.0), ("gen", 0.5)]
 
 
 def test_a_failed_search_has_a_span_too():

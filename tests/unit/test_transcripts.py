@@ -21,15 +21,11 @@ ANSWER = "<think>Doc 1</think>\n<answer> France </answer>"
 GOOD = SEARCH + FOUND + ANSWER
 
 
-class Tokenizer(ChatTokenizer):
-    eos_token_id = EOS_ID
-
-
 def read(tmp_path, *responses, limits=None, **more):
     path = tmp_path / "transcripts.jsonl"
     lines = [{"question": "where is Lyon", "answers": ["France"], "response": text, **more} for text in responses]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return read_transcripts(path, Tokenizer(), limits=limits or EpisodeConfig(), bad=BadLines())
+    return read_transcripts(path, ChatTokenizer(), limits=limits or EpisodeConfig(), bad=BadLines())
 
 
 def text_of(trajectory, *, mine):
@@ -102,7 +98,7 @@ def test_search_r1s_own_episodes_are_scored_as_they_were_recorded():
     with gzip.open(REAL) as file:
         lines = [json.loads(line) for line in file]
     limits = EpisodeConfig(max_prompt_tokens=10**6, max_response_tokens=10**6)
-    kept, counts = read_transcripts(REAL, Tokenizer(), limits=limits, bad=BadLines())
+    kept, counts = read_transcripts(REAL, ChatTokenizer(), limits=limits, bad=BadLines())
     right = sum(line["metric_score"]["em"] == 1.0 for line in lines)
     assert counts["kept"] + counts["wrong"] > 0.85 * len(lines)
     assert right - 10 < len(kept) <= right

@@ -6,5 +6,6 @@ Imported by `import verl` in every Ray worker. Order matters: the platform must 
 from dgpo.platforms.cpu import distribution_alias, platform  # noqa: I001
 from dgpo.platforms.cpu import process_group
 from dgpo.platforms.cpu import engines
+from dgpo.platforms import critic
 
-__all__ = ["distribution_alias", "engines", "platform", "process_group"]
+__all__ = ["critic", "distribution_alias", "engines", "platform", "process_group"]

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers import AutoModelForTokenClassification
-from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
 
@@ -31,18 +27,4 @@ class CPUEngineWithLMHead(UnpinnedOffload, transformer_impl.FSDPEngineWithLMHead
 
 @EngineRegistry.register(model_type="value_model", backend="fsdp2", device="cpu")
 class CPUEngineWithValueHead(UnpinnedOffload, transformer_impl.FSDPEngineWithValueHead):
-    def _build_module(self) -> Any:
-        """A token classifier with one label; veRL's own builder hard-codes flash attention (utils/model.py)."""
-        config = self.model_config.hf_config
-        config.num_labels, config.classifier_dropout, config.hidden_dropout = 1, 0.0, "0"
-        config.summary_dropout_prob = 0.0
-        dtype = PrecisionType.to_dtype(self.engine_config.model_dtype or "fp32")
-        module = AutoModelForTokenClassification.from_pretrained(
-            self.model_config.local_path,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=self.model_config.trust_remote_code,
-        ).to(dtype)
-        if self.model_config.enable_gradient_checkpointing:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return module
+    pass

@@ -11,8 +11,7 @@ from typing import Any
 
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-from dgpo.engines.cpu_sampling import sample_by_one_number
-from dgpo.engines.plain_linears import keep_plain_linears
+from dgpo.engines.vllm_patches import keep_plain_linears, sample_by_one_number
 
 
 class PlainWeightsWorkerExtension(vLLMColocateWorkerExtension):
