@@ -118,7 +118,8 @@ def to_yaml(config: Config) -> str:
 
 def _plan_for(overrides: Sequence[str]) -> list[str]:
     """`dry_run=true` as the key that it stands for, and the hardware group that `dry_run.assume` names."""
-    spelt = [f"dry_run.enabled{o[len('dry_run') :]}" if o.startswith("dry_run=") else o for o in overrides]
+    short = {"dry_run=": "dry_run.enabled=", "collect.from=": "collect.source="}  # no field can be called `from`
+    spelt = [next((key + o[len(a) :] for a, key in short.items() if o.startswith(a)), o) for o in overrides]
     assumed, hardware = chosen("dry_run.assume", spelt), chosen("hardware", spelt)
     if assumed is None or assumed == "null":
         return spelt
