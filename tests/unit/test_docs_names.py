@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dgpo.__main__ import COMMANDS
-from dgpo.config.load import FREE_MAPPINGS, config_keys
+from dgpo.config.load import FREE_MAPPINGS, SHORT, config_keys
 
 ROOT = Path(__file__).parents[2]
 OTHERS = (
@@ -32,7 +32,7 @@ TASK = re.compile(r"pixi run (?:-e [\w-]+ )?([a-z-]+)\b")
 
 @cache
 def keys() -> tuple[str, ...]:
-    return tuple(config_keys())
+    return (*config_keys(), *SHORT)
 
 
 def known_key(key: str) -> bool:
