@@ -27,7 +27,7 @@ FILE = re.compile(
 MODULE = re.compile(r"(?<![\w./])dgpo(?:\.[a-z_]\w*)+|(?<=python -m )retriever(?:\.[a-z_]\w*)+")
 KEY = re.compile(r"(?<![\w./{}*-])([a-z_]+(?:\.[a-z_]\w*)+)(?==)")
 COMMAND = re.compile(r"(?:python -m dgpo|(?<![\w./-])dgpo) ([a-z]+)\b(?= |$)", re.MULTILINE)
-TASK = re.compile(r"pixi run (?:-e [\w-]+ )?([a-z-]+)\b")
+TASK = re.compile(r"pixi run (?:-e [\w-]+ )?([a-z][a-z-]*)\b")
 
 
 @cache
