@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from retriever.collection import Hits, SearchJob
+from retriever.errors import RetrieverError
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,8 @@ class Batcher:
             try:
                 outcomes: list[list[Hits] | Exception] = list(search(jobs))
             except Exception as error:  # whatever it is, it must reach the callers, and the thread must live on
-                logger.exception("a batch of %d requests failed", len(batch))
+                if not isinstance(error, RetrieverError):  # that one says all in a line, where it is answered
+                    logger.exception("a batch of %d requests failed", len(batch))
                 outcomes = [error] if len(batch) == 1 else [_search_alone(search, job) for job in jobs]
             if self._on_batch:
                 self._on_batch(sum(len(job.queries) for job in jobs), time.perf_counter() - started)

@@ -56,7 +56,9 @@ def test_a_text_in_several_corpora_is_encoded_once(tmp_path: Path, word_hash_enc
     assert len({id(served.index.encoder) for served in collection.corpora.values()}) == 1
 
 
-def test_a_build_that_fails_before_it_encoded_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_build_that_fails_before_it_encoded_leaves_nothing_behind(
+    tmp_path: Path, word_hash_encoder: WordHashEncoder
+) -> None:
     (tmp_path / "bad.jsonl").write_text("{}\n")
     with pytest.raises(RetrieverError):
         build_indexes({"bad": tmp_path / "bad.jsonl"}, tmp_path / "out", STUB)
