@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dgpo {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"dgpo {name}: interrupted; resume=true continues where the stage can", file=sys.stderr)
+        hint = "; resume=true continues" if name in RESUMABLE else ""
+        print(f"dgpo {name}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 
@@ -74,6 +75,17 @@ def _quickstart(overrides: Sequence[str]) -> None:
             quickstart(overrides)
     except StageFailedError as error:
         raise CommandFailedError(str(error)) from error
+
+
+def _own(arguments: Sequence[str]) -> None:
+    from dgpo.pipeline.own import own
+    from dgpo.pipeline.processes import StageFailedError, stopped_by_sigterm
+
+    try:
+        with stopped_by_sigterm():
+            own(arguments)
+    except StageFailedError as error:
+        raise CommandFailedError(f"{error}\nthe same command continues") from error
 
 
 def _doctor(overrides: Sequence[str]) -> None:
@@ -113,8 +125,12 @@ def _contamination(overrides: Sequence[str]) -> None:
 
 def _collect(overrides: Sequence[str]) -> None:
     from dgpo.coldstart.collect import collect
+    from dgpo.coldstart.errors import NothingKeptError
 
-    _play(collect, load_config(overrides))
+    try:
+        _play(collect, load_config(overrides))
+    except NothingKeptError as error:
+        raise CommandFailedError(str(error)) from error
 
 
 def _distill(overrides: Sequence[str]) -> None:
@@ -129,23 +145,25 @@ def _distill(overrides: Sequence[str]) -> None:
         raise CommandFailedError(str(error)) from error
 
 
-def _train(overrides: Sequence[str]) -> None:
+def _train(arguments: Sequence[str]) -> None:
+    from dgpo.config.release import with_positions
     from dgpo.rl.train import TrainingFailedError, train
     from dgpo.runs.stopping import raised_on_request
 
     try:
         with raised_on_request():
-            train(load_config(overrides))
+            train(load_config(with_positions("train", arguments)))
     except TrainingFailedError as error:
         raise CommandFailedError(str(error)) from error
     except OSError as error:
         raise CommandFailedError(f"{error}; when that is mended, repeat the command with resume=true") from error
 
 
-def _test(overrides: Sequence[str]) -> None:
+def _test(arguments: Sequence[str]) -> None:
+    from dgpo.config.release import with_positions
     from dgpo.evaluation.evaluate import evaluate
 
-    _play(evaluate, load_config(overrides))
+    _play(evaluate, load_config(with_positions("test", arguments)))
 
 
 def _arcap(overrides: Sequence[str]) -> None:
@@ -241,6 +259,7 @@ def _play(stage: Callable[[Config], object], config: Config) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "quickstart": (_quickstart, "the whole method on the tiny world, on a CPU: collect, distil, train, test, report"),
+    "own": (_own, "FOLDER of documents and questions: an agent of your own, from a small model, on this machine"),
     "doctor": (_doctor, "this machine and environment, a line each: ok, or what to do"),
     "download": (_download, "corpus, index, training set, benchmark files from the hub; resumable, checksummed"),
     "prepare": (_prepare, "question files and corpora: the paper's sets, or your own questions and documents"),
@@ -263,6 +282,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "import": (_import, "a veRL or Search-R1 checkpoint as a Hugging Face folder: checkpoint=FOLDER out=FOLDER"),
     "compare": (_compare, "two run folders: configuration, metrics, paired tests; out=FILE.md"),
 }
+
+
+RESUMABLE = ("collect", "distill", "train", "test", "arcap")
 
 
 def _usage() -> str:

@@ -43,6 +43,14 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
+def share_as_umask_says(folder: str | Path) -> None:
+    """Gives the weights in a folder the permissions of any new file: safetensors makes them their owner's alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in Path(folder).rglob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
+
+
 def file_sha256(path: str | Path) -> str:
     """The file's checksum, as hexadecimal digits."""
     with Path(path).open("rb") as file:

@@ -12,13 +12,14 @@ from dgpo.agent.protocol import ActionKind
 from dgpo.files import atomic_path
 
 Status = Literal["answered", "no_answer", "overflow", "search_failed"]
+Origin = Literal["sampled", "text"]
 
 
 @dataclass
 class SearchRecord:
     """One search that was answered."""
 
-    turn: int  # index into `Trajectory.turns`
+    turn: int  # index into `Trajectory.turns`; -1 for a search of the environment before the first turn
     query: str  # as sent, so after any cut
     documents: list[dict[str, Any]]  # as rendered, so after any cut
     num_cut_passages: int
@@ -53,6 +54,9 @@ class Trajectory:
         counters: num_cut_passages, num_cut_queries, num_invalid_actions, num_truncated_turns; of an episode that was
             kept for the cold start also num_dropped_tail_tokens, num_appended_end_tokens.
         corpus: the retrieval server's named corpus, None for its default.
+        question: as the data have it; None where whoever played did not say.
+        golds: the accepted answers, empty where they are not known.
+        origin: `sampled`, token ids as a policy gave them; `text`, where a text was all there was, tokenised once.
     """
 
     episode_id: str
@@ -66,6 +70,9 @@ class Trajectory:
     status: Status
     counters: dict[str, int] = field(default_factory=dict)
     corpus: str | None = None
+    question: str | None = None
+    golds: list[str] = field(default_factory=list)
+    origin: Origin = "sampled"
 
     @property
     def num_searches(self) -> int:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from dgpo.agent.episode import EpisodeLimits, Policy, Search, run_episode
+from dgpo.agent.modes import MODES
 from dgpo.agent.protocol import SEARCH_R1_PROMPT, build_messages, encode_prompt
 from dgpo.agent.trajectory import Trajectory
 from dgpo.ask.trace import Piece, TagStream
 from dgpo.config.schema import Config
 
+SMALL_VOCABULARY = 8192  # below it words are tokens, and a word that is none is spelt
 _OPEN, _CLOSE = "<information>", "</information>"
 
 
@@ -24,7 +27,7 @@ class Asker:
     """Answers questions with one checkpoint; several may be in flight.
 
     Args:
-        config: rules of the episode, `ask.prompt`, `ask.corpus` and the seed.
+        config: rules of the episode, `ask.prompt`, `ask.corpus`, `ask.mode` and the seed.
         policy: where it has an attribute `on_text`, that is set, and the trace comes token by token; else turn by turn.
         tokenizer: of the policy.
         search: finds the passages.
@@ -35,6 +38,8 @@ class Asker:
         limits = asdict(config.episode)
         self.max_prompt_tokens = limits.pop("max_prompt_tokens")
         self.limits = EpisodeLimits(**limits)
+        self.mode = MODES[config.ask.mode]
+        self.spells_words = len(tokenizer) < SMALL_VOCABULARY if hasattr(tokenizer, "__len__") else False
         self._numbers = itertools.count()
         self._listeners: dict[str, Callable[[str], None]] = {}
         self._end = getattr(tokenizer, "eos_token", None) or ""
@@ -44,10 +49,20 @@ class Asker:
     async def ask(self, question: str, on_piece: Callable[[Piece], None]) -> Trajectory:
         """Plays the episode of a question; `on_piece` is called with its trace as it grows.
 
+        Words that a small vocabulary does not hold, and which a small model cannot read, are told first.
+
         Raises:
             QuestionError: it is empty, or its prompt is longer than `episode.max_prompt_tokens`.
         """
         prompt_ids = self._prompt(question)
+        unknown = unknown_words(question, self.tokenizer) if self.spells_words else []
+        if unknown:
+            words = "word" if len(unknown) == 1 else "words"
+            on_piece(
+                Piece(
+                    "note", f"{words} that this model does not know, and reads letter by letter: {', '.join(unknown)}"
+                )
+            )
         name = f"ask-{next(self._numbers)}"
         stream = TagStream()
         streamed = False
@@ -73,7 +88,7 @@ class Asker:
 
         self._listeners[name] = hear
         try:
-            return await run_episode(
+            trajectory = await run_episode(
                 episode_id=name,
                 prompt_ids=prompt_ids,
                 policy=self.policy,
@@ -83,17 +98,23 @@ class Asker:
                 corpus=self.config.ask.corpus,
                 seed=self.config.seed,
                 on_event=on_event,
+                opening_query=question.strip() if self.mode.searches_first else "",
+                max_turns=self.mode.max_turns,
             )
+            trajectory.question = question.strip()
+            return trajectory
         finally:
             del self._listeners[name]
 
     def _prompt(self, question: str) -> list[int]:
         if not question.strip():
             raise QuestionError("the question is empty: type one")
-        ids = encode_prompt(self.tokenizer, build_messages(question, self.config.ask.prompt or SEARCH_R1_PROMPT))
+        ids = encode_prompt(
+            self.tokenizer, build_messages(question, self.config.ask.prompt or self.mode.template or SEARCH_R1_PROMPT)
+        )
         if len(ids) > self.max_prompt_tokens:
             raise QuestionError(
-                f"the question makes a prompt of {len(ids)} tokens, more than episode.max_prompt_tokens="
+                f"the question is too long: its prompt has {len(ids)} tokens, more than episode.max_prompt_tokens="
                 f"{self.max_prompt_tokens}: shorten it"
             )
         return ids
@@ -116,12 +137,22 @@ def sources(trajectory: Trajectory) -> list[dict[str, str]]:
 
 def ending(trajectory: Trajectory) -> str:
     """How the episode ended, in words; empty where it was answered."""
+    if trajectory.status == "overflow" and not trajectory.searches:
+        return "what the model wrote leaves no room for an answer"
     return {
         "answered": "",
         "no_answer": "no answer within the allowed turns",
         "overflow": "what was found leaves no room for an answer",
         "search_failed": "the retrieval server did not answer",
     }[trajectory.status]
+
+
+def unknown_words(question: str, tokenizer: Any) -> list[str]:
+    """Words of the question that are several tokens each, in order; names of several words may be one token."""
+    offsets = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    words = [(match.start(), match.end()) for match in re.finditer(r"\w+", question)]
+    tokens_in = {word: sum(start < word[1] and end > word[0] for start, end in offsets) for word in words}
+    return list(dict.fromkeys(question[start:end] for (start, end), count in tokens_in.items() if count > 1))
 
 
 def _environment_piece(text: str) -> Piece:

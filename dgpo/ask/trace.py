@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 TAGGED = ("think", "search", "answer")
@@ -18,6 +19,11 @@ class Piece:
 
     kind: str
     text: str
+
+
+def titles_of(information: str) -> list[str]:
+    """The titles of the passages in an observation (`dgpo.agent.protocol.render_passages`)."""
+    return [title.strip('"') for title in re.findall(r"^Doc \d+\(Title: (.*?)\) ", information, re.MULTILINE)]
 
 
 class TagStream:

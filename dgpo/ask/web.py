@@ -7,8 +7,10 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -24,11 +26,23 @@ _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_app(asker: Asker, *, model: str) -> web.Application:
+@dataclass(frozen=True)
+class PageFacts:
+    """What the page says before anything is asked: the model, what it searches, and questions to click."""
+
+    model: str
+    corpus: str = ""
+    examples: Sequence[str] = ()
+
+
+def make_app(asker: Asker, facts: PageFacts) -> web.Application:
     """`GET /` is the page; `POST /ask` {"question"} streams a JSON object per line: pieces {"kind", "text"}, then
     {"done": {"answer", "ending", "num_searches", "seconds", "sources"}} or {"error"}.
     """
-    text = PAGE.read_text(encoding="utf-8").replace("{{model}}", escape(model))
+    text = PAGE.read_text(encoding="utf-8")
+    buttons = "".join(f'<button type="button" class="example">{escape(each)}</button>' for each in facts.examples)
+    for name, value in (("model", escape(facts.model)), ("corpus", escape(facts.corpus)), ("examples", buttons)):
+        text = text.replace(f"{{{{{name}}}}}", value)
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_digest(text)}'; connect-src 'self'; "
         "img-src data:; frame-ancestors 'none'"
@@ -58,19 +72,18 @@ def make_app(asker: Asker, *, model: str) -> web.Application:
     return app
 
 
-async def serve(asker: Asker, *, model: str, port: int) -> None:
-    """Serves until it is cancelled; prints the page's address. Port 0 takes a free one.
+def listen(port: int) -> socket.socket:
+    """A socket of this machine's own, before anything slow is loaded; port 0 takes a free one. Raises `OSError`."""
+    return socket.create_server((HOST, port))
 
-    Raises:
-        OSError: the port is taken.
-    """
-    runner = web.AppRunner(make_app(asker, model=model), handler_cancellation=True, access_log=None)
+
+async def serve(asker: Asker, facts: PageFacts, *, listener: socket.socket) -> None:
+    """Serves until it is cancelled; prints the page's address."""
+    runner = web.AppRunner(make_app(asker, facts), handler_cancellation=True, access_log=None)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, HOST, port)
-        await site.start()
-        port = runner.addresses[0][1]
-        print(f"open http://{HOST}:{port}   (Ctrl-C ends)", flush=True)
+        await web.SockSite(runner, listener).start()
+        print(f"open http://{HOST}:{listener.getsockname()[1]}   (Ctrl-C ends)", flush=True)
         await asyncio.Event().wait()
     finally:
         await runner.cleanup()

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from dgpo.agent.search import read_token
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model
 from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_values
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
+from dgpo.config.stages import writer
 from dgpo.hardware.checks import check_engine
 from dgpo.hardware.machine import check_start
+
+SERVER_TIMEOUT_S = 10.0
 
 
 def check_collect(config: Config) -> list[str]:
@@ -19,9 +28,17 @@ def check_collect(config: Config) -> list[str]:
     check_start(config, "collect")
     check_engine(config)
     check_stage_folder(config, "collect")
+    key, model = writer(config)
+    if config.collect.source == "transcripts":
+        if not Path(config.data.collect_file or "").is_file():
+            raise ConfigError(f"data.collect_file={config.data.collect_file}: name a jsonl file of transcripts")
+        check_model(config, model, key=key, notes=notes)
+        return notes
     rows = check_rows(config, config.data.collect_file, key="data.collect_file", notes=notes, named=True)
-    if check_model(config, config.teacher.path, key="teacher.path", notes=notes):
-        check_lengths(config, "teacher.path", config.teacher.path)
+    if check_model(config, model, key=key, notes=notes):
+        check_lengths(config, key, model)
+    if config.teacher.url and config.collect.source == "teacher":
+        served_model(config)
     if config.collect.samples_per_question > 1 and config.collect.temperature <= 0:
         raise ConfigError(
             f"collect.samples_per_question={config.collect.samples_per_question} with collect.temperature=0 samples "
@@ -29,3 +46,27 @@ def check_collect(config: Config) -> list[str]:
         )
     check_retriever(config, rows, notes)
     return notes
+
+
+def served_model(config: Config) -> str:
+    """The name that requests to `teacher.url` carry: the configured one, or the first that the server lists.
+
+    Raises:
+        ConfigError: no address, or a server that does not answer, or lists no model.
+    """
+    url = config.teacher.url or ""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(f"teacher.url={url}: expected an address such as http://127.0.0.1:8000/v1")
+    if config.teacher.url_model:
+        return config.teacher.url_model
+    key = read_token(config.teacher.url_key_file)
+    address = f"{url.rstrip('/').removesuffix('/v1')}/v1/models"
+    request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
+    try:
+        with urllib.request.urlopen(request, timeout=SERVER_TIMEOUT_S) as response:
+            return str(json.load(response)["data"][0]["id"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"teacher.url={url}: {address} names no model ({error}): start the server, or set teacher.url_model"
+        ) from error

@@ -16,6 +16,7 @@ CHOICES: dict[str, Collection[str]] = {
     "hardware.platform": ("cuda", "cpu"),
     "hardware.dtype": ("bfloat16", "float32", "float16"),
     "hardware.offload": ("none", "idle", "full"),
+    "collect.source": ("teacher", "oracle", "transcripts"),
     "train.algorithm": ALGORITHMS,
     "train.init_kl_form": INIT_KL_FORMS,
     "train.teacher_term.form": TEACHER_FORMS,

@@ -20,7 +20,7 @@ from dgpo.checks import check_distill
 from dgpo.coldstart.ranks import run_on_ranks
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
-from dgpo.config.stages import collection, initial_model
+from dgpo.config.stages import collection, initial_model, stage_model
 from dgpo.data.rows import DataError, read_rows, row_id, row_question
 from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
@@ -99,6 +99,13 @@ def _distill(config: Config, collected: Path, output: Path) -> None:
         seed=config.seed,
         settings=settings,
     )
+    print(f"model in {stage_model(config, 'distill')}; next: {_next(config)}", flush=True)
+
+
+def _next(config: Config) -> str:
+    if "train" in config.stages:
+        return f"python -m dgpo train run_dir={config.run_dir}"
+    return f"python -m dgpo test run_dir={config.run_dir} test.models.agent={stage_model(config, 'distill')}"
 
 
 def distill_rank(config: Config, *, rank: int = 0, num_ranks: int = 1) -> dict[str, Any]:

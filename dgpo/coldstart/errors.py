@@ -11,3 +11,7 @@ class DivergedError(RuntimeError):
 
 class RankLostError(RuntimeError):
     """The process of a rank died; the stage can be resumed from its last checkpoint."""
+
+
+class NothingKeptError(RuntimeError):
+    """A collection that has no episode to distil."""

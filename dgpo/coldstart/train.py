@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def _training_arguments(
     micro_batch_size = min(settings.micro_batch_size or hardware.micro_batch_size, per_rank)
     sharding: Mapping[str, Any] = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}}
     return TrainingArguments(
-        output_dir=str(output or "unused"),
+        output_dir=str(output or tempfile.gettempdir()),  # nothing is written there without checkpoints
         per_device_train_batch_size=micro_batch_size,
         gradient_accumulation_steps=num_micro_batches(settings.batch_size, micro_batch_size, num_ranks),
         num_train_epochs=1,  # one pass over the batches of all steps

@@ -29,6 +29,7 @@ FREE_MAPPINGS = (
     "retriever.backend_options.",
 )
 NUM_NODES = "SLURM_NNODES"  # read by configs/hardware/h200x8xN.yaml
+SHORT = {"dry_run": "dry_run.enabled", "collect.from": "collect.source"}  # no field can be called `from`
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -118,7 +119,7 @@ def to_yaml(config: Config) -> str:
 
 def _plan_for(overrides: Sequence[str]) -> list[str]:
     """`dry_run=true` as the key that it stands for, and the hardware group that `dry_run.assume` names."""
-    spelt = [f"dry_run.enabled{o[len('dry_run') :]}" if o.startswith("dry_run=") else o for o in overrides]
+    spelt = [next((o.replace(a, key, 1) for a, key in SHORT.items() if o.startswith(f"{a}=")), o) for o in overrides]
     assumed, hardware = chosen("dry_run.assume", spelt), chosen("hardware", spelt)
     if assumed is None or assumed == "null":
         return spelt

@@ -23,6 +23,15 @@ class ModelConfig:
 @dataclass
 class TeacherConfig(ModelConfig):
     init: str | None = None  # the model that `experiment=teacher_ppo` makes the teacher from
+    # An OpenAI-compatible server (`/v1/completions`) that plays `collect`, for distill.loss=seqkd. Its episodes are
+    # written in the tokens of student.path; teacher.path, where it is set, gives the prompt's chat template
+    url: str | None = None
+    url_model: str | None = None  # the name that requests carry; None: the first that the server lists
+    url_ids: bool = False  # the server takes and returns token ids of teacher.path's tokenizer, as vLLM's can
+    url_key_file: str | None = None  # holds the bearer token
+    url_concurrency: int = 16  # episodes in flight
+    url_max_retries: int = 5  # of a turn
+    url_timeout_s: float = 300.0  # of a request
 
 
 @dataclass
@@ -51,6 +60,7 @@ class DownloadConfig:
     # Fetched by `models` into the hub's cache (HF_HOME), besides student and teacher: the retriever's encoder
     models: list[str] = field(default_factory=lambda: ["intfloat/e5-base-v2"])
     verify: bool = False  # read again what is there already, and compare its checksums
+    pinned: bool = True  # the test sets are refused where they are not the bytes that the published sizes are of
     corpus: HubFilesConfig = field(
         default_factory=lambda: HubFilesConfig("PeterJinGo/wiki-18-corpus", files=["wiki-18.jsonl.gz"])
     )
@@ -201,8 +211,11 @@ class HardwareConfig:
 
 @dataclass
 class CollectConfig:
-    """Phase 1a: episodes of the teacher."""
+    """Phase 1a: episodes of the teacher, or demonstrations from elsewhere."""
 
+    # teacher | oracle (scripted, from golds and what the retriever returns) | transcripts (data.collect_file is then a
+    # jsonl of other people's episodes as text). Also `collect.from` on the command line
+    source: str = "teacher"
     max_questions: int | None = None
     samples_per_question: int = 1
     temperature: float = 1.0
@@ -392,6 +405,7 @@ class AskConfig:
 
     model: str | None = None  # a checkpoint; None with world=tiny: the latest quickstart's
     temperature: float = 0.0
+    mode: str = "agent"  # agent | rag | closed_book, as in test.modes
     prompt: str | None = None  # a template with {question}; None: Search-R1's, which the checkpoints were trained on
     corpus: str | None = None  # the retrieval server's named corpus; None: its default
     web: bool = False  # a page on this machine instead of the terminal

@@ -86,3 +86,13 @@ def with_absolute_paths(config: Config) -> Config:
             setattr(owner, name, absolute(getattr(owner, name)))
     config.run_dir = str(Path(config.run_dir).absolute())
     return config
+
+
+def writer(config: Config) -> tuple[str, str]:
+    """(config key, model) in whose tokens demonstrations are written.
+
+    The student's where nothing else is known: of scripts and texts, and of a teacher behind a server of texts.
+    """
+    teacher = config.teacher
+    as_text = config.collect.source != "teacher" or (teacher.url and not teacher.url_ids and config.student.path)
+    return ("student.path", config.student.path or "") if as_text else ("teacher.path", teacher.path or "")

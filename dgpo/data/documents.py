@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 
 from dgpo.config.load import ConfigError
@@ -12,8 +13,10 @@ from dgpo.data.lines import BadLines, read_objects
 from dgpo.data.questions import contents
 from dgpo.data.rows import DataError
 
-TEXT_SUFFIXES = (".txt", ".md")
+TEXT_SUFFIXES = (".txt", ".md", ".html", ".htm")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
+QUESTIONS = "questions"  # how the name of a file of questions begins, in a folder that holds documents too
+_UNSEEN = ("script", "style", "noscript", "template", "svg")  # elements whose text nobody reads
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,10 @@ class Document:
 
 
 def read_documents(path: Path, bad: BadLines) -> list[Document]:
-    """The documents of a folder (.txt and .md files at any depth, titled by their names) or of a json-lines file.
+    """The documents of a folder or of a json-lines file.
+
+    Of a folder, at any depth: .txt and .md files, titled by their names; .html and .htm, by their `<title>`; json
+    lines, but for files whose name begins with `questions`.
 
     A line is `{"title"?, "text"}`, or a passage `{"contents"}` whose first line is its title. Empty documents and files
     that are not UTF-8 go to `bad`.
@@ -35,6 +41,8 @@ def read_documents(path: Path, bad: BadLines) -> list[Document]:
     """
     if path.is_dir():
         documents = list(_from_folder(path, bad))
+        for file in sorted(each for each in path.rglob("*") if each.name.endswith(JSON_SUFFIXES)):
+            documents += [] if file.name.startswith(QUESTIONS) else _from_lines(file, bad)
     elif path.name.endswith(JSON_SUFFIXES):
         documents = list(_from_lines(path, bad))
     else:
@@ -88,10 +96,43 @@ def _from_folder(folder: Path, bad: BadLines) -> Iterator[Document]:
         except UnicodeDecodeError as error:
             bad.add(path, None, f"not UTF-8 ({error})")
             continue
+        title = path.stem
+        if path.suffix.startswith(".htm"):
+            title, text = read_html(text, title=title)
         if text.strip():
-            yield Document(path.stem, text)
+            yield Document(title, text)
         else:
             bad.add(path, None, "empty")
+
+
+def read_html(markup: str, *, title: str) -> tuple[str, str]:
+    """Title and text of a page: what a reader sees, without scripts and styles; `title` where the page has none."""
+    page = _Page()
+    page.feed(markup)
+    page.close()
+    return " ".join("".join(page.title).split()) or title, " ".join(" ".join(page.text).split())
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.title: list[str] = []
+        self.text: list[str] = []
+        self._open: list[str] = []  # title and unseen elements that are open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in (*_UNSEEN, "title"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._open:
+            del self._open[self._open.index(tag) :]
+
+    def handle_data(self, data: str) -> None:
+        if not self._open:
+            self.text.append(data)
+        elif self._open == ["title"]:
+            self.title.append(data)
 
 
 def _from_lines(path: Path, bad: BadLines) -> Iterator[Document]:

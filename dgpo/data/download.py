@@ -23,6 +23,7 @@ from typing import Any
 from dgpo.config.load import ConfigError
 from dgpo.config.model_files import is_hub_name
 from dgpo.config.schema import Config, HubFilesConfig
+from dgpo.data.benchmarks import PINS
 from dgpo.data.hub import DownloadError, HubFile, HubRevision, check, fetch, fetch_model, look_up, verified_sha256
 from dgpo.files import atomic_write_text
 
@@ -92,7 +93,9 @@ def download(config: Config, *, free_bytes: FreeBytes | None = None) -> None:
     if config.dry_run:
         return
     for target in targets:
-        _have(target, verify=settings.verify)
+        if settings.pinned:  # large files are known by their SHA-256 before they come
+            _check_pin(target, target.parts[0].checksum)
+        _have(target, verify=settings.verify, pinned=settings.pinned)
     for name in models:
         _say(f"{name}: {fetch_model(name, endpoint=settings.endpoint)}")
 
@@ -141,7 +144,17 @@ def check_space(targets: Sequence[Target], free_bytes: FreeBytes) -> None:
             )
 
 
-def _have(target: Target, *, verify: bool) -> None:
+def _check_pin(target: Target, digest: str) -> None:
+    """Raises `ConfigError` for a test set of other bytes; a checksum that is no SHA-256 says nothing."""
+    pin = PINS.get(target.name) if target.what == "benchmarks" else None
+    if pin and len(digest) == len(pin) and digest != pin:
+        raise ConfigError(
+            f"{target.name} of {target.source.repo}@{target.source.commit[:12]} has SHA-256 {digest}, not {pin}: its "
+            "questions may be others than the published ones; take another revision, or download.pinned=false"
+        )
+
+
+def _have(target: Target, *, verify: bool, pinned: bool = False) -> None:
     """Makes sure that the target is there, whole and right, and recorded."""
     if target.path.is_file():
         if _recorded(target) and not verify:
@@ -155,6 +168,8 @@ def _have(target: Target, *, verify: bool) -> None:
             )
     else:
         digest = _grow(target)
+    if pinned:
+        _check_pin(target, digest)
     _record(target, digest)
     _say(f"{target.path}: sha256 {digest}")
 

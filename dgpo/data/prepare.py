@@ -8,7 +8,6 @@ dropped and cut.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Any
 
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
-from dgpo.data.benchmarks import check_names, load_benchmark
+from dgpo.data.benchmarks import BENCHMARKS, check_names, load_benchmark
 from dgpo.data.contamination import find_overlaps
 from dgpo.data.documents import passages, read_documents, write_corpus
 from dgpo.data.lines import BadLines
 from dgpo.data.natural_questions import join_long_answers
-from dgpo.data.questions import Question, question_rows, read_questions
+from dgpo.data.questions import SET_NAME, Question, question_rows, read_questions
 from dgpo.data.rows import DataError, row_id, row_question, write_rows
 from dgpo.metrics.exact_match import normalize_answer
 from dgpo.runs.artifacts import write_manifest
@@ -111,7 +110,11 @@ def _benchmarks(config: Config, bad: BadLines, counts: dict[str, Any]) -> tuple[
         if name == "nq" and settings.nq_annotations:
             questions, counts["nq_annotations"] = join_long_answers(questions, Path(settings.nq_annotations), bad)
         tests[name] = question_rows(questions, source=name, split="test", with_passages=True)
-        counts[f"{name}_test"] = _described(questions)
+        counts[f"{name}_test"] = described = _described(questions)
+        if not described["with_gold_passages"] and (BENCHMARKS[name].has_evidence or name == "nq"):
+            why = "set prepare.nq_annotations" if name == "nq" else "its metadata holds no known paragraphs"
+            counts[f"{name}_without_gold_passages"] = described["questions"]
+            print(f"note: no question of {name} has gold passages ({why}): ARCap measures no evidence on it")
     train: Rows = []
     for name in settings.train_sets:
         questions = load(name, training=True)
@@ -121,9 +124,9 @@ def _benchmarks(config: Config, bad: BadLines, counts: dict[str, Any]) -> tuple[
 
 
 def _own_questions(config: Config, bad: BadLines, counts: dict[str, Any]) -> tuple[Rows, dict[str, Rows]]:
-    """Training and test rows of `prepare.source`; none without one."""
+    """Training and test rows of `prepare.source`, tests by data source; none without one."""
     settings = config.prepare
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", settings.name):
+    if not SET_NAME.fullmatch(settings.name):
         raise ConfigError(f"prepare.name={settings.name!r}: expected small letters, digits, _ and -")
     if not 0 <= settings.test_share <= 1:
         raise ConfigError(f"prepare.test_share={settings.test_share}: expected a share between 0 and 1")
@@ -135,10 +138,15 @@ def _own_questions(config: Config, bad: BadLines, counts: dict[str, Any]) -> tup
     if not questions:
         raise DataError(f'{path} holds no questions: expected lines like {{"question": "..", "answers": [".."]}}')
     train, test = split_questions(questions, test_share=settings.test_share, seed=config.seed)
-    counts["train"], counts[f"{settings.name}_test"] = {"questions": len(train)}, _described(test)
-    rows = question_rows(train, source=settings.name, split="train", with_passages=False)
-    test_rows = question_rows(test, source=settings.name, split="test", with_passages=True)
-    return rows, {settings.name: test_rows} if test_rows else {}
+    counts["train"] = {"questions": len(train)}
+    tests: dict[str, list[Question]] = {}
+    for question in test:
+        tests.setdefault(question.data_source or settings.name, []).append(question)
+    for name, group in tests.items():
+        counts[f"{name}_test"] = _described(group)
+    return question_rows(train, source=settings.name, split="train", with_passages=False), {
+        name: question_rows(group, source=name, split="test", with_passages=True) for name, group in tests.items()
+    }
 
 
 def take_validation(train: Rows, count: int, *, seed: int) -> tuple[Rows, Rows]:

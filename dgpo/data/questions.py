@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from dgpo.data.rows import is_id
 
 ANSWER_FIELDS = ("golden_answers", "answers", "answer")
 SPLITS = ("train", "test")
+SET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")  # it becomes a file's name, and a key of test.sets
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Question:
         hops: passages that are needed one after another, where the source says so.
         gold_passages: annotated evidence, each `"Title"\\ntext`.
         split: `train` or `test`, where the source says so.
+        data_source: the set that it belongs to, where the source says so.
+        documents: titles of the documents that answer it, where the source says so.
     """
 
     id: str
@@ -33,13 +37,16 @@ class Question:
     hops: int | None = None
     gold_passages: tuple[str, ...] = ()
     split: str | None = None
+    data_source: str | None = None
+    documents: tuple[str, ...] = ()
 
 
 def read_questions(path: Path, bad: BadLines) -> list[Question]:
     """The questions of a .jsonl or .jsonl.gz file, in order. What cannot be used goes to `bad`, ids seen before too.
 
-    A line is `{"question", "golden_answers" (or "answers", "answer"), "id"?, "split"?, "hops"?, "gold_passages"?,
-    "metadata"?}`; without an id it gets its line number. `metadata` is FlashRAG's (`evidence`).
+    A line is `{"question", "golden_answers" (or "answers", "answer"), "id"?, "split"?, "data_source"?, "document"?,
+    "hops"?, "gold_passages"?, "metadata"?}`; without an id it gets its line number. `document` is a title or a list of
+    them, `metadata` FlashRAG's (`evidence`).
 
     Raises:
         DataError: no such file.
@@ -78,6 +85,13 @@ def parse_question(record: Mapping[str, Any], *, default_id: str) -> Question:
     split = record.get("split")
     if split not in (None, *SPLITS):
         raise ValueError(f"`split` is {split!r}, expected train or test")
+    source = record.get("data_source")
+    if source is not None and not (isinstance(source, str) and SET_NAME.fullmatch(source)):
+        raise ValueError(f"`data_source` is {source!r}, expected small letters, digits, _ and -")
+    documents = record.get("document") or []
+    documents = [documents] if isinstance(documents, str) else documents
+    if not (isinstance(documents, list) and all(isinstance(title, str) for title in documents)):
+        raise ValueError(f"`document` is {documents!r}, expected a title or a list of them")
     hops = record.get("hops")
     if hops is not None and not (type(hops) is int and hops > 0):
         raise ValueError(f"`hops` is {hops!r}, expected a whole number from 1")
@@ -97,6 +111,8 @@ def parse_question(record: Mapping[str, Any], *, default_id: str) -> Question:
         hops=hops or hops_of_evidence,
         gold_passages=passages,
         split=split,
+        data_source=source,
+        documents=tuple(documents),
     )
 
 
@@ -139,12 +155,15 @@ def question_rows(
     """Data rows in the ecosystem's schema (docs/data.md), ids made unique over data sources by the source's name.
 
     Args:
-        source: `data_source`.
+        source: `data_source` of questions that have none of their own.
         with_passages: keep `gold_passages`; training carries every row to its workers, and does not read them.
     """
     return [
         _row(
-            question if with_passages else replace(question, gold_passages=()), source=source, split=split, index=index
+            question if with_passages else replace(question, gold_passages=()),
+            source=question.data_source or source,
+            split=split,
+            index=index,
         )
         for index, question in enumerate(questions)
     ]

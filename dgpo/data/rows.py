@@ -105,6 +105,14 @@ def check_ids(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
             )
 
 
+def by_source(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows under `name`; those of several data sources under these instead, in order of appearance."""
+    sources: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        sources.setdefault(row["data_source"], []).append(row)
+    return sources if len(sources) > 1 else {name: list(rows)}
+
+
 def _problem(row: Mapping[str, Any]) -> str | None:
     if not isinstance(row.get("data_source"), str):
         return f"`data_source` is {row.get('data_source')!r}, expected the name of the data set"

@@ -19,7 +19,7 @@ from dgpo.agent.protocol import STOP_STRINGS, encode_prompt
 from dgpo.agent.seeds import derive_seed
 from dgpo.agent.trajectory import Trajectory, write_trajectories
 from dgpo.config.schema import Config
-from dgpo.data.rows import DataError, row_id, row_question
+from dgpo.data.rows import DataError, row_golds, row_id, row_question
 from dgpo.engines.bounded_policy import BoundedPolicy
 from dgpo.runs.settings import SETTINGS, check_same, differences, read_settings, write_settings
 
@@ -61,6 +61,12 @@ class PlannedEpisode:
     @property
     def corpus(self) -> str | None:
         return self.row["extra_info"].get("corpus")
+
+    def label(self, trajectory: Trajectory) -> Trajectory:
+        """The trajectory with question and golds of the row, where it has them."""
+        if "reward_model" in self.row:
+            trajectory.question, trajectory.golds = row_question(self.row), row_golds(self.row)
+        return trajectory
 
 
 def plan_episodes(
@@ -161,6 +167,7 @@ async def play_episodes(
                 opening_query=episode.opening_query,
                 max_turns=episode.max_turns,
             )
+            episode.label(trajectory).origin = getattr(policy, "origin", "sampled")
             finished[episode.episode_id] = trajectory
             progress.advance()
             if trajectory.status != "search_failed":
@@ -282,4 +289,5 @@ class _Progress:
     def _line(self) -> None:
         self.reported = time.monotonic()
         rate = (self.done - self.first) / max(self.reported - self.started, 1e-9)
-        print(f"{self.name}: {self.done}/{self.total} episodes, {rate:.1f} a second", file=sys.stderr, flush=True)
+        left = f", {(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else ""
+        print(f"{self.name}: {self.done}/{self.total} episodes, {rate:.2g} a second{left}", file=sys.stderr, flush=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
+from dgpo.agent.episode import Policy
 from dgpo.agent.protocol import STOP_STRINGS
 from dgpo.agent.trajectory import Trajectory
 from dgpo.config.load import ConfigError
@@ -92,24 +94,44 @@ def play_model(
             config, place, temperature=temperature, trust_remote_code=trust_remote_code, log_probs=log_probs
         )
 
-    async def play() -> list[Trajectory]:
-        size = num_engines(config.hardware)
-        several = PolicyPool(one, hardware=config.hardware, size=size) if size > 1 else None
-        async with several or one() as policy:
-            with cancelled_on_request():  # after Ray's start, which sets a handler of its own
-                return await play_episodes(
-                    planned,
-                    policy=policy,
-                    tokenizer=tokenizer,
-                    config=config,
-                    path=path,
-                    settings=settings,
-                    stop=stop,
-                    name=name,
-                    concurrency=size * config.hardware.engine.concurrency,
-                )
-
-    trajectories = asyncio.run(play())
+    size = num_engines(config.hardware)
+    trajectories = play_policy(
+        config,
+        planned,
+        policy=PolicyPool(one, hardware=config.hardware, size=size) if size > 1 else one(),
+        tokenizer=tokenizer,
+        path=path,
+        settings=settings,
+        stop=stop,
+        name=name,
+        concurrency=size * config.hardware.engine.concurrency,
+    )
     if model_identity(model) != settings["weights"]:
         raise ConfigError(f"{model} was changed while its episodes were played: repeat the command with resume=true")
     return trajectories
+
+
+def play_policy(
+    config: Config,
+    planned: Sequence[PlannedEpisode],
+    *,
+    policy: AbstractAsyncContextManager[Policy],
+    tokenizer: Any,
+    concurrency: int,
+    **options: Any,
+) -> list[Trajectory]:
+    """Opens the policy and plays every planned episode that its partial file lacks.
+
+    Args:
+        concurrency: episodes in flight.
+        options: of `dgpo.engines.episode_runner.play_episodes`; what it raises is raised here.
+    """
+
+    async def play() -> list[Trajectory]:
+        async with policy as opened:
+            with cancelled_on_request():  # after Ray's start, which sets a handler of its own
+                return await play_episodes(
+                    planned, policy=opened, tokenizer=tokenizer, config=config, concurrency=concurrency, **options
+                )
+
+    return asyncio.run(play())

@@ -97,6 +97,7 @@ def _evaluate(
     update_summary(Path(config.run_dir), wall_s={"test": round(time.perf_counter() - started, 1)}, seed=config.seed)
     if "console" in config.test.loggers:
         print_results(results)
+    print(f"results in {folder}; next: python -m dgpo report run_dir={config.run_dir}", flush=True)
     log_metrics(config, {name: model["metrics"] for name, model in results["models"].items()}, folder)
 
 

@@ -11,7 +11,7 @@ from dgpo.agent.trajectory import Trajectory
 from dgpo.checks.files import is_assumed
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
-from dgpo.data.rows import read_rows
+from dgpo.data.rows import DataError, by_source, read_rows
 from dgpo.engines.episode_runner import PlannedEpisode, forget_episodes
 from dgpo.engines.play import load_tokenizer, play_model
 from dgpo.evaluation import upstream
@@ -34,10 +34,22 @@ class Measured(NamedTuple):
 
 
 def read_test_sets(config: Config) -> dict[str, list[dict[str, Any]]]:
-    """The questions of the chosen sets, at most `test.max_questions` of each; a plan leaves out what is not there."""
+    """The questions of the chosen sets, at most `test.max_questions` of each; a plan leaves out what is not there.
+
+    A file of several data sources, such as the release's `test.parquet`, is a set for each of them, by their names.
+
+    Raises:
+        DataError: two files hold a set of one name.
+    """
     files = {name: config.data.test_files[name] for name in config.test.sets or config.data.test_files}
     there = {name: file for name, file in files.items() if not is_assumed(config, file)}
-    return {name: read_rows(file)[: config.test.max_questions] for name, file in there.items()}
+    sets: dict[str, list[dict[str, Any]]] = {}
+    for name, file in there.items():
+        for each, rows in by_source(name, read_rows(file)).items():
+            if each in sets:
+                raise DataError(f"data.test_files.{name}={file}: the set {each} is in another file too: leave one out")
+            sets[each] = rows[: config.test.max_questions]
+    return sets
 
 
 def sampling_temperature(config: Config) -> float:

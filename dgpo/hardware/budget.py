@@ -316,7 +316,7 @@ def _finish(
     if config.retriever.host_memory_gb and is_on_this_node(config.retriever.url) and engine:
         host["retriever"] = config.retriever.host_memory_gb * 1e9
     capacity = gpu.memory if gpu else None
-    if gpu is None and host_capacity is not None:  # ranks and what waits share one memory
+    if hardware.platform == "cpu" and host_capacity is not None:  # ranks and what waits share one memory
         capacity = (host_capacity - sum(host.values())) / hardware.gpus_per_node
     return Budget(
         phases=phases,

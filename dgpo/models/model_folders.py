@@ -9,7 +9,7 @@ from typing import Any
 from dgpo.agent.protocol import STOP_STRINGS
 from dgpo.config.load import ConfigError
 from dgpo.config.model_files import safetensors_header
-from dgpo.files import atomic_write_text
+from dgpo.files import atomic_write_text, share_as_umask_says
 
 GENERATION_CONFIG = "generation_config.json"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -68,3 +68,4 @@ def save_model_folder(model: Any, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_generation_config(folder, fallback=model.config.to_dict())
+    share_as_umask_says(folder)

@@ -6,26 +6,17 @@ deserves neither. Here tensors keep their dtype, and `torch.load` may only build
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy._core.multiarray import _reconstruct
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from dgpo.runs.plain_values import ShardError, load_plain
+
 _SHARD = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")
-
-
-# What an array is made of: the state of numpy's random generator is one.
-_NUMPY_STATE: list[Any] = [_reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-
-
-class ShardError(ValueError):
-    """Shards that are incomplete, contradict one another, or hold what must not be unpickled."""
 
 
 def saved_world_sizes(folder: Path, kind: str = "model") -> list[int]:
@@ -60,7 +51,7 @@ def load_shards(paths: Sequence[Path]) -> list[Any]:
     Raises:
         ShardError: a file is cut off, or holds more than tensors and plain values.
     """
-    return [_load(path) for path in paths]
+    return [load_plain(path) for path in paths]
 
 
 def whole_tensors(states: list[dict[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -108,18 +99,3 @@ def whole_tensor(parts: Sequence[Any]) -> torch.Tensor:
     if whole.shape != first.shape:
         raise ShardError(f"the shards make up {tuple(whole.shape)}, expected {tuple(first.shape)}")
     return whole
-
-
-def _load(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals(_NUMPY_STATE):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ShardError(
-            f"{path} holds more than tensors and plain values, and is not unpickled ({reason}). If you trust its "
-            "origin, merge it with `python -m verl.model_merger merge --backend fsdp` and use the folder that makes"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ShardError(f"{path} is no whole file of tensors ({reason}): copy the checkpoint again") from error

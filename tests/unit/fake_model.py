@@ -15,6 +15,8 @@ from tests.unit.stubs import make_model
 
 
 class ChatTokenizer(ByteTokenizer):
+    eos_token_id = EOS_ID
+
     def apply_chat_template(self, messages, **_):
         return list(messages[-1]["content"].encode())
 

@@ -5,6 +5,9 @@ import contextlib
 import io
 import json
 import os
+import re
+import signal
+import socket
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,12 +17,14 @@ from rich.console import Console
 
 from dgpo.__main__ import main
 from dgpo.agent.protocol import INVALID_ACTION_TEXT
+from dgpo.agent.trajectory import Trajectory
 from dgpo.ask import command
-from dgpo.ask.asker import Asker, QuestionError, sources
-from dgpo.ask.terminal import TerminalTrace, answer_once, printable
+from dgpo.ask.asker import Asker, QuestionError, ending, sources, unknown_words
+from dgpo.ask.terminal import TerminalTrace, answer_once, printable, prompt_loop
 from dgpo.ask.trace import Piece, TagStream
-from dgpo.ask.web import make_app
+from dgpo.ask.web import PageFacts, make_app
 from dgpo.config.load import ConfigError, load_config
+from dgpo.runs.asking import write_asking
 from tests.unit.fake_model import ChatTokenizer, ShelfSearch
 from tests.unit.scripted import RecordingSearch, ScriptedPolicy
 from tests.unit.stubs import healthy_server, make_model
@@ -137,10 +142,10 @@ async def test_the_terminal_shows_trace_sources_and_answer():
     lines = [line.rstrip() for line in screen.file.getvalue().splitlines()]
     assert lines[0] == "think        I look <img src=x onerror=alert(1)>\N{REPLACEMENT CHARACTER}[2J"
     assert lines[1] == "search       Lyon"
-    assert lines[2].startswith('information  Doc 1(Title: "Lyon")')
-    assert "answer       Paris" in lines
-    assert "  [1] Lyon  (for: Lyon)" in lines
-    assert lines[-1].startswith("answer: Paris   1 search, ")
+    assert lines[2] == "information  Lyon · France"
+    assert [line for line in lines if "Paris" in line and "capital" not in line] == ["answer       Paris"]
+    assert "  [1] Lyon: Lyon is a city in France." in lines
+    assert lines[-1].startswith("1 search, ")
 
 
 def test_kinds_have_colours_of_their_own_and_escape_sequences_of_the_model_have_no_effect():
@@ -156,7 +161,7 @@ def test_kinds_have_colours_of_their_own_and_escape_sequences_of_the_model_have_
 
 @contextlib.asynccontextmanager
 async def page_of(policy, **options):
-    app = make_app(make_asker(policy, **options), model="<runs>/model")
+    app = make_app(make_asker(policy, **options), PageFacts("<runs>/model", "real, 3 passages", ["Who is <b>?"]))
     async with TestClient(TestServer(app, host="127.0.0.1")) as client:
         yield client
 
@@ -182,6 +187,8 @@ async def test_the_page_runs_only_its_own_script_and_puts_text_in_as_text():
     assert "default-src 'none'" in policy
     assert "script-src 'sha256-" in policy
     assert "&lt;runs&gt;/model" in text
+    assert "searches real, 3 passages" in text
+    assert ">Who is &lt;b&gt;?</button>" in text
     assert "innerHTML" not in text
     assert "insertAdjacentHTML" not in text
 
@@ -224,7 +231,7 @@ def asked(monkeypatch, tmp_path):
     """What the command would have asked, and the indexes that it served for that."""
     calls = []
 
-    async def answer(config, question):
+    def answer(config, question, listener, examples):
         calls.append((config, question))
 
     @contextlib.contextmanager
@@ -242,10 +249,11 @@ def asked(monkeypatch, tmp_path):
 def test_the_tiny_world_is_asked_with_the_latest_finished_quickstart_and_its_own_index(asked, tmp_path):
     runs = [make_run(tmp_path / "runs", f"quickstart-{i}", finished=i < 3) for i in (1, 2, 3)]
     os.utime(runs[1] / "train" / "model" / "manifest.json", (1, 1))
-    assert main(["ask", "What is", "it?", "world=tiny", "retriever.url=http://127.0.0.1:9"]) == 0
+    assert main(["ask", "What is", "it?", "world=tiny"]) == 0
     (indexes, default), (config, question) = asked
     assert (indexes, default) == (Path("runs/quickstart-1/indexes"), "real")
     assert (config.ask.model, question) == ("runs/quickstart-1/train/model", "What is it?")
+    assert sorted(path.name for path in indexes.iterdir()) == ["real"], "nothing is written beside the indexes"
     assert (config.ask.prompt, config.hardware.platform) == ("{question}", "cpu")
 
 
@@ -263,10 +271,10 @@ def test_without_a_checkpoint_or_a_retriever_the_way_out_is_named(asked, tmp_pat
     assert main(["ask", "who?", "hardware=cpu"]) == 2
     assert "ask.model is not set" in capsys.readouterr().err
     model = make_model(tmp_path / "model")
-    assert main(["ask", "who?", f"ask.model={model}", "retriever.url=http://127.0.0.1:9"]) == 2
+    assert main(["ask", "who?", "hardware=cpu", f"ask.model={model}", "retriever.url=http://127.0.0.1:9"]) == 2
     assert "no retrieval server answers" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="place for the question"):
-        command.ask([f"ask.model={model}", "ask.prompt=nothing"])
+        command.ask(["hardware=cpu", f"ask.model={model}", "ask.prompt=nothing"])
     assert asked == []
 
 
@@ -274,3 +282,103 @@ def test_asking_leaves_the_configured_rules_of_the_episode_alone():
     config = load_config(["world=tiny", "hardware=cpu"])
     asker = Asker(config, policy=ScriptedPolicy([]), tokenizer=ChatTokenizer(), search=RecordingSearch())
     assert asdict(asker.limits) == {k: v for k, v in asdict(config.episode).items() if k != "max_prompt_tokens"}
+
+
+def test_a_run_is_asked_by_its_folder_with_its_own_rules_indexes_and_examples(asked, tmp_path):
+    run = make_run(tmp_path / "elsewhere", "docs")
+    rules = ["world=own", "hardware=cpu", "episode.topk=1"]
+    write_asking(run, overrides=rules, model=run / "train" / "model", corpus="own", examples=["Who?"])
+    (tmp_path / "elsewhere").rename(tmp_path / "moved")
+    assert main(["ask", f"run_dir={tmp_path / 'moved' / 'docs'}", "who?"]) == 0
+    (indexes, default), (config, _) = asked
+    assert (indexes, default) == (tmp_path / "moved" / "docs" / "indexes", "own")
+    assert config.ask.model == str(tmp_path / "moved" / "docs" / "train" / "model")
+    assert (config.episode.topk, config.episode.max_turns) == (1, 2)
+
+
+def test_without_a_name_the_latest_run_that_can_be_asked_is_asked(asked, tmp_path):
+    for number in (2, 1):
+        run = make_run(tmp_path / "runs", f"own-{number}", finished=False)
+        overrides = ["world=own", "hardware=cpu"]
+        write_asking(run, overrides=overrides, model=run / "train" / "model", corpus="real", examples=[])
+        os.utime(run / "ask.json", (number, number))
+    assert main(["ask", "who?"]) == 0
+    assert asked[-1][0].ask.model == "runs/own-2/train/model"
+
+
+def test_a_folder_without_anything_to_ask_says_so(asked, tmp_path, capsys):
+    assert main(["ask", "who?", f"run_dir={tmp_path}"]) == 2
+    assert "name a finished run" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded(asked, tmp_path, capsys):
+    make_run(tmp_path / "runs", "quickstart-1")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["ask", "world=tiny", "ask.web=true", f"ask.port={port}"]) == 2
+    assert f"ask.port={port} on this machine is taken" in capsys.readouterr().err
+    assert asked == []
+
+
+def prompted(monkeypatch, lines, policy):
+    """What stands on the screen after these lines were typed; an exception is what a key does."""
+    typed = iter(lines)
+
+    def read(_):
+        line = next(typed)
+        if isinstance(line, type):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    screen = console()
+    with asyncio.Runner() as runner:
+        prompt_loop(make_asker(policy), screen, run=runner.run, examples=["Where is Lyon?"])
+    return screen.file.getvalue()
+
+
+@pytest.mark.parametrize("end", ["", EOFError, KeyboardInterrupt])
+def test_the_prompt_ends_on_an_empty_line_ctrl_d_and_ctrl_c(monkeypatch, end):
+    text = prompted(monkeypatch, ["Where is Lyon", end], ScriptedPolicy(TURNS))
+    assert text.startswith("  Where is Lyon?")
+    assert "answer       Paris" in text
+
+
+def test_ctrl_c_during_an_answer_ends_that_answer_only(monkeypatch):
+    class Stopped(ScriptedPolicy):
+        async def generate(self, token_ids, **options):
+            if not self.calls:
+                self.calls.append(options)
+                os.kill(os.getpid(), signal.SIGINT)
+                await asyncio.sleep(10)
+            return await super().generate(token_ids, **options)
+
+    text = prompted(monkeypatch, ["first", "second", ""], Stopped(["", *TURNS]))
+    assert text.index("stopped") < text.index("answer       Paris")
+
+
+def test_an_episode_that_overflowed_on_its_own_words_does_not_blame_what_was_found():
+    full = Trajectory("e", [1], [2], [1], [], [], [], None, "overflow")
+    assert ending(full) == "what the model wrote leaves no room for an answer"
+
+
+def test_words_that_a_small_vocabulary_spells_are_named():
+    class Words(ChatTokenizer):
+        def __len__(self):
+            return 300
+
+        def __call__(self, text, **_):
+            known = re.finditer(r"New York|where|is|\w|[^\w]", text)
+            return {"offset_mapping": [match.span() for match in known]}
+
+    assert unknown_words("where is New York, france?", Words()) == ["france"]
+
+
+def test_rag_searches_for_the_question_and_answers_at_once():
+    policy, search = ScriptedPolicy(["<think>I read</think><answer> Paris </answer>"]), RecordingSearch()
+    trajectory = asyncio.run(make_asker(policy, search, mode="rag").ask("Where is Lyon?", lambda _: None))
+    assert (search.queries[0][0], trajectory.answer, len(policy.calls)) == ("Where is Lyon?", "Paris", 1)
+    begun = bytes(policy.calls[0]["token_ids"]).decode()
+    assert begun.startswith("Answer the given question. Search results for it stand")
+    assert begun.endswith("</information>\n\n")
+    assert trajectory.question == "Where is Lyon?"

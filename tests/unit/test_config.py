@@ -24,7 +24,7 @@ LEFT_TO_THE_USER = {"h200x8xN": ["hardware.num_nodes=2"]}
 
 def test_every_preset_is_known_to_this_test():
     fits = list(CONFIG_DIR.glob("fit/*.yaml"))
-    assert len(PRESETS) == len(list(CONFIG_DIR.glob("*/*.yaml"))) - len(fits) == 29
+    assert len(PRESETS) == len(list(CONFIG_DIR.glob("*/*.yaml"))) - len(fits) == 30
 
 
 def test_every_fit_belongs_to_a_world_and_an_experiment():
@@ -84,7 +84,7 @@ def test_cpu_and_gpu_differ_in_the_hardware_section_only():
         ("+train.num_step=3", "unknown config key 'train.num_step': did you mean train.num_steps?"),
         ("experimnt=dgpo", "unknown config key 'experimnt': did you mean experiment?"),
         ("train.num_steps=many", "'many' of type 'str' could not be converted to Integer"),
-        ("world=wonder", "unknown choice 'world=wonder': world is one of tiny"),
+        ("world=wonder", "unknown choice 'world=wonder': world is one of own, tiny"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_the_fix(override, message):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dgpo.__main__ import COMMANDS
-from dgpo.config.load import FREE_MAPPINGS, config_keys
+from dgpo.config.load import FREE_MAPPINGS, SHORT, config_keys
 
 ROOT = Path(__file__).parents[2]
 OTHERS = (
@@ -27,12 +27,12 @@ FILE = re.compile(
 MODULE = re.compile(r"(?<![\w./])dgpo(?:\.[a-z_]\w*)+|(?<=python -m )retriever(?:\.[a-z_]\w*)+")
 KEY = re.compile(r"(?<![\w./{}*-])([a-z_]+(?:\.[a-z_]\w*)+)(?==)")
 COMMAND = re.compile(r"(?:python -m dgpo|(?<![\w./-])dgpo) ([a-z]+)\b(?= |$)", re.MULTILINE)
-TASK = re.compile(r"pixi run (?:-e [\w-]+ )?([a-z-]+)\b")
+TASK = re.compile(r"pixi run (?:-e [\w-]+ )?([a-z][a-z-]*)\b")
 
 
 @cache
 def keys() -> tuple[str, ...]:
-    return tuple(config_keys())
+    return (*config_keys(), *SHORT)
 
 
 def known_key(key: str) -> bool:

@@ -9,6 +9,7 @@ from huggingface_hub import constants
 from dgpo.__main__ import main
 from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
+from dgpo.data.benchmarks import PINS
 from dgpo.data.download import download
 from dgpo.data.hub import DownloadError
 from tests.unit.hub_server import serving
@@ -84,8 +85,17 @@ def test_what_is_there_is_not_fetched_again(hub, tmp_path):
 
 
 def test_files_in_folders_and_small_files_are_checked_by_their_git_hash(hub, tmp_path):
-    run(hub, tmp_path, ["benchmarks"], benchmarks__files=["nq/test.jsonl"])
+    run(hub, tmp_path, ["benchmarks"], benchmarks__files=["nq/test.jsonl"], pinned=False)
     assert (tmp_path / "benchmarks" / "nq" / "test.jsonl").read_bytes() == SMALL
+    assert list(manifest(tmp_path, "benchmarks")) == ["nq/test.jsonl"]
+
+
+def test_a_test_set_of_other_bytes_than_the_published_ones_is_refused(hub, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"nq/test\.jsonl .* has SHA-256 .*, not 843bebb.*download\.pinned=false"):
+        run(hub, tmp_path, ["benchmarks"], benchmarks__files=["nq/test.jsonl"])
+    assert "download.json" not in files(tmp_path)
+    monkeypatch.setitem(PINS, "nq/test.jsonl", hashlib.sha256(SMALL).hexdigest())
+    run(hub, tmp_path, ["benchmarks"], benchmarks__files=["nq/test.jsonl"])
     assert list(manifest(tmp_path, "benchmarks")) == ["nq/test.jsonl"]
 
 

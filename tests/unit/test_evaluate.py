@@ -461,3 +461,14 @@ def test_a_wandb_that_refuses_costs_no_result(model, tmp_path, monkeypatch, caps
     evaluate(config)
     assert results_of(config)["models"]["mine"]["num_questions"] == 3
     assert "wandb did not take the metrics of mine (No API key configured.)" in capsys.readouterr().err
+
+
+def test_results_are_also_shown_by_the_source_of_each_question(model, tmp_path):
+    rows = [{**row, "data_source": source} for row, source in zip(questions(), ("a", "b", "b"), strict=True)]
+    config = fake_config(tmp_path, {"own": rows}, SHELF)
+    evaluate(config)
+    slices = results_of(config)["models"]["mine"]["slices"]["data_source"]
+    assert {name: (group["num_questions"], group["em"]) for name, group in slices.items()} == {
+        "a": (1, 1.0),
+        "b": (2, 0.0),
+    }

@@ -1,8 +1,8 @@
 """What a machine must have before a stage starts on it: each missing thing is one line, said at once."""
 
+import resource
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from dgpo.config.load import ConfigError, load_config
 from dgpo.hardware import machine
 from dgpo.hardware.machine import Machine, VisibleGpu, check_machine, memory_limit, visible_gpus
 
+ROOT = Path(__file__).parents[2]
 GIB = 2**30
 H200 = VisibleGpu("NVIDIA H200", 139.8 * GIB, 139.0 * GIB, "580.65.06")
 NODE = Machine([H200] * 8, 64, 2000 * GIB, 1000 * GIB, "gcc", Path("/usr/include/python3.11"))
@@ -126,13 +127,12 @@ def test_without_a_gpu_a_command_says_so_before_it_looks_at_anything_else(comman
 
 
 def test_it_says_so_within_two_seconds():
-    seconds = []
-    for _ in range(3):  # the best of three: a busy machine is no regression
-        started = time.perf_counter()
-        command = [sys.executable, "-m", "dgpo", "train", "pair=qwen3b_05b"]
-        environment = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        seconds.append(time.perf_counter() - started)
-        assert result.returncode == 2
-        assert "use hardware=cpu" in result.stderr
-    assert min(seconds) < 2
+    """Of CPU time, so that a busy machine is no regression."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "dgpo", "train", "pair=qwen3b_05b"]
+    environment = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 2
+    assert "use hardware=cpu" in result.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.config.load import ConfigError
+from dgpo.config.load import ConfigError, load_config
 from dgpo.config.schema import Config, PrepareConfig
 from dgpo.data.benchmarks import BENCHMARKS, Benchmark
 from dgpo.data.prepare import prepare, split_questions
@@ -217,3 +217,24 @@ def test_the_split_depends_on_the_seed_and_keeps_equal_questions_together():
     assert not {normalize_answer(each.text) for each in train} & {normalize_answer(each.text) for each in test}
     assert split_questions(questions, test_share=0.0, seed=1) == (questions, [])
     assert split_questions(questions, test_share=1.0, seed=1) == ([], questions)
+
+
+def test_a_data_source_per_line_makes_sets_of_their_own(tmp_path):
+    lines = [
+        {"question": f"q{i}", "answers": ["a"], "split": "test" if i < 4 else "train", **source}
+        for i, source in enumerate([{"data_source": "law"}, {"data_source": "law"}, {"data_source": "tax"}, {}, {}, {}])
+    ]
+    lines[4]["data_source"] = "tax"
+    source = tmp_path / "mine.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = prepare(load_config([f"prepare.source={source}", "prepare.name=rest", f"prepare.out={tmp_path / 'out'}"]))
+    sizes = {path.name: len(read_rows(path)) for path in out.glob("*_test.parquet")}
+    assert sizes == {"law_test.parquet": 2, "tax_test.parquet": 1, "rest_test.parquet": 1}
+    assert [row["data_source"] for row in read_rows(out / "train.parquet")] == ["tax", "rest"]
+
+
+def test_a_data_source_that_cannot_name_a_file_is_refused(tmp_path):
+    source = tmp_path / "mine.jsonl"
+    source.write_text('{"question": "q", "answers": ["a"], "data_source": "../x"}\n')
+    with pytest.raises(DataError, match=r"`data_source` is '\.\./x', expected small letters"):
+        prepare(load_config([f"prepare.source={source}", f"prepare.out={tmp_path / 'out'}"]))
