@@ -157,9 +157,8 @@ def test_every_schema_key_is_read_somewhere():
 
 
 def test_changed_settings_are_those_that_differ():
-    assert changed_settings(load_config(["recipe=recommended"])) == []
+    assert changed_settings(load_config()) == []
     overrides = ["train.num_steps=7", "hardware.env.A=b", "test.models.mine=x", "train.stability.patience=3"]
-    overrides = ["recipe=recommended", *overrides]
     assert changed_settings(load_config(overrides)) == ["hardware.env.A=b", "train.num_steps=7", "test.models.mine=x"]
 
 
