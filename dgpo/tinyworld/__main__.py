@@ -21,7 +21,7 @@ def main() -> None:
     from dgpo.config.load import load_config
     from dgpo.engines.environment import export_environment
 
-    hardware = load_config(["hardware=cpu"]).hardware
+    hardware = load_config(["world=tiny", "hardware=cpu"]).hardware
     export_environment(hardware)
     from dgpo.tinyworld.teacher import train_teacher
 

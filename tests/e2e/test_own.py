@@ -21,7 +21,10 @@ pytestmark = pytest.mark.e2e
 
 NUM_PEOPLE, NUM_CITIES = 60, 30
 PLACES = ("lives in", "comes from")
-SHORT = ["distill.epochs=3", "distill.batch_size=8", "distill.learning_rate=3e-3", "distill.evaluate_every=5"]
+SHORT = [
+    *("distill.epochs=3", "distill.batch_size=8", "distill.learning_rate=3e-3", "distill.evaluate_every=5"),
+    "episode.max_response_tokens=512",  # the student has 1,024 positions
+]
 
 
 def names(rng: random.Random, count: int) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dgpo.config.load import load_config
 from dgpo.engines.environment import export_environment
 
-hardware = load_config(["hardware=cpu"]).hardware
+hardware = load_config(["world=tiny", "hardware=cpu"]).hardware
 export_environment(hardware)
 
 from transformers import AutoTokenizer  # noqa: E402  after the environment

@@ -10,7 +10,7 @@ from dgpo.engines.vllm_policy import EngineStartError, VllmPolicy
 from tests.engine.test_vllm_policy import PROMPT, make_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
-HARDWARE = load_config(["hardware=cpu"]).hardware
+HARDWARE = load_config(["world=tiny", "hardware=cpu"]).hardware
 
 
 def policy_maker(folder):
@@ -53,5 +53,5 @@ def test_a_second_pool_follows_in_the_same_process_and_names_an_engine_that_does
 
 
 def test_a_node_without_gpus_has_one_engine():
-    assert num_engines(load_config(["hardware=cpu"]).hardware) == 1
-    assert num_engines(load_config(["hardware=cpu", "hardware.num_nodes=2"]).hardware) == 2
+    assert num_engines(load_config(["world=tiny", "hardware=cpu"]).hardware) == 1
+    assert num_engines(load_config(["world=tiny", "hardware=cpu", "hardware.num_nodes=2"]).hardware) == 2

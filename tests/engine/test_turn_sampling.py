@@ -29,7 +29,7 @@ KINDS = {
 }
 TURN = "I look. <search> who </search>. The rest"
 MAX_TOKENS = 60
-HARDWARE = load_config(["hardware=cpu"]).hardware
+HARDWARE = load_config(["world=tiny", "hardware=cpu"]).hardware
 # What veRL's agent loop hands on (`verl/experimental/agent_loop/agent_loop.py`).
 VERL_PARAMS = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "logprobs": True}
 

@@ -28,7 +28,7 @@ RAY_JOB = "01000000"  # of the first job in any Ray
 @pytest.fixture
 def verl():
     """veRL's weight sync, on the CPU's platform."""
-    export_environment(load_config(["hardware=cpu"]).hardware)
+    export_environment(load_config(["world=tiny", "hardware=cpu"]).hardware)
     from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer, utils
 
     return SimpleNamespace(
@@ -110,7 +110,7 @@ from dgpo.engines import ray_cluster
 
 ray_cluster.CLAIM_TIMEOUT_S = 0.0
 folder = Path(sys.argv[1])
-ray_cluster.connect(load_config(["hardware=cpu"]).hardware, token_folder=folder, object_store_gb=0.1)
+ray_cluster.connect(load_config(["world=tiny", "hardware=cpu"]).hardware, token_folder=folder, object_store_gb=0.1)
 ray_cluster.claim()
 try:
     ray_cluster.claim()

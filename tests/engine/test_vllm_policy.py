@@ -68,7 +68,7 @@ def generations(tmp_path_factory):
     make_model(folder, seed=0)
     other = tmp_path_factory.mktemp("other_weights")
     make_model(other, seed=1)
-    hardware = load_config(["hardware=cpu"]).hardware
+    hardware = load_config(["world=tiny", "hardware=cpu"]).hardware
     before = children()
     told = {}
 
@@ -135,7 +135,7 @@ def test_a_later_turn_finds_whole_blocks_of_the_one_before_in_the_prefix_cache(g
 
 
 async def test_weights_are_loaded_only_into_an_engine_made_for_it():
-    hardware = load_config(["hardware=cpu"]).hardware
+    hardware = load_config(["world=tiny", "hardware=cpu"]).hardware
     policy = VllmPolicy("model", hardware=hardware, max_model_len=128, temperature=1.0, seed=1)
     with pytest.raises(RuntimeError, match="replaceable_weights=True"):
         await policy.load_weights("other")
@@ -205,7 +205,7 @@ from dgpo.config.load import load_config
 from dgpo.engines.vllm_policy import VllmPolicy
 
 async def main():
-    hardware = load_config(["hardware=cpu"]).hardware
+    hardware = load_config(["world=tiny", "hardware=cpu"]).hardware
     async with VllmPolicy(sys.argv[1], hardware=hardware, max_model_len=128, temperature=1.0, seed=1):
         print("ready", flush=True)
         time.sleep(100)
