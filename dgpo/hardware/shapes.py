@@ -12,6 +12,7 @@ from typing import Any
 from dgpo.config.load import ConfigError
 from dgpo.config.model_files import HubUnreachableError, model_file
 from dgpo.config.schema import Config
+from dgpo.config.stages import is_planned
 from dgpo.hardware.known_models import KNOWN_MODELS
 
 FAMILY = ("llama", "qwen2", "qwen3", "mistral")
@@ -105,7 +106,8 @@ def find_shape(config: Config, path: str | None) -> ModelShape | None:
         return shape_from_config(json.loads(file.read_text())) if file else None
     if path == config.teacher.path and config.teacher.init and Path(path).name == "model":
         return find_shape(config, config.teacher.init)
-    if Path(path).parts[-2:] in (("distill", "model"), ("train", "model")) and path != config.student.path:
+    written = is_planned(config, path) or Path(path).parts[-2:] in (("distill", "model"), ("train", "model"))
+    if written and path != config.student.path:
         return find_shape(config, config.student.path)
     return _hub_shape(path)
 

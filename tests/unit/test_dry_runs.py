@@ -168,7 +168,7 @@ def test_the_inverted_order_distils_what_rl_made(inputs):
 
     config = load_config(["experiment=inverted", "student.path=s", *inputs])
     assert initial_model(config, "train") == ("student.path", "s")
-    assert initial_model(config, "distill")[1] == f"{config.run_dir}/train/model"
+    assert initial_model(config, "distill")[1] == f"{config.run_dir}/train/models/step_200"
 
 
 @pytest.mark.parametrize(
