@@ -39,7 +39,7 @@ def find_run(overrides: Sequence[str]) -> AskedRun | None:
         raise ConfigError(f"no folder of the tiny world holds ask.model={model}: name a checkpoint of a quickstart")
     if is_tiny:
         raise ConfigError(f"no finished quickstart in {RUNS}: run `python -m dgpo quickstart` first, or set ask.model")
-    if named:
+    if named and not model:
         raise ConfigError(f"run_dir={named} holds no {ASKING}: name a finished run of `dgpo own` or `quickstart`")
     return None
 

@@ -44,7 +44,7 @@ def test_no_two_rows_of_a_batch_share_a_seed(monkeypatch):
     loop = agent_loop.SearchAgentLoop(
         server_manager=None,
         tokenizer=SimpleNamespace(eos_token_id=0),
-        settings=json.dumps({**settings, "seed": 1, "concurrency": None}),
+        settings=json.dumps({**settings, "seed": 1, "request_seeds": True, "concurrency": None}),
     )
 
     async def play() -> None:
