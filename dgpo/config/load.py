@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ FREE_MAPPINGS = (
     "retriever.backend_options.",
 )
 NUM_NODES = "SLURM_NNODES"  # read by configs/hardware/h200x8xN.yaml
+READ_BY_CONFIGS = (NUM_NODES, "DATA_ROOT")
 SHORT = {"dry_run": "dry_run.enabled", "collect.from": "collect.source"}  # no field can be called `from`
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
@@ -46,8 +49,13 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: unknown key (with the nearest valid one), wrong type, or unknown group choice.
     """
+    return copy.deepcopy(_compose(tuple(_plan_for(overrides)), tuple(map(os.environ.get, READ_BY_CONFIGS))))
+
+
+@lru_cache(maxsize=256)  # half a second each, and a plan of the paper's tables asks for the same ones again and again
+def _compose(overrides: tuple[str, ...], environment: tuple[str | None, ...]) -> Config:
+    """The configuration of these overrides; `environment`, what the files read of it, is part of the key alone."""
     ConfigStore.instance().store(name="schema", node=Config)
-    overrides = _plan_for(overrides)
     try:
         with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
             composed = compose(config_name="config", overrides=[_may_add(override) for override in overrides])

@@ -52,7 +52,7 @@ def test_grpo_with_the_token_form(tiny_world: TinyWorld, tmp_path: Path):
         f"train.init={tiny_world.student}",
         "train.teacher_term.form=token",
         "train.batch_size=8",
-        "train.mini_batch_size=4",
+        "train.mini_batch_size=16",  # episodes
     )
     for record in metrics["train"]:
         assert "critic/vf_loss" not in record
