@@ -19,6 +19,7 @@ from dgpo.evaluation.records import read_records
 from dgpo.files import atomic_write_text
 from dgpo.pipeline import tiny
 from dgpo.pipeline.processes import PeakMemory, Stages, python_module
+from dgpo.runs.artifacts import RunFolderExistsError
 from dgpo.runs.asking import write_asking
 from dgpo.runs.replacing import check_target
 from dgpo.runs.summary import read_results
@@ -47,7 +48,7 @@ def quickstart(overrides: Sequence[str] = ()) -> Path:
     try:
         folder.mkdir(parents=True)
     except FileExistsError:  # another quickstart was quicker
-        raise FileExistsError(f"{folder} exists: choose another run_dir") from None
+        raise RunFolderExistsError(f"{folder} exists: choose another run_dir") from None
     stages = Stages(folder)
     print(f"run folder: {folder}   (logs: {stages.logs})", flush=True)
     with PeakMemory() as memory:

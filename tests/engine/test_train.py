@@ -15,6 +15,7 @@ import pytest
 
 from dgpo.engines.environment import DEFAULTS
 from dgpo.rl.train import VERL_ENVIRONMENT
+from dgpo.runs.artifacts import MANIFEST
 from dgpo.tinyworld.tokenizer import TAGS
 from tests.conftest import ROOT, TinyWorld, read_metrics, retriever_process, run_command
 from tests.engine.killing import has_step, start_and_kill
@@ -81,6 +82,7 @@ def with_special_tags(model: Path, out: Path) -> Path:
     for token in tags:
         token["special"] = True
     (out / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (out / MANIFEST).unlink(missing_ok=True)  # it seals the folder as it was
     return out
 
 
