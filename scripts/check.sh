@@ -5,7 +5,7 @@
 #   bash scripts/check.sh -k episode   further arguments go to pytest
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-tier="not slow and not gpu"
+tier="not slow and not gpu and not pending"
 if [ "${1:-}" = "--all" ]; then tier="not gpu"; shift; fi
 
 declare -a report
@@ -28,4 +28,5 @@ part unit tests "not engine and not e2e"
 part engine tests "engine"
 part e2e tests "e2e"
 echo "== all parts passed"
+[ "${tier%pending}" = "$tier" ] || echo "left out, not seen to pass lately: $(grep -cv "^#" tests/pending.txt) lines of tests/pending.txt"
 printf '%s\n' "${report[@]}"

@@ -19,9 +19,10 @@ def started(monkeypatch):
     """The configurations with which veRL was to be started; it makes nothing."""
     runs = []
     monkeypatch.setattr(module, "_run_with_restarts", lambda config, folder: runs.append(config))
-    monkeypatch.setattr(module, "_export", lambda config, folder, settings: folder / "model")
+    monkeypatch.setattr(module, "export_models", lambda config, folder, settings: folder / "model")
     monkeypatch.setattr(module, "export_environment", lambda hardware: None)
     monkeypatch.setattr(module, "mark_processes", lambda folder: None)
+    monkeypatch.setattr(module, "remove_remains", lambda: None)
     monkeypatch.setattr(module.ray_cluster, "use_token", lambda folder: None)
     return runs
 
