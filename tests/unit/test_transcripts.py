@@ -90,10 +90,10 @@ def test_a_line_without_a_response_is_named(tmp_path):
         read(tmp_path, None)
 
 
-REAL = Path(os.environ.get("DGPO_REAL_DATA", "/nonexistent")) / "search_r1_episodes.jsonl.gz"
+REAL = Path(os.environ.get("DGPO_REALDATA", "/nonexistent")) / "search_r1_episodes.jsonl.gz"
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="DGPO_REAL_DATA names no folder with Search-R1's episodes")
+@pytest.mark.skipif(not REAL.exists(), reason="DGPO_REALDATA names no folder with Search-R1's episodes")
 def test_search_r1s_own_episodes_are_scored_as_they_were_recorded():
     with gzip.open(REAL) as file:
         lines = [json.loads(line) for line in file]
