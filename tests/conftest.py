@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from dgpo.config.load import load_config
+from dgpo.engines.environment import export_environment
+
 ROOT = Path(__file__).parents[1]
 COMMAND_TIMEOUT_S = 400
 
@@ -25,6 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(item.nodeid.startswith(prefix) for prefix in PENDING):
             item.add_marker("pending")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engine_environment() -> None:
+    """What the engine reads at its import is exported before the first test: some tests import vLLM, others need it set."""
+    export_environment(load_config(["world=tiny", "hardware=cpu"]).hardware)
 
 
 def run_command(*arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
