@@ -148,7 +148,7 @@ def _print_plan(pair: str, plan: Plan) -> None:
         config = stage.config
         hours = gpu_hours_range(config, stage.stage)
         totals = [total + (hours or (0.0, 0.0))[i] for i, total in enumerate(totals)]
-        before = getattr(getattr(config, stage.stage), "init", None)
+        before = getattr(getattr(config, stage.stage, None), "init", None)
         state = "done" if stage.is_done else "begun" if stage.has_begun else ""
         shown = [f"{value:.1f}" for value in hours] if hours else ["-", "-"]
         table.add_row(stage.name, before or "", *shown, state)

@@ -250,7 +250,7 @@ def test_a_folder_made_with_other_overrides_is_refused(tmp_path, capsys):
     assert 'was made with other settings (train.num_steps was "5", now "6")' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("table", ["main", "pairs", "figures"])
+@pytest.mark.parametrize("table", ["main", "pairs", "arcap", "figures"])
 def test_a_dry_run_prints_the_plan_and_all_that_is_missing_once(no_hub, tmp_path, capsys, table):
     overrides = [f"table={table}", f"run_dir={tmp_path / 'tables'}", "data=prepared", "prepare.out=/nowhere"]
     assert main(["reproduce", *overrides, "retriever.url=http://127.0.0.1:9", "dry_run=true"]) == 2
