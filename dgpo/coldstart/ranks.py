@@ -103,7 +103,7 @@ def _run(work: Callable[..., Any], config: Config, num_ranks: int) -> Any:
 
 class _Rank:
     def free_address(self) -> tuple[str, int]:
-        """Of this rank's node, for the others to meet at."""
+        """An address of this rank's node at which the others meet."""
         import ray
 
         with socket.socket() as probe:

@@ -97,7 +97,7 @@ def changed_settings(config: Config) -> list[str]:
 
 
 def recipe_settings(config: Config, section: str) -> list[str]:
-    """Of a section, each setting on which the paper and the schema differ: `key=value`, whose it is, and the other."""
+    """Each setting of a section on which paper and schema differ: `key=value`, whose it is, and the other."""
     paper = dict(_leaves(yaml.safe_load((CONFIG_DIR / "recipe" / "paper.yaml").read_text())))
     recommended, own = dict(_leaves(asdict(Config()))), dict(_leaves(asdict(config)))
     lines = []

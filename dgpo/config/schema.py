@@ -109,7 +109,7 @@ class PrepareConfig:
     documents: str | None = None  # a folder of .txt and .md files, or a jsonl: becomes corpus.jsonl
     passage_words: int = 100  # longer documents are cut
     passage_overlap: int = 0  # words that a passage repeats of the one before
-    # Of the paper's training questions, drawn by seed and taken out (at most a tenth): what `train` validates on
+    # Training questions drawn by seed and taken out (at most a tenth): what `train` validates on
     validation_questions: int = 1000
     max_bad_lines: int = 0  # more stop the command; up to here they are named, left out and counted
     drop_overlap: bool = False  # training questions that also stand in a test set
@@ -145,7 +145,7 @@ class RetrieverConfig:
     max_concurrency: int = 64  # requests in flight, of each process that plays episodes
     max_queries_per_request: int = 64  # searches that wait at the same time share requests
     max_failed_share: float = 0.05  # a step with a larger share of failed episodes stops the run, resumable
-    # Of a server on our own machine, for dry runs: 65 for a flat index of Wikipedia. None: not counted.
+    # What a server on our own machine holds, for dry runs: 65 for a flat index of Wikipedia. None: not counted.
     host_memory_gb: float | None = None
     gpu_memory_gb: float = 0.0  # that it takes of each of our GPUs, for dry runs
     backend: str | None = None  # "package.module:Class", a search of your own instead of the server (docs/extending.md)

@@ -30,7 +30,7 @@ class Benchmark:
     has_evidence: bool = False
 
     def file(self, name: str) -> str:
-        """Of the test questions, in FlashRAG's layout."""
+        """The file of the test questions in FlashRAG's layout."""
         return f"{name}/{self.test_split}.jsonl"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dgpo.agent.episode import Generation, Policy
 
-# Of vLLM and Ray, alone or as the cause of another one; neither has to be imported to know them.
+# Errors of vLLM and Ray, alone or as the cause of another one, by name: neither has to be imported.
 ENGINE_ERRORS = ("EngineDeadError", "ActorDiedError", "ActorUnavailableError", "RayActorError")
 
 

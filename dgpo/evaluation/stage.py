@@ -61,7 +61,7 @@ def sampling_temperature(config: Config) -> float:
 
 
 def load_tokenizers(config: Config) -> dict[str, Any]:
-    """Of every model, before one of them plays: a folder that is no checkpoint costs nobody's evaluation."""
+    """Every model's tokenizer, before one of them plays: a folder that is no checkpoint costs nobody's evaluation."""
     trusted = config.student.trust_remote_code
     return {name: load_tokenizer(path, trust_remote_code=trusted) for name, path in config.test.models.items()}
 

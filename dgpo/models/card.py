@@ -151,7 +151,7 @@ def _facts(stage: str, manifest: Mapping[str, Any], config: Mapping[str, Any], s
 
 
 def _results(run: Path, stage: str) -> str:
-    """Of these very weights, from the run's test stage, whatever the folder was called that it tested."""
+    """The results of these very weights in the run's test stage, whatever the folder was called that it tested."""
     try:
         results = read_results(run)
     except FileNotFoundError:

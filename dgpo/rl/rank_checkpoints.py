@@ -32,7 +32,7 @@ def _check_content(folder: Path, rank: int) -> None:
 
 
 def own_entries(folder: str, *, rank: int) -> FileEntries:
-    """Of the files that a rank wrote: its shards, and on rank 0 what all share.
+    """Entries of the files that a rank wrote: its shards, and on rank 0 what all share.
 
     Made where the bytes still are in memory, by all ranks at once, and not by one process over a network.
     """

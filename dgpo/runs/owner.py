@@ -115,7 +115,7 @@ def _beat(claim: Path, folder: Path, over: threading.Event) -> None:
 
 
 def _claims(folder: Path) -> list[Path]:
-    """Of a stage folder, in ascending order."""
+    """The claims on a stage folder, in ascending order."""
     start = f"{folder.name}.owner."
     there = folder.parent.iterdir() if folder.parent.is_dir() else ()
     found = [path for path in there if path.name.startswith(start) and path.suffix[1:].isdecimal()]

@@ -98,7 +98,7 @@ class RolloutBench:
         )
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Of both loops, and what they share."""
+        """What both loops share, and what each has for itself."""
         limits = self.limits
         vocabulary = self.tokenizer.get_vocab()
         return {

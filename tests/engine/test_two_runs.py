@@ -37,7 +37,7 @@ def verl():
 
 
 def sender_and_receiver(verl, folder: Path, monkeypatch):
-    """Of the run in `folder`, as its trainer and its engine make them."""
+    """The two ends of the run in `folder`, as its trainer and its engine make them."""
     import torch
 
     from dgpo.rl.weight_sync import JOB, TaggedSender, tag_receiver

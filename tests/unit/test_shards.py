@@ -14,7 +14,7 @@ WHOLE = torch.arange(10.0).reshape(5, 2)
 
 @pytest.fixture
 def meshes():
-    """Of four ranks, in one dimension and as two replicas of two; no process but this one takes part."""
+    """Meshes of four ranks, in one dimension and as two replicas of two; no process but this one takes part."""
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     yield init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     dist.destroy_process_group()

@@ -100,7 +100,7 @@ def test_a_checkpoint_holds_what_later_steps_depend_on(tmp_path):
 
 
 def test_buffers_of_another_number_of_ranks_are_refused(tmp_path):
-    """Of fewer, one rank would have none; of more, some would be lost in silence."""
+    """With fewer, one rank would have none; with more, some would be lost in silence."""
     with make(tmp_path, threshold=0.5) as one, make(tmp_path, threshold=0.5, rank=1, num_ranks=2) as two:
         one.save_state(tmp_path)
         with pytest.raises(CheckpointMismatchError, match=r"written by 1 ranks.*cannot go on with 2"):
