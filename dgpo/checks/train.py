@@ -9,7 +9,7 @@ from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model, check_teacher
 from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_optimizer, check_values
-from dgpo.config.methods import rl_conflict
+from dgpo.config.methods import has_teacher, rl_conflict
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
 from dgpo.errors import ConfigError
@@ -53,7 +53,7 @@ def check_train(config: Config) -> list[str]:
     there = check_model(config, student, key=key, notes=notes)
     if there:
         check_lengths(config, key, student)
-    if train.teacher_term.gate != "none":
+    if has_teacher(config, "train"):
         check_teacher(config, key, student if there else None, notes)
     check_engine(config)
     check_training(config)

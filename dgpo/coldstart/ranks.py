@@ -41,7 +41,7 @@ def run_on_ranks(work: Callable[..., Any], config: Config, *, folder: Path) -> A
         DgpoError: the process of a rank died.
         Exception: what `work` raised, of the first rank that failed; the others are ended.
     """
-    num_ranks = config.hardware.num_nodes * config.hardware.gpus_per_node
+    num_ranks = config.hardware.num_gpus
     if num_ranks == 1:
         if config.hardware.platform != "cpu":
             os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Hugging Face's Trainer would take all that it sees

@@ -51,7 +51,7 @@ def make_policy(
     return VllmPolicy(
         model,
         hardware=config.hardware,
-        max_model_len=config.episode.max_prompt_tokens + config.episode.max_response_tokens,
+        max_model_len=config.episode.max_tokens,
         temperature=temperature,
         seed=config.seed,
         trust_remote_code=trust_remote_code,

@@ -26,7 +26,7 @@ def num_engines(hardware: HardwareConfig) -> int:
     """How many engines the GPUs hold that are configured and, on one node, there; on CPUs, one per node."""
     if hardware.platform == "cpu":
         return hardware.num_nodes
-    num_gpus = hardware.num_nodes * hardware.gpus_per_node
+    num_gpus = hardware.num_gpus
     if hardware.num_nodes == 1:
         import torch
 

@@ -148,7 +148,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path, monkeypatch, capsys):
     assert main(command) == 2
     assert "stop here" in capsys.readouterr().err
     assert main([*command, "distill.epochs=3"]) == 2
-    assert "was made with overrides" in capsys.readouterr().err
+    assert 'was made with other settings (distill.epochs was 5, now "3")' in capsys.readouterr().err
     assert main(command) == 2
     assert "stop here" in capsys.readouterr().err
 
