@@ -23,11 +23,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES, LossSettings, TokenLoss
 from dgpo.algorithms.fused_linear import fused_linear_loss
 from dgpo.algorithms.taid import TaidSchedule, TaidState, initial_state, update_state
-from dgpo.coldstart.errors import DivergedError
 from dgpo.coldstart.examples import IGNORE, StepBatches, TrainingExample, collate
 from dgpo.coldstart.metrics import StepClock
 from dgpo.coldstart.student_episodes import StudentEpisodes
 from dgpo.config.schema import DistillConfig
+from dgpo.errors import DgpoError
 from dgpo.files import atomic_write_text
 from dgpo.runs.checkpoints import seal
 from dgpo.runs.stopping import stop_requested
@@ -244,7 +244,7 @@ class DistillationTrainer(Trainer):
         loss /= self.args.world_size
         self.stopping = num_asked > 0
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise DivergedError(
+            raise DgpoError(
                 f"step {self.state.global_step + 1}: loss {loss:.4g}, gradient norm {float(grad_norm):.4g}, so the run "
                 "stopped before this update; the last checkpoint is kept. Look at the loss before it in metrics.jsonl, "
                 "lower distill.learning_rate or raise distill.warmup_ratio, and start again"

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 
 GROUPS = ("world", "hardware", "recipe", "data", "pair", "experiment")
 # The user names the keys of these.
@@ -37,10 +38,6 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
 OmegaConf.register_new_resolver("cores", lambda ranks: max(1, len(os.sched_getaffinity(0)) // ranks), replace=True)
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run: the message says what is wrong, the value seen, and what to do."""
 
 
 def load_config(overrides: Sequence[str] = ()) -> Config:

@@ -6,10 +6,9 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgpo.config.load import ConfigError
 from dgpo.data.lines import BadLines
 from dgpo.data.questions import Question, read_questions
-from dgpo.data.rows import DataError
+from dgpo.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import HardwareConfig
 from dgpo.engines.environment import DEFAULTS
+from dgpo.errors import ConfigError
 
 TOKEN = "ray_token"
 CLAIM_TIMEOUT_S = 20.0

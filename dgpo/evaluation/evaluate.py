@@ -39,9 +39,8 @@ def evaluate(config: Config) -> Path | None:
         The stage's folder, or None for a dry run.
 
     Raises:
-        ConfigError: from the checks, before an engine starts.
-        RunFolderExistsError: another command works in the folder.
-        SearchOutageError: the retriever failed too often; `resume=true` continues.
+        ConfigError: from the checks, before an engine starts; or another command works in the folder.
+        DgpoError: the retriever failed too often; `resume=true` continues.
     """
     notes = check_test(config)
     everything = rows = read_test_sets(config)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
+from dgpo.errors import ConfigError
 from dgpo.hardware import machine
 from dgpo.hardware.machine import Machine, VisibleGpu, check_machine, memory_limit, visible_gpus
 

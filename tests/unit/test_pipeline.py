@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.config.load import ConfigError, group_choices, load_config
+from dgpo.config.load import group_choices, load_config
+from dgpo.errors import ConfigError
 from dgpo.evaluation.evaluate import evaluate
 from dgpo.evaluation.paper import EXACT_MATCH, LABELS, ROWS, RULES, SETS, UNTRAINED, paper_value
 from dgpo.hardware.gpu_hours import PAPER_GPU_HOURS, gpu_hours_range, paper_gpu_hours
@@ -276,7 +277,8 @@ def test_the_methods_page_is_what_the_presets_say():
 def test_a_stopped_pipeline_takes_its_stages_with_it(tmp_path):
     """SIGTERM to the driver: the stage that it runs, in a process group of its own, ends as well."""
     script = (
-        "from dgpo.pipeline.processes import Stages, stopped_by_sigterm\n"
+        "from dgpo.pipeline.processes import Stages\n"
+        "from dgpo.runs.stopping import stopped_by_sigterm\n"
         "from pathlib import Path\n"
         f"with stopped_by_sigterm():\n    Stages(Path({str(tmp_path)!r})).run(nap=['sh', '-c', 'echo $$; sleep 60'])\n"
     )
