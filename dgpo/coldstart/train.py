@@ -221,12 +221,12 @@ def _save_result(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBas
     """Writes a folder that vLLM serves as a search agent: its generation config carries the stop strings."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     # Whole on rank 0, also of a sharded model: every rank takes part.
-    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-    for name in model.all_tied_weights_keys if weights else ():
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else {}
+    for name in model.all_tied_weights_keys:
         weights.pop(name, None)  # gathered once more than it is kept
     if not trainer.is_world_process_zero():
         return
-    model.save_pretrained(folder, state_dict=weights)
+    model.save_pretrained(folder, state_dict=weights or None)
     tokenizer.save_pretrained(folder)
     write_generation_config(folder, fallback=model.config.to_dict())
 

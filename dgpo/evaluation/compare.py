@@ -152,7 +152,7 @@ def _configurations(a: Path, b: Path) -> Table:
 def _stage_settings(folder: Path, stage: str) -> dict[str, Any]:
     """The settings and package versions that a stage recorded, by dotted key; empty where it did not run."""
     manifests = [folder / stage / MANIFEST, folder / stage / "model" / MANIFEST, *folder.glob(f"{stage}/*/{MANIFEST}")]
-    manifest = next((json.loads(path.read_text()) for path in manifests if path.exists()), {})
+    manifest: dict[str, Any] = next((json.loads(path.read_text()) for path in manifests if path.exists()), {})
     config = manifest.get("config") or {}
     unfinished = folder / stage / "config.yaml"
     if not config and unfinished.exists():

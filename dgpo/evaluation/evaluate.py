@@ -80,7 +80,7 @@ def _evaluate(
         }
         for name, each in measured.items()
     }
-    results = {
+    results: dict[str, Any] = {
         "models": {name: {**model, "metrics": release_metrics(model)} for name, model in models.items()},
         "baseline": config.test.baseline,
         "difference_to_baseline": _compare_all(scores, config.test.baseline),

@@ -225,6 +225,8 @@ def _latency_s(scenario: Scenario, query: str) -> float:
 def engine_speed(model: str, gpu: str, *, max_num_seqs: int, max_num_batched_tokens: int) -> Speed:
     """The speed of one GPU that holds the model, as the planning estimate has it."""
     shape, card = known_shape(model), KNOWN_GPUS[gpu]
+    if shape is None:
+        raise SystemExit(f"--model {model}: not one of the known architectures (dgpo/hardware/known_models.py)")
     return Speed(
         decode_step_s=lambda number, context: decode_step_s(
             shape, card, episodes=number, context=context, value=BFLOAT16, size=1
