@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import NamedTuple
 
 from dgpo import __version__
-from dgpo.config.load import GROUPS, config_keys, group_choices, load_config
+from dgpo.config.help import describe
+from dgpo.config.load import load_config
 from dgpo.config.release import with_positions
-from dgpo.config.schema import Config
 from dgpo.errors import exit_code
 from dgpo.runs.stopping import raised_on_request, stopped_by_sigterm
 
@@ -18,7 +18,7 @@ USAGE = """usage: python -m dgpo COMMAND [key=value ...]
 
 {commands}
 
-python -m dgpo COMMAND --help lists the configuration; --version tells the version.
+python -m dgpo COMMAND --help lists the settings that it reads; --version tells the version.
 """
 
 
@@ -156,20 +156,7 @@ def _usage() -> str:
 
 
 def _help(name: str) -> str:
-    """The command, the groups with their choices, and every key with its default."""
-    from omegaconf import OmegaConf
-
-    defaults = OmegaConf.structured(Config)
-    groups = "\n".join(f"  {group}={'|'.join(group_choices(group))}" for group in GROUPS)
-    keys = "\n".join(f"  {key}={_shown(OmegaConf.select(defaults, key))}" for key in config_keys())
-    return (
-        f"usage: python -m dgpo {name} [key=value ...]\n\n{COMMANDS[name].summary}\n\n"
-        f"groups of settings (configs/<group>/<choice>.yaml)\n{groups}\n\nkeys and their defaults\n{keys}"
-    )
-
-
-def _shown(value: object) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return f"usage: python -m dgpo {name} [key=value ...]\n\n{COMMANDS[name].summary}\n{describe(name)}"
 
 
 if __name__ == "__main__":

@@ -34,20 +34,26 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "ask": ("run_dir", "student", "hardware", *PLAY, "ask"),
     "report": ("run_dir", "dry_run", "report"),
     "export": ("run_dir", "export"),
+    "import": (),
+    "compare": (),
+    "doctor": ("hardware", "download.endpoint"),
 }
 
 
 def describe(command: str) -> str:
     """The groups with their choices, then every key that the command reads: meaning and default."""
+    sections = SECTIONS.get(command)
+    if sections == ():
+        return ""
     groups = "\n".join(f"  {group}={'|'.join(group_choices(group))}" for group in GROUPS)
     defaults = OmegaConf.structured(Config)
     lines = []
     for key, meaning in meanings(Config):
-        if any(f"{key}.".startswith(f"{read}.") for read in SECTIONS.get(command, (key,))):
+        if sections is None or any(f"{key}.".startswith(f"{read}.") for read in sections):
             lines.append(f"  {key}={_shown(OmegaConf.select(defaults, key))}")
             lines += textwrap.wrap(meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    keys = "\n".join(lines)
-    return f"groups of settings (configs/<group>/<choice>.yaml)\n{groups}\n\nkeys, their defaults and meanings\n{keys}"
+    title = "\ngroups of settings (configs/<group>/<choice>.yaml)\n"
+    return title + groups + "\n\nkeys, their defaults and meanings\n" + "\n".join(lines)
 
 
 def meanings(section: type, prefix: str = "") -> Iterator[tuple[str, str]]:
