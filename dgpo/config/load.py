@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dgpo.config.schema import Config
-from dgpo.errors import ConfigError
+from dgpo.errors import ConfigError, one_line
 
 GROUPS = ("world", "hardware", "recipe", "data", "pair", "experiment")
 # The user names the keys of these.
@@ -142,7 +142,7 @@ def _may_add(override: str) -> str:
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One line from Hydra's chain of exceptions, with the nearest valid key where a key is unknown."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     cause = error.__cause__
     if isinstance(error, ConfigCompositionException) and cause is not None:
         text = f"{text} {' '.join(str(cause).split())}"

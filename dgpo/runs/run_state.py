@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dgpo.errors import RunStoppedError
+from dgpo.errors import RunStoppedError, first_line
 from dgpo.files import atomic_write_text, drop_records_after
 from dgpo.runs.alarms import ALARMS
 from dgpo.runs.checkpoints import FileEntries, checkpoint_steps, file_entries, seal, steps_to_delete, writing
@@ -141,4 +141,4 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 def _reason(error: BaseException) -> str:
     """In one line; Ray puts a worker's error into one of its own, with the traceback as its text."""
     cause = getattr(error, "cause", None) or error
-    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    return first_line(cause)

@@ -151,14 +151,11 @@ def record_or_check_command(path: Path, overrides: Sequence[str], **facts: str) 
     if not path.exists():
         atomic_write_text(path, json.dumps({**now, "versions": package_versions()}, indent=1) + "\n")
         return
-    before = json.loads(path.read_text())
-    check_same(
-        *(
-            {**{name: each.get(name) for name in facts}, **dict(text.partition("=")[::2] for text in each["overrides"])}
-            for each in (before, now)
-        ),
-        made=path.parent,
+    before, given = (
+        {**{name: each.get(name) for name in facts}, **dict(text.partition("=")[::2] for text in each["overrides"])}
+        for each in (json.loads(path.read_text()), now)
     )
+    check_same(before, given, made=path.parent)
 
 
 def is_finished(folder: Path, *, stage: str, settings: Mapping[str, Any]) -> bool:
