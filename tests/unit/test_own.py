@@ -3,7 +3,9 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from dgpo.__main__ import main
@@ -123,6 +125,24 @@ def test_the_default_student_is_the_hubs_where_it_answers(monkeypatch):
     assert pipeline.default_student() == pipeline.HUB_MODEL
     monkeypatch.setattr(pipeline, "HUB_MODEL_MEMORY", 1e18)
     assert pipeline.default_student() == pipeline.SMALL_MODEL
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.ConnectTimeout("no answer"),
+        httpx.InvalidURL("Invalid port: 'b'"),  # HF_ENDPOINT=http://a:b
+        FileNotFoundError("SSL_CERT_FILE"),
+        ValueError("Unknown scheme for proxy URL"),
+        ImportError("Using SOCKS proxy, but the 'socksio' package is not installed"),
+    ],
+)
+def test_a_hub_that_cannot_be_asked_is_none(error, monkeypatch):
+    session = SimpleNamespace(head=lambda *_, **__: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: session)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert not pipeline.hub_answers()
 
 
 def test_the_machine_decides_threads_and_precision_and_the_user_wins(monkeypatch):
