@@ -30,6 +30,7 @@ FREE_MAPPINGS = (
     "hardware.env.",
     "hardware.verl.",
     "retriever.backend_options.",
+    "rows.",
 )
 NUM_NODES = "SLURM_NNODES"  # read by configs/hardware/h200x8xN.yaml
 READ_BY_CONFIGS = (NUM_NODES, "DATA_ROOT")
