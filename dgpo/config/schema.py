@@ -271,6 +271,9 @@ class DistillConfig:
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     weight_decay: float = 0.0  # AdamW's; not of biases and norms
     chunk_tokens: int = 128  # policy tokens whose full-vocabulary logits exist at once
+    # Rank of LoRA adapters, which are trained in place of all weights and merged at the end; None: no adapters. They
+    # want about ten times the learning rate.
+    lora_rank: int | None = None
     sharding: str = "none"  # of the student over the GPUs: none (DDP) | full (FSDP2)
     held_out_share: float = 0.02  # of the questions, on which the loss is watched
     evaluate_every: int | None = None  # steps between held-out losses, each with a checkpoint

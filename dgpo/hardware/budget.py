@@ -207,14 +207,15 @@ def distill_budget(config: Config, models: Models) -> Budget:
     per_gpu = -(-settings.batch_size // world)
     tokens = min(settings.micro_batch_size or hardware.micro_batch_size, per_gpu) * context_length(config)
     checkpointing = hardware.gradient_checkpointing
-    count = shape.parameters
+    frozen = shape.parameters if settings.lora_rank else 0
+    count = shape.adapters(settings.lora_rank) if settings.lora_rank else shape.parameters
     saved = memory.saved_activations(shape, tokens, precision, checkpointing=checkpointing)
     workspace = memory.backward_workspace(shape, tokens, precision, checkpointing=checkpointing)
     # The fused loss keeps the output matrix's gradient in float32, and that of the hidden states.
-    loss = FLOAT32 * shape.embedding + tokens * shape.hidden * precision.stream
+    loss = FLOAT32 * shape.embedding * (not frozen) + tokens * shape.hidden * precision.stream
     chunk = 4 * settings.chunk_tokens * shape.vocab * FLOAT32
     parts = {
-        "weights": FLOAT32 * count / shards,
+        "weights": FLOAT32 * count / shards + value * frozen,
         "gradients": FLOAT32 * count / shards,
         "optimiser": ADAM * count / shards,
         "activations": saved + max(workspace, loss),

@@ -56,8 +56,11 @@ class TokenEngine(FSDPEngineWithLMHead):
     def _build_module(self) -> Any:
         module = super()._build_module()
         self.output_layer = module.get_output_embeddings()
-        if self.output_layer.bias is not None:
-            raise ValueError(f"{self.model_config.local_path} has an output layer with a bias: RL knows none")
+        if self.output_layer.bias is not None or getattr(module.config, "final_logit_softcapping", None):
+            raise ValueError(
+                f"{self.model_config.local_path}: RL reads hidden states through an output matrix, and knows neither a "
+                "bias of it nor a cap of its logits: choose a model without"
+            )
         self.output_layer.forward = self._output
         return module
 

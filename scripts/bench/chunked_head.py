@@ -3,8 +3,8 @@
     python scripts/bench/chunked_head.py [--tokens 512] [--vocab 32000] [--chunk 64]
 
 Log-probs, entropies and the exact teacher term, as `token_terms` makes them, and by torch operations on the whole
-[tokens, vocabulary] logits of both models. The two run in turn, each repetition in a process of its own so that its peak
-memory is its own; medians and ratios are printed.
+[tokens, vocabulary] logits of both models. The two run in turn, each repetition in a process of its own so that its
+peak memory is its own; medians and ratios are printed.
 """
 
 from __future__ import annotations
