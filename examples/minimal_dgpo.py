@@ -68,7 +68,9 @@ class TorchPolicy:
         except Exception as error:  # nobody else waits for a callback
             futures[0].set_exception(error)
 
-    def _sample(self, prompts: list[list[int]], budgets: list[int], stop: Sequence[str]) -> Iterator[Generation]:
+    def _sample(
+        self, prompts: Sequence[list[int]], budgets: Sequence[int], stop: Sequence[str]
+    ) -> Iterator[Generation]:
         longest, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
         output = self.model.generate(
             torch.tensor([[pad] * (longest - len(p)) + p for p in prompts]),
@@ -85,7 +87,7 @@ class TorchPolicy:
 
 async def play(policy: TorchPolicy, rows: list[dict], search: JsonlSearch, stop: Sequence[str]) -> list[Trajectory]:
     """One episode per question, by the loop that all of the framework uses."""
-    limits = EpisodeLimits(**{k: v for k, v in vars(EPISODE).items() if k in EpisodeLimits.__annotations__})
+    limits = EpisodeLimits.of(EPISODE)
     episodes = (
         run_episode(
             episode_id=f"{index}/{row['extra_info']['id']}",
@@ -260,7 +262,7 @@ def run(world: Path, *, steps: int, form: str, seed: int) -> dict[str, float]:
     critic = Critic(student)
     actor_optimizer = torch.optim.AdamW(student.parameters(), lr=TRAIN.actor_learning_rate, weight_decay=0.0)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=TRAIN.critic_learning_rate, weight_decay=0.0)
-    warm_up = max(1, round(TRAIN.actor_warmup_ratio * steps))
+    warm_up = max(1, TRAIN.actor_warmup_steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(actor_optimizer, lambda index: min(1.0, (index + 1) / warm_up))
     order = random.Random(seed).sample(questions["train"], len(questions["train"]))
     for index in range(steps):

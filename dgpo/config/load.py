@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError, one_line
 
 GROUPS = ("world", "hardware", "recipe", "data", "pair", "experiment")
 # The user names the keys of these.
@@ -29,6 +30,7 @@ FREE_MAPPINGS = (
     "hardware.env.",
     "hardware.verl.",
     "retriever.backend_options.",
+    "rows.",
 )
 NUM_NODES = "SLURM_NNODES"  # read by configs/hardware/h200x8xN.yaml
 READ_BY_CONFIGS = (NUM_NODES, "DATA_ROOT")
@@ -37,10 +39,6 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
 OmegaConf.register_new_resolver("cores", lambda ranks: max(1, len(os.sched_getaffinity(0)) // ranks), replace=True)
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run: the message says what is wrong, the value seen, and what to do."""
 
 
 def load_config(overrides: Sequence[str] = ()) -> Config:
@@ -97,7 +95,7 @@ def changed_settings(config: Config) -> list[str]:
 
 
 def recipe_settings(config: Config, section: str) -> list[str]:
-    """Of a section, each setting on which the paper and the schema differ: `key=value`, whose it is, and the other."""
+    """Each setting of a section on which paper and schema differ: `key=value`, whose it is, and the other."""
     paper = dict(_leaves(yaml.safe_load((CONFIG_DIR / "recipe" / "paper.yaml").read_text())))
     recommended, own = dict(_leaves(asdict(Config()))), dict(_leaves(asdict(config)))
     lines = []
@@ -145,7 +143,7 @@ def _may_add(override: str) -> str:
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One line from Hydra's chain of exceptions, with the nearest valid key where a key is unknown."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     cause = error.__cause__
     if isinstance(error, ConfigCompositionException) and cause is not None:
         text = f"{text} {' '.join(str(cause).split())}"

@@ -11,12 +11,14 @@ from dgpo.agent.trajectory import Trajectory
 from dgpo.checks.files import is_assumed
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
-from dgpo.data.rows import DataError, by_source, read_rows
+from dgpo.data.rows import by_source, read_rows
 from dgpo.engines.episode_runner import PlannedEpisode, forget_episodes
 from dgpo.engines.play import load_tokenizer, play_model
+from dgpo.errors import DataError
 from dgpo.evaluation import upstream
-from dgpo.evaluation.records import finished_records, write_records
+from dgpo.evaluation.records import finished_records
 from dgpo.evaluation.scores import Score
+from dgpo.files import write_jsonl
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.identity import file_identity, model_identity, retriever_identity
 from dgpo.runs.settings import episode_settings
@@ -61,7 +63,7 @@ def sampling_temperature(config: Config) -> float:
 
 
 def load_tokenizers(config: Config) -> dict[str, Any]:
-    """Of every model, before one of them plays: a folder that is no checkpoint costs nobody's evaluation."""
+    """Every model's tokenizer, before one of them plays: a folder that is no checkpoint costs nobody's evaluation."""
     trusted = config.student.trust_remote_code
     return {name: load_tokenizer(path, trust_remote_code=trusted) for name, path in config.test.models.items()}
 
@@ -111,7 +113,7 @@ def measure_model(
     )
     played = list(zip(planned, trajectories, strict=True))
     scores = [score(episode, trajectory, tokenizer) for episode, trajectory in played]
-    write_records(folder / "scores.jsonl", scores)
+    write_jsonl(folder / "scores.jsonl", scores)
     if write_more:
         write_more(folder, played, tokenizer)
     counts = {"episodes": len(scores), "correct": int(sum(each["em"] for each in scores))}

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from dgpo.config.load import ConfigError
 from dgpo.engines.vllm_patches import die_with_parent
-from dgpo.files import atomic_write_text
-from dgpo.runs.artifacts import package_versions
+from dgpo.errors import DgpoError
 
 SERVER_START_TIMEOUT_S = 120.0
 MEMORY_SAMPLE_S = 2.0
@@ -26,20 +22,17 @@ TAIL_BYTES = 4096  # of a log, in which its last line is looked for
 LINE_WIDTH = 120
 
 
-class StageFailedError(RuntimeError):
-    """A stage ended with an error; the message holds the end of its log."""
-
-
 class Stages:
     """Runs stages as child processes: a log file each, progress on the console, wall times kept.
 
     Args:
         folder: of the run.
         report_every_s: how often the end of a running stage's log, which has its progress, is shown; None: never.
+        way_on: what to do after a failure, told below it.
     """
 
-    def __init__(self, folder: Path, *, report_every_s: float | None = None) -> None:
-        self.folder, self.report_every_s = folder, report_every_s
+    def __init__(self, folder: Path, *, report_every_s: float | None = None, way_on: str | None = None) -> None:
+        self.folder, self.report_every_s, self.way_on = folder, report_every_s, way_on
         self.wall_s: dict[str, float] = {}
         self.logs = folder / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -48,7 +41,7 @@ class Stages:
         """Runs the named commands side by side and waits for all of them.
 
         Raises:
-            StageFailedError: one failed; the others are stopped.
+            DgpoError: one failed; the others are stopped.
         """
         started = time.perf_counter()
         children = {name: self.start(name, command) for name, command in commands.items()}
@@ -63,7 +56,7 @@ class Stages:
                     del pending[name]
                     self.wall_s[name] = round(time.perf_counter() - started, 1)
                     if child.returncode != 0:
-                        raise StageFailedError(self.failure(name, child.returncode))
+                        raise self.failure(name, child.returncode)
                     print(f"[{_clock()}] {name} done in {self.wall_s[name]:.0f} s", flush=True)
                 if self.report_every_s and pending and time.perf_counter() - shown > self.report_every_s:
                     shown = time.perf_counter()
@@ -94,30 +87,12 @@ class Stages:
             lines = log.read().decode(errors="replace").replace("\r", "\n").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")[:LINE_WIDTH]
 
-    def failure(self, name: str, code: int) -> str:
+    def failure(self, name: str, code: int) -> DgpoError:
         """What a failed stage's user needs to see: its exit code and the end of its log."""
         path = self._log(name)
-        tail = "\n".join(path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
-        return f"stage {name} ended with exit code {code}; the end of {path}:\n{tail}"
-
-
-def check_settings(path: Path, now: Mapping[str, object]) -> None:
-    """One folder, one set of settings: writes them into `path`, or compares them with what is there.
-
-    Raises:
-        ConfigError: the folder was made with others.
-    """
-    if not path.exists():
-        atomic_write_text(path, json.dumps({**now, "versions": package_versions()}, indent=1) + "\n")
-        return
-    before = json.loads(path.read_text())
-    for name, value in now.items():
-        if before.get(name) != value:
-            old, new = (" ".join(each) if isinstance(each, list) else each for each in (before.get(name), value))
-            raise ConfigError(
-                f"{path.parent} was made with {name} {old or 'none'}, now {new or 'none'}: repeat those, or choose "
-                "another run_dir"
-            )
+        tail = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        way_on = [self.way_on] if self.way_on else []
+        return DgpoError(f"stage {name} ended with exit code {code}; the end of {path}:", [*tail, *way_on])
 
 
 def python_module(module: str) -> list[str]:
@@ -142,27 +117,12 @@ def retrieval_server(stages: Stages, indexes: Path, *, default: str) -> Iterator
     try:
         while not port_file.exists():
             if child.poll() is not None or time.perf_counter() - started > SERVER_START_TIMEOUT_S:
-                raise StageFailedError(stages.failure("retriever", child.poll() or -1))
+                raise stages.failure("retriever", child.poll() or -1)
             time.sleep(0.1)
         stages.wall_s["retriever"] = round(time.perf_counter() - started, 1)
         yield f"http://127.0.0.1:{port_file.read_text().strip()}"
     finally:
         stop(child)
-
-
-@contextlib.contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """Turns SIGTERM, and the SIGHUP of a closed terminal, into an exception: children of who is stopped stop too."""
-
-    def exit_(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, exit_) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:

@@ -14,11 +14,13 @@ from typing import Any
 
 from dgpo.checks import check_train
 from dgpo.config.load import to_yaml
+from dgpo.config.methods import has_teacher
 from dgpo.config.schema import Config, HardwareConfig
 from dgpo.config.stages import initial_model, with_absolute_paths
 from dgpo.data.rows import read_rows
 from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
+from dgpo.errors import CollapseError, FaultError, RunStoppedError
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.rl.exports import export_models
 from dgpo.rl.terminal import LOG, divert
@@ -33,7 +35,6 @@ from dgpo.runs.replacing import check_target
 from dgpo.runs.rollback import CHECKPOINT, EVENTS, after_rollbacks, roll_back
 from dgpo.runs.settings import fixed_settings, record_or_check
 from dgpo.runs.stopping import filed_on_request
-from dgpo.runs.stops import CollapseError, FaultError, RunStoppedError
 
 # What veRL's workers expect of Ray's start (`verl.trainer.constants_ppo`, which takes seconds to import). A variable of
 # the shell wins.
@@ -48,10 +49,6 @@ VERL_ENVIRONMENT = {
 EXIT_GRACE_S = 20.0  # of a run's processes, from the end of their driver until they are killed
 
 
-class TrainingFailedError(RuntimeError):
-    """The trainer stopped; the message is the cause in one line."""
-
-
 def train(config: Config) -> Path | None:
     """Runs the RL stage.
 
@@ -59,9 +56,9 @@ def train(config: Config) -> Path | None:
         The folder of the final Hugging Face checkpoint, or None for a dry run.
 
     Raises:
-        ConfigError: from the checks, before Ray starts; or `resume=true` under other settings.
-        RunFolderExistsError: another command works in the folder.
-        TrainingFailedError: the run stopped; it can be resumed from its last checkpoint.
+        ConfigError: from the checks, before Ray starts; `resume=true` under other settings; or another command works
+            in the folder.
+        RunStoppedError: the run stopped; it can be resumed from its last checkpoint.
         StoppedOnRequestError: on a signal (`dgpo.runs.stopping`); the step in progress was finished and saved.
     """
     notes = check_train(config)
@@ -75,12 +72,11 @@ def train(config: Config) -> Path | None:
 
 def train_settings(config: Config) -> dict[str, Any]:
     """What a run of RL depends on. Changes of `MAY_CHANGE` apart, it is continued under no others."""
-    alone = config.train.teacher_term.gate == "none"
     questions = config.data.train_file or ""
     return {
         **fixed_settings(config, "episode", "train", "hardware.dtype", "hardware.engine.dtype", "hardware.verl"),
         "weights at the start": model_identity(initial_model(config, "train")[1]),
-        "weights of the teacher": None if alone else model_identity(config.teacher.path or ""),
+        "weights of the teacher": model_identity(config.teacher.path or "") if has_teacher(config, "train") else None,
         "data.train_file": file_identity(questions),
         "retriever": retriever_identity(config.retriever, read_rows(questions)),
     }
@@ -106,7 +102,7 @@ def _train(config: Config, folder: Path) -> Path:
         model = export_models(config, folder, settings)
         print(f"model in {model}; next: python -m dgpo test run_dir={config.run_dir} test.models.trained={model}")
         return model
-    except TrainingFailedError as error:
+    except RunStoppedError as error:
         write_failure(folder, error)
         raise
 
@@ -120,7 +116,8 @@ def _clear_remains(folder: Path) -> None:
 def _plan(config: Config) -> str:
     """What would run, in one sentence."""
     train, term = config.train, config.train.teacher_term
-    guide = "without a teacher" if term.gate == "none" else f"with {config.teacher.path} ({term.form}, {term.gate})"
+    teacher = f"with {config.teacher.path} ({term.form}, {term.gate})"
+    guide = teacher if has_teacher(config, "train") else "without a teacher"
     length = f"{train.num_steps} steps of {train.batch_size * train.samples_per_question} episodes"
     return f"{initial_model(config, 'train')[1]} would be trained by {train.algorithm} {guide}, {length}"
 
@@ -149,8 +146,6 @@ def _run_with_restarts(config: Config, folder: Path) -> None:
         except FaultError as error:
             num_faults += 1
             config = _after_fault(config, folder, error, num_faults)
-        except RunStoppedError as error:
-            raise TrainingFailedError(str(error)) from error
 
 
 def _after_fault(config: Config, folder: Path, error: FaultError, num_faults: int) -> Config:
@@ -159,7 +154,7 @@ def _after_fault(config: Config, folder: Path, error: FaultError, num_faults: in
     message = f"{error}. The last checkpoint is of step {step}" if step else f"{error}. There is no checkpoint yet"
     print("\n".join(error.log), file=sys.stderr)
     if num_faults > config.train.max_restarts:
-        raise TrainingFailedError(f"{message}; resume=true continues") from error
+        raise RunStoppedError(f"{message}; resume=true continues") from error
     print(f"{message}; restart {num_faults} of {config.train.max_restarts}", file=sys.stderr, flush=True)
     return replace(config, resume=True)
 
@@ -221,7 +216,7 @@ def _start(checkpoints: Path, config: Config) -> Path | None:
     if checkpoint is None:
         print(f"train: no whole checkpoint in {checkpoints}, begins with step 1", file=sys.stderr, flush=True)
         return None
-    wrote, now = read_seal(checkpoint)["world_size"], config.hardware.num_nodes * config.hardware.gpus_per_node
+    wrote, now = read_seal(checkpoint)["world_size"], config.hardware.num_gpus
     others = "" if wrote == now else f", which {wrote} GPUs wrote, on {now}"
     print(f"train: continues from {checkpoint}{others}", file=sys.stderr, flush=True)
     return checkpoint

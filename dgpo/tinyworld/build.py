@@ -19,7 +19,7 @@ from typing import Any
 
 from dgpo.agent.protocol import build_messages, normalize_question
 from dgpo.data.rows import write_rows
-from dgpo.files import atomic_write_text
+from dgpo.files import atomic_write_text, write_jsonl
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import writing
 from dgpo.runs.replacing import check_target
@@ -65,7 +65,7 @@ def build_world(out: Path, settings: WorldSettings) -> dict[str, int]:
     """Write everything that the module's docstring lists below `out`; return counts. The same seed, the same files.
 
     Raises:
-        RunFolderExistsError: `out` exists.
+        ConfigError: `out` exists.
     """
     check_target(out, key="--out", stage="world", replace=False)
     with writing(out) as folder:
@@ -81,7 +81,7 @@ def _write_world(out: Path, settings: WorldSettings) -> dict[str, int]:
     for each in (world, *permuted):
         documents = corpus_documents(each)
         counts["passages"] += len(documents)
-        atomic_write_text(out / "corpora" / f"{each.name}.jsonl", "".join(json.dumps(d) + "\n" for d in documents))
+        write_jsonl(out / "corpora" / f"{each.name}.jsonl", documents)
 
     worlds = {each.name: each for each in (world, *permuted)}
     country_split = dict.fromkeys(train_isos, "train") | dict.fromkeys(test_isos, "test")

@@ -28,7 +28,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -86,11 +85,11 @@ class RolloutBench:
         self, config: Config, options: argparse.Namespace, planned: list[PlannedEpisode], tokenizer: Any
     ) -> None:
         self.config, self.options, self.planned, self.tokenizer = config, options, planned, tokenizer
-        self.limits = EpisodeLimits(**{k: v for k, v in asdict(config.episode).items() if k != "max_prompt_tokens"})
+        self.limits = EpisodeLimits.of(config.episode)
         self.policy = BenchPolicy(
             options.model,
             hardware=config.hardware,
-            max_model_len=config.episode.max_prompt_tokens + config.episode.max_response_tokens,
+            max_model_len=config.episode.max_tokens,
             temperature=options.temperature,
             seed=config.seed,
             arguments={key: json.loads(value) for key, value in (word.split("=", 1) for word in options.engine)},
@@ -98,7 +97,7 @@ class RolloutBench:
         )
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Of both loops, and what they share."""
+        """What both loops share, and what each has for itself."""
         limits = self.limits
         vocabulary = self.tokenizer.get_vocab()
         return {
@@ -149,7 +148,7 @@ class RolloutBench:
                 print(f"round {number}: {json.dumps(measured)}", flush=True)
         self._report(rounds)
 
-    async def _timed(self, loop: Any, number: int, search: DelayedClient) -> dict[str, float]:
+    async def _timed(self, loop: Any, number: int, search: Any) -> dict[str, float]:
         await self.policy.forget()
         first = number * self.options.num_episodes
         chosen = [self.planned[(first + i) % len(self.planned)] for i in range(self.options.num_episodes)]

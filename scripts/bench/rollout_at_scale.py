@@ -19,7 +19,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -68,7 +68,7 @@ class Scenario:
 
 @dataclass
 class Outcome:
-    """Of one loop in one scenario; times are simulated."""
+    """What one loop did in one scenario; times are simulated."""
 
     wall_s: float
     num_generated: int
@@ -146,8 +146,7 @@ class Engines:
 
 def play(scenario: Scenario, speed: Speed, *, lock_step: bool) -> Outcome:
     """One step's episodes through one of the loops."""
-    settings = asdict(load_config([]).episode)
-    limits = EpisodeLimits(**{key: value for key, value in settings.items() if key != "max_prompt_tokens"})
+    limits = EpisodeLimits.of(load_config([]).episode)
     words = Words()
     episodes = Episodes(scenario, words, max_turn_tokens=limits.max_turn_tokens)
     limits = replace(limits, **scenario.budgets)
@@ -224,8 +223,10 @@ def _latency_s(scenario: Scenario, query: str) -> float:
 
 
 def engine_speed(model: str, gpu: str, *, max_num_seqs: int, max_num_batched_tokens: int) -> Speed:
-    """Of one GPU that holds the model, as the planning estimate has it."""
+    """The speed of one GPU that holds the model, as the planning estimate has it."""
     shape, card = known_shape(model), KNOWN_GPUS[gpu]
+    if shape is None:
+        raise SystemExit(f"--model {model}: not one of the known architectures (dgpo/hardware/known_models.py)")
     return Speed(
         decode_step_s=lambda number, context: decode_step_s(
             shape, card, episodes=number, context=context, value=BFLOAT16, size=1

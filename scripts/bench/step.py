@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dgpo.files import read_jsonl
 from dgpo.pipeline import tiny
 from dgpo.pipeline.processes import Stages, python_module
 from dgpo.rl.timeline import TRAINER, Span, chrome_trace, read_spans
@@ -109,8 +110,8 @@ def covered_s(intervals: Sequence[tuple[float, float]]) -> float:
 
 
 def measure(train_folder: Path) -> list[dict[str, float]]:
-    """Of every step but the first: seconds by part, and what was done in it."""
-    records = {r["step"]: r for r in map(json.loads, (train_folder / "metrics.jsonl").read_text().splitlines())}
+    """Every step but the first: seconds by part, and what was done in it."""
+    records = {r["step"]: r for r in read_jsonl(train_folder / "metrics.jsonl")}
     spans = read_spans(train_folder / "timeline.jsonl")
     by_step = {step: [span for span in spans if span.step == step] for step in sorted(records)}
     starts = {s: next(x.start for x in spans if x.step == s and x.name == "step") for s in by_step}
@@ -134,7 +135,7 @@ def measure(train_folder: Path) -> list[dict[str, float]]:
 
 
 def medians(results: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of every quantity. The checkpoint, which one step in several writes, is shown as what it takes there."""
+    """The median of every quantity. The checkpoint, written by one step in several, is shown as what it takes there."""
     table = {name: statistics.median(result[name] for result in results) for name in results[0]}
     saved = [result["checkpoint"] for result in results if result["checkpoint"] > 0]
     return table | {"checkpoint": statistics.median(saved) if saved else 0.0}
