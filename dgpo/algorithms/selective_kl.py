@@ -75,8 +75,8 @@ def subtract_teacher_kl(
     """r_t = score_t - beta * gate * I(y_t) * (log p_student(y_t) - log p_teacher(y_t)).
 
     The sampled-token (k1) estimate of KL(student || teacher), with the token mask I(y_t). Its full-vocabulary
-    counterpart, as a loss, is `dgpo.algorithms.exact_kl`. What it is subtracted from makes the difference between two
-    forms of the term:
+    counterpart, as a loss, is in `dgpo.algorithms.chunked_head`. What it is subtracted from makes the difference
+    between two forms of the term:
 
     - From the task's scores, before GAE (`reward`, the paper's): later tokens' terms add up in a token's advantage.
     - From the advantages, after their estimator and its whitening (`token`; as in on-policy distillation by policy

@@ -55,7 +55,8 @@ def _check_distill_values(config: Config) -> None:
         raise ConfigError(
             f"distill.taid.t_start={settings.taid.t_start} is above distill.taid.t_end={settings.taid.t_end}: lower it"
         )
-    counts = {name: getattr(settings, name) for name in ("max_steps", "micro_batch_size", "evaluate_every", "patience")}
+    names = ("max_steps", "micro_batch_size", "evaluate_every", "patience", "lora_rank")
+    counts = {name: getattr(settings, name) for name in names}
     counts["student_episodes.buffer_size"] = settings.student_episodes.buffer_size
     for name, value in counts.items():
         if value is not None and value < 1:
@@ -65,6 +66,12 @@ def _check_distill_values(config: Config) -> None:
         raise ConfigError(f"distill.batch_size={settings.batch_size} on {num_gpus} GPUs leaves some without an episode")
     if settings.sharding == "full" and num_gpus == 1:
         raise ConfigError("distill.sharding=full needs more than one GPU: set distill.sharding=none")
+    if settings.lora_rank and (settings.sharding == "full" or settings.loss == "distillm"):
+        raise ConfigError(
+            f"distill.lora_rank={settings.lora_rank} with distill.sharding={settings.sharding}, distill.loss="
+            f"{settings.loss}: adapters are trained whole on every GPU, and by losses on the teacher's episodes; set "
+            "distill.sharding=none and another loss, or distill.lora_rank=null"
+        )
     if hardware.dtype == "float16":
         raise ConfigError("hardware.dtype=float16 overflows in distillation: use bfloat16 or float32")
     if settings.loss == "distillm":

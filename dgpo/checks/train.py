@@ -21,6 +21,8 @@ REPLACED = {  # raw key of veRL -> what to do
     "algorithm.use_pf_ppo": "add an entry to ALGORITHMS (docs/extending.md)",
     "trainer.total_epochs": "set train.num_steps",
     "trainer.v1.trainer_mode": "the synchronous trainer is the only one",
+    "actor_rollout_ref.model.lora_rank": "RL trains all weights, and the critic of PPO has no adapters; "
+    "distill.lora_rank is the cold start's (docs/hardware.md)",
     "trainer.v1.sync.parameter_sync_step": "the engine gets new weights after every step",
     "actor_rollout_ref.rollout.agent.agent_loop_manager_class": "episodes are those of dgpo/rl/agent_loop.py",
 }
@@ -68,7 +70,7 @@ def _check_raw_keys(config: Config) -> None:
         OmegaConf.update(verl, key, value, force_add=True)
     for key, instead in REPLACED.items():
         if OmegaConf.select(verl, key) is not None:
-            raise ConfigError(f"hardware.verl.{key} is read by nothing here: {instead}")
+            raise ConfigError(f"hardware.verl.{key} cannot be set: {instead}")
 
 
 def _check_updates(config: Config) -> None:

@@ -36,7 +36,7 @@ POSITIVE = {  # section -> the keys whose values must be above 0
     "collect": "samples_per_question",
     "distill": "epochs batch_size learning_rate chunk_tokens evaluations_per_epoch",
     "train": "num_steps batch_size mini_batch_size samples_per_question temperature actor_learning_rate "
-    "critic_learning_rate",
+    "critic_learning_rate chunk_tokens",
     "test": "samples upstream_batch_size",
     "retriever": "timeout_s max_concurrency max_queries_per_request",
 }

@@ -117,6 +117,7 @@ def distill_rank(config: Config, *, rank: int = 0, num_ranks: int = 1) -> dict[s
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from dgpo.coldstart.adapters import add_adapters
     from dgpo.coldstart.examples import TrainingExample
     from dgpo.coldstart.student_episodes import StudentEpisodes
     from dgpo.coldstart.train import train_on_examples
@@ -132,6 +133,9 @@ def distill_rank(config: Config, *, rank: int = 0, num_ranks: int = 1) -> dict[s
         attn_implementation=hardware.attention,
         trust_remote_code=config.student.trust_remote_code,
     )
+    if settings.lora_rank:
+        dtype = getattr(torch, hardware.dtype)
+        model = add_adapters(model, rank=settings.lora_rank, dtype=dtype, seed=config.seed)
     with contextlib.ExitStack() as stack:
         student_episodes = None
         if settings.loss == "distillm":

@@ -195,7 +195,6 @@ class HardwareConfig:
     remove_padding: bool = True  # sequence packing
     # activations are computed again in the backward pass: less memory, a third more work
     gradient_checkpointing: bool = True
-    compile: bool = True  # torch.compile of entropy and losses
     micro_batch_size: int = 8  # sequences per GPU and forward: of distillation; of RL without max_tokens_per_gpu
     max_tokens_per_gpu: int | None = 16384  # RL: tokens per GPU and forward, packed from whole episodes
     fsdp_size: int | None = None  # GPUs over which RL's weights and optimiser are sharded; None: all
@@ -285,6 +284,9 @@ class DistillConfig:
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.98])  # AdamW's
     weight_decay: float = 0.0  # AdamW's; not of biases and norms
     chunk_tokens: int = 128  # policy tokens whose full-vocabulary logits exist at once
+    # Rank of LoRA adapters, which are trained in place of all weights and merged at the end; None: no adapters. They
+    # want about ten times the learning rate.
+    lora_rank: int | None = None
     sharding: str = "none"  # of the student over the GPUs: none (DDP) | full (FSDP2)
     held_out_share: float = 0.02  # of the questions, on which the loss is watched
     evaluate_every: int | None = None  # steps between held-out losses, each with a checkpoint
@@ -302,7 +304,6 @@ class TeacherTermConfig:
     gate: str = "failed"  # failed | all | none | random: the episodes to which the term applies
     coef: float | None = None  # None: the default of the form
     num_monitored: int = 8  # correct, and failed, episodes per step that the teacher scores for monitoring only
-    chunk_tokens: int = 512  # gated tokens whose teacher logits exist at once (`exact` form)
 
 
 @dataclass
@@ -389,6 +390,7 @@ class TrainConfig:
     # A seed of its own for every turn. None: on CPUs only, where it makes a run repeatable; on GPUs the numbers of an
     # engine depend on what else is in a batch, and each seed costs a kernel per token (docs/hardware.md)
     request_seeds: bool | None = None
+    chunk_tokens: int = 256  # policy tokens whose full-vocabulary logits exist at once
     generation_concurrency: int | None = None  # episodes in flight; 1 makes a CPU run repeatable to the last bit
     loggers: list[str] = field(default_factory=lambda: ["console"])  # veRL's names; metrics.jsonl is always written
     timeline: bool = False  # train/timeline.jsonl: when each part of every step and episode was (docs/performance.md)

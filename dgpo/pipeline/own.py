@@ -102,6 +102,8 @@ def sized_for_cpu() -> list[str]:
         f"hardware.dtype={dtype}",
         f"hardware.engine.dtype={dtype}",
         "hardware.weight_bucket_mb=512",
+        "hardware.remove_padding=true",  # RL: of a real model the layers cost more than attention over packed episodes
+        "hardware.max_tokens_per_gpu=2048",
     ]
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,6 @@ def export_models(config: Config, folder: Path, settings: Mapping[str, Any]) -> 
             seed=config.seed,
             settings=settings,
         )
-    print(f"checkpoint after step {last}: {target}", file=sys.stderr)
     return target
 
 

@@ -20,7 +20,6 @@ class TeacherSettings:
         gate: a name of `GATES`.
         coef: the term's weight.
         num_monitored: correct, and failed, episodes per step that are scored for monitoring only.
-        chunk_tokens: gated tokens whose teacher logits exist at once, in the loss.
         needs_initial_policy: its KL is measured, or a penalty in the reward or the loss.
         mini_batch_size: episodes of an update of the actor.
         seed: of the coins that a gate may draw.
@@ -32,7 +31,6 @@ class TeacherSettings:
     gate: str
     coef: float
     num_monitored: int
-    chunk_tokens: int
     needs_initial_policy: bool
     mini_batch_size: int
     seed: int
@@ -106,7 +104,6 @@ def teacher_settings(config: Config) -> TeacherSettings:
         gate=term.gate,
         coef=teacher_coef(term),
         num_monitored=term.num_monitored,
-        chunk_tokens=term.chunk_tokens,
         needs_initial_policy=config.train.init_kl_coef > 0 or config.train.stability.measure_init_kl,
         mini_batch_size=config.train.mini_batch_size,
         seed=config.seed,

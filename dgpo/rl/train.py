@@ -23,6 +23,7 @@ from dgpo.engines.environment import export_environment
 from dgpo.errors import CollapseError, FaultError, RunStoppedError
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.rl.exports import export_models
+from dgpo.rl.terminal import LOG, divert
 from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest
 from dgpo.runs.checkpoints import checkpoint_steps, newest_whole, read_seal, set_aside_later
 from dgpo.runs.faults import forget_failure, told_by_name, write_failure
@@ -95,9 +96,12 @@ def _train(config: Config, folder: Path) -> Path:
     mark_processes(folder)
     _clear_remains(folder)
     forget_failure(folder)
+    print(f"train: models and engine start, which takes a minute or more; their output: {folder / LOG}", flush=True)
     try:
         _run_with_restarts(config, folder)
-        return export_models(config, folder, settings)
+        model = export_models(config, folder, settings)
+        print(f"model in {model}; next: python -m dgpo test run_dir={config.run_dir} test.models.trained={model}")
+        return model
     except RunStoppedError as error:
         write_failure(folder, error)
         raise
@@ -175,7 +179,8 @@ def _run_verl(config: Config, folder: Path) -> None:
             **_logger_folders(folder.resolve()),
             **mark(folder),
         }
-        ray_cluster.connect(config.hardware, token_folder=folder, environment=environment)
+        log = folder.resolve() / LOG
+        ray_cluster.connect(config.hardware, token_folder=folder, environment=environment, listener=divert(log))
         ray_cluster.claim()
         with told_by_name(folder), filed_on_request(folder):  # after Ray's start, which sets a handler of its own
             # With the driver: where another node is lost, the trainer is there to say so.

@@ -43,7 +43,7 @@ MAY_CHANGE = (
     "distill.patience",
     # how the machine does it
     "train.generation_concurrency",
-    "train.teacher_term.chunk_tokens",
+    "train.chunk_tokens",
     "distill.micro_batch_size",
     "distill.chunk_tokens",
     # where things are; what is there is compared by content
