@@ -26,6 +26,4 @@ def check_ask(config: Config) -> None:
     check_lengths(config, "ask.model", ask.model)
     if ask.prompt is not None and "{question}" not in ask.prompt:
         raise ConfigError(f"ask.prompt={ask.prompt!r} has no place for the question: add {{question}} to it")
-    if ask.temperature < 0:
-        raise ConfigError(f"ask.temperature={ask.temperature}: expected 0 (greedy) or more")
     check_retriever(config, [{"extra_info": {"corpus": ask.corpus}}], [])

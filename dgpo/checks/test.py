@@ -67,10 +67,6 @@ def _check_test_values(config: Config) -> None:
     for logger in test.loggers:
         if logger not in LOGGERS:
             raise ConfigError(f"test.loggers: unknown logger {logger!r}: {nearest(logger, LOGGERS)}")
-    if test.max_questions is not None and test.max_questions < 1:
-        raise ConfigError(f"test.max_questions={test.max_questions}: expected at least 1, or null for all")
-    if test.temperature is not None and test.temperature < 0:
-        raise ConfigError(f"test.temperature={test.temperature}: expected 0 (greedy) or more")
     if test.samples > 1 and test.temperature == 0:
         raise ConfigError(
             f"test.samples={test.samples} with test.temperature=0 plays the same episode again: set a temperature "

@@ -8,7 +8,7 @@ from dgpo.agent.plugins import load_reward
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model, check_teacher
 from dgpo.checks.search import check_extension, check_retriever
-from dgpo.checks.values import check_optimizer, check_values
+from dgpo.checks.values import check_betas, check_values
 from dgpo.config.load import ConfigError
 from dgpo.config.methods import rl_conflict
 from dgpo.config.schema import Config
@@ -32,7 +32,6 @@ def check_train(config: Config) -> list[str]:
     check_values(config, "hardware", "episode", "train")
     check_start(config, "train")
     check_stage_folder(config, "train")
-    _check_stability(config)
     _check_updates(config)
     if config.train.reward:
         check_extension(load_reward, config.train.reward)
@@ -73,32 +72,10 @@ def _check_raw_keys(config: Config) -> None:
 
 def _check_updates(config: Config) -> None:
     train = config.train
-    check_optimizer("train", train.adam_betas, train.weight_decay)
-    for name in ("actor_warmup_steps", "critic_warmup_steps"):
-        if getattr(train, name) < 0:
-            raise ConfigError(f"train.{name}={getattr(train, name)}: expected 0 or more")
+    check_betas("train.adam_betas", train.adam_betas)
     for step in train.keep_steps:
-        if step < 1 or (step < train.num_steps and (train.save_every < 1 or step % train.save_every)):
+        if step < train.num_steps and (train.save_every < 1 or step % train.save_every):
             raise ConfigError(
                 f"train.keep_steps={train.keep_steps}: step {step} is not saved with train.save_every="
                 f"{train.save_every}: choose multiples of it"
             )
-    if train.dual_clip is not None and train.dual_clip <= 1:
-        raise ConfigError(f"train.dual_clip={train.dual_clip}: expected more than 1, or null for no cap")
-
-
-def _check_stability(config: Config) -> None:
-    stability = config.train.stability
-    for name in ("patience", "window"):
-        if getattr(stability, name) < 1:
-            raise ConfigError(f"train.stability.{name}={getattr(stability, name)}: expected at least 1")
-    for name in ("max_entropy_ratio", "max_kl_ratio", "max_grad_norm_ratio"):
-        if getattr(stability, name) <= 1:
-            raise ConfigError(
-                f"train.stability.{name}={getattr(stability, name)}: expected more than 1, times a healthy value"
-            )
-    if not 0 < stability.rollback_learning_rate_scale <= 1:
-        raise ConfigError(
-            f"train.stability.rollback_learning_rate_scale={stability.rollback_learning_rate_scale}: expected a share "
-            "above 0 and at most 1"
-        )

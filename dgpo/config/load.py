@@ -18,6 +18,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dgpo.config.ranges import number_problems
 from dgpo.config.schema import Config
 
 GROUPS = ("world", "hardware", "recipe", "data", "pair", "experiment")
@@ -47,7 +48,8 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
     """Composes `configs/config.yaml` with Hydra overrides such as `world=tiny train.num_steps=20`.
 
     Raises:
-        ConfigError: unknown key (with the nearest valid one), wrong type, or unknown group choice.
+        ConfigError: unknown key (with the nearest valid one), wrong type, unknown group choice, or a number out of its
+            range.
     """
     return copy.deepcopy(_compose(tuple(_plan_for(overrides)), tuple(map(os.environ.get, READ_BY_CONFIGS))))
 
@@ -61,9 +63,17 @@ def _compose(overrides: tuple[str, ...], environment: tuple[str | None, ...]) ->
             composed = compose(config_name="config", overrides=[_may_add(override) for override in overrides])
         # Plain values merged once more into the schema: `+key=value` gets past Hydra's own check.
         plain = OmegaConf.to_container(composed, resolve=True)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[return-value]
+        config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
+    check_numbers(config)
+    return config
+
+
+def check_numbers(config: Config) -> None:
+    """Raises `ConfigError` for the first number that is out of its range (`dgpo.config.ranges`)."""
+    for problem in number_problems(config):
+        raise ConfigError(problem)
 
 
 def config_keys(node: DictConfig | None = None, prefix: str = "") -> list[str]:

@@ -287,6 +287,6 @@ def test_help_lists_groups_and_keys_with_defaults(capsys):
 
 def test_a_tolerance_of_nothing_for_the_rollouts_log_probs_is_refused(config):
     config.train.reuse_log_probs_within = 0.0
-    refused(check_train, config, "train.reuse_log_probs_within=0.0", "null")
+    refused(check_train, config, "train.reuse_log_probs_within=0.0", "more than 0")
     config.train.reuse_log_probs_within = 1e-3
     check_train(config)
