@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from dgpo.agent.search import read_token
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model
+from dgpo.checks.prompts import check_prompts
 from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_values
 from dgpo.config.load import ConfigError
@@ -37,6 +38,10 @@ def check_collect(config: Config) -> list[str]:
     rows = check_rows(config, config.data.collect_file, key="data.collect_file", notes=notes, named=True)
     if check_model(config, model, key=key, notes=notes):
         check_lengths(config, key, model)
+        loaded_as = config.teacher if key == "teacher.path" else config.student
+        check_prompts(
+            config, model, rows, key=key, source=f"data.collect_file={config.data.collect_file}", loaded_as=loaded_as
+        )
     if config.teacher.url and config.collect.source == "teacher":
         served_model(config)
     if config.collect.samples_per_question > 1 and config.collect.temperature <= 0:

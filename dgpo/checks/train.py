@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from dgpo.agent.plugins import load_reward
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model, check_teacher
+from dgpo.checks.prompts import check_prompts
 from dgpo.checks.search import check_extension, check_retriever
 from dgpo.checks.values import check_betas, check_values
 from dgpo.config.load import ConfigError
@@ -46,17 +47,21 @@ def check_train(config: Config) -> list[str]:
             f"data.train_file={config.data.train_file} has {len(rows)} questions, fewer than "
             f"train.batch_size={train.batch_size}: lower train.batch_size or add questions"
         )
+    validation = []
     if config.data.validation_file:
-        rows += check_rows(config, config.data.validation_file, key="data.validation_file", notes=notes)
+        validation = check_rows(config, config.data.validation_file, key="data.validation_file", notes=notes)
     key, student = initial_model(config, "train")
     there = check_model(config, student, key=key, notes=notes)
     if there:
         check_lengths(config, key, student)
+        for name, found in (("train_file", rows), ("validation_file", validation)):
+            source = f"data.{name}={getattr(config.data, name)}"
+            check_prompts(config, student, found, key=key, source=source, loaded_as=config.student)
     if train.teacher_term.gate != "none":
         check_teacher(config, key, student if there else None, notes)
     check_engine(config)
     check_training(config)
-    check_retriever(config, rows, notes)
+    check_retriever(config, [*rows, *validation], notes)
     return notes
 
 

@@ -59,7 +59,8 @@ _KEYS = {
         distill.taid.alpha distill.student_episodes.min_rise distill.student_episodes.temperature distill.weight_decay
         train.actor_warmup_steps train.critic_warmup_steps train.weight_decay train.entropy_coef train.init_kl_coef
         train.teacher_term.coef train.teacher_term.num_monitored train.stability.min_entropy
-        train.stability.max_rollbacks train.max_restarts train.save_every train.validate_every train.keep_last train.keep_best
+        train.stability.max_rollbacks train.max_restarts train.save_every train.validate_every train.keep_last
+        train.keep_best
         test.temperature ask.temperature
     """,
     Range(0, without_low=True): """

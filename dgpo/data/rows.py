@@ -46,6 +46,17 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         pq.write_table(table, temporary)
 
 
+def trained_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What RL reads of a row. Other columns mean something to veRL, such as `agent_name`: which loop plays the row."""
+    info = row["extra_info"]
+    return {
+        "data_source": row["data_source"],
+        "prompt": [{"role": message["role"], "content": message["content"]} for message in row["prompt"]],
+        "reward_model": {"style": "rule", "ground_truth": {"target": row_golds(row)}},
+        "extra_info": {"index": info["index"], "id": info.get("id"), "corpus": info.get("corpus")},
+    }
+
+
 def validate_rows(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Raises `DataError` for the first row that veRL or the episode loop could not use."""
     if not rows:
@@ -140,4 +151,5 @@ def _field(value: object, name: str) -> Any:
 
 
 def _is_message(message: object) -> bool:
-    return isinstance(message, Mapping) and bool(message.get("role")) and bool(message.get("content"))
+    texts = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else ()
+    return bool(texts) and all(isinstance(text, str) and text for text in texts)

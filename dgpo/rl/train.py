@@ -16,7 +16,7 @@ from dgpo.checks import check_train
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config, HardwareConfig
 from dgpo.config.stages import initial_model, with_absolute_paths
-from dgpo.data.rows import read_rows
+from dgpo.data.rows import read_rows, trained_row, write_rows
 from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
 from dgpo.hardware.dry_run import print_dry_run
@@ -100,11 +100,20 @@ def _train(config: Config, folder: Path) -> Path:
     _clear_remains(folder)
     forget_failure(folder)
     try:
-        _run_with_restarts(config, folder)
+        _run_with_restarts(with_own_questions(config, folder), folder)
         return export_models(config, folder, settings)
     except TrainingFailedError as error:
         write_failure(folder, error)
         raise
+
+
+def with_own_questions(config: Config, folder: Path) -> Config:
+    """A copy that reads questions from files in the stage's folder, with our columns alone, whatever theirs hold."""
+    names = [name for name in ("train_file", "validation_file") if getattr(config.data, name)]
+    files = {name: folder / f"{name.removesuffix('_file')}_questions.parquet" for name in names}
+    for name, path in files.items():
+        write_rows(path, [trained_row(row) for row in read_rows(getattr(config.data, name))])
+    return replace(config, data=replace(config.data, **{name: str(path) for name, path in files.items()}))
 
 
 def _clear_remains(folder: Path) -> None:

@@ -22,14 +22,25 @@ class DiskFullError(RunStoppedError):
     """A write failed; nothing half-written is left that a resumed run would read."""
 
 
+class TrainerRaisedError(RunStoppedError):
+    """Anything else that the trainer raised; `log` is its traceback."""
+
+    def __init__(self, message: str, log: list[str]) -> None:
+        super().__init__(message, log)
+        self.log = log
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 @contextlib.contextmanager
 def told_by_name(folder: Path) -> Iterator[None]:
     """Turns what Ray raises into the error that is behind it.
 
     Raises:
-        RunStoppedError: the trainer's own, or a FaultError, or a DiskFullError.
+        RunStoppedError: the trainer's own, a FaultError, a DiskFullError, or, of anything else that was raised, a
+            TrainerRaisedError.
         StoppedOnRequestError: the trainer was asked to stop.
-        RayTaskError: anything else that was raised, with its traceback.
     """
     import ray
 
@@ -40,7 +51,11 @@ def told_by_name(folder: Path) -> Iterator[None]:
             raise error.cause from None
         if any(words in str(error) for words in DISK_FULL):
             raise disk_full(folder) from error
-        raise
+        reason = (str(error.cause).strip() or "no message").splitlines()[0]
+        raise TrainerRaisedError(
+            f"the trainer raised {type(error.cause).__name__}: {reason}; its traceback is in {folder / FAILURE}",
+            str(error).splitlines(),
+        ) from None
     except ray.exceptions.RayActorError as error:
         raise FaultError(f"the trainer's process died: {reason_of_death(error)}") from None
 

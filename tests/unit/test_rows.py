@@ -1,7 +1,9 @@
 import copy
+from pathlib import Path
 
 import pytest
 
+from dgpo.config.load import load_config
 from dgpo.data.rows import (
     DataError,
     check_ids,
@@ -14,6 +16,8 @@ from dgpo.data.rows import (
     validate_rows,
     write_rows,
 )
+from dgpo.rl.train import with_own_questions
+from tests.unit.stubs import make_row
 
 ROW = {
     "data_source": "nq",
@@ -22,6 +26,21 @@ ROW = {
     "reward_model": {"style": "rule", "ground_truth": {"target": ["Ada", "Ada Lovelace"]}},
     "extra_info": {"split": "train", "index": 4},
 }
+
+
+def test_the_trainer_reads_a_file_of_our_own_with_our_columns_alone(tmp_path):
+    """veRL would let `agent_name` choose the loop that plays a row, and reads no name that ends otherwise."""
+    foreign = {"agent_name": "tool_agent", "session_id": 3, "images": [b"x"], "tools_kwargs": {"a": 1}}
+    rows = [{**make_row(number), **foreign} for number in range(3)]
+    rows = [{**row, "extra_info": {**row["extra_info"], "need_tools_kwargs": True, "id": "q"}} for row in rows]
+    write_rows(tmp_path / "theirs.pq", rows)
+    config = load_config(["hardware=cpu", f"data.train_file={tmp_path / 'theirs.pq'}"])
+    ours = with_own_questions(config, tmp_path).data
+    assert (Path(ours.train_file).suffix, ours.validation_file) == (".parquet", None)
+    (first, *_), theirs = read_rows(ours.train_file), read_rows(config.data.train_file)
+    assert set(first) == {"data_source", "prompt", "reward_model", "extra_info"}
+    assert set(first["extra_info"]) == {"index", "id", "corpus"}
+    assert [row_golds(row) for row in read_rows(ours.train_file)] == [row_golds(row) for row in theirs]
 
 
 def changed(path, value):
