@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dgpo.agent.protocol import TEMPLATE_DATE, build_messages, encode_prompt
-from dgpo.config.load import ConfigError
 from dgpo.config.model_files import chat_template, model_file, read_json
 from dgpo.config.schema import Config, ModelConfig
+from dgpo.errors import ConfigError
 
 Messages = Sequence[Mapping[str, str]]
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

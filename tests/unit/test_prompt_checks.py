@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from dgpo.agent.protocol import build_messages, encode_prompt
 from dgpo.checks.prompts import PromptReader
-from dgpo.config.load import ConfigError
 from dgpo.data.rows import DataError, validate_rows
+from dgpo.errors import ConfigError
 from tests.distill_stage import tiny_tokenizer
 from tests.unit.stubs import make_model, make_row
 from tests.unit.tokenizer_kinds import CONSTANT_DATE, TODAYS_DATE, llama_like

@@ -6,9 +6,10 @@ import typing
 
 import pytest
 
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
 from dgpo.config.ranges import RANGES, Range, number_problems
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 
 
 def leaves(cls, prefix=""):

@@ -5,7 +5,6 @@ import pytest
 
 from dgpo.config.load import load_config
 from dgpo.data.rows import (
-    DataError,
     check_ids,
     read_rows,
     row_gold_passages,
@@ -16,6 +15,7 @@ from dgpo.data.rows import (
     validate_rows,
     write_rows,
 )
+from dgpo.errors import DataError
 from dgpo.rl.train import with_own_questions
 from tests.unit.stubs import make_row
 
