@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict
@@ -14,24 +13,17 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dgpo.config.overrides import free_mappings, readable
 from dgpo.config.ranges import number_problems
 from dgpo.config.schema import Config
 from dgpo.errors import ConfigError
 
 GROUPS = ("world", "hardware", "recipe", "data", "pair", "experiment")
-# The user names the keys of these.
-FREE_MAPPINGS = (
-    "data.test_files.",
-    "test.models.",
-    "test.modes.",
-    "hardware.env.",
-    "hardware.verl.",
-    "retriever.backend_options.",
-)
+FREE_MAPPINGS = free_mappings()
 NUM_NODES = "SLURM_NNODES"  # read by configs/hardware/h200x8xN.yaml
 READ_BY_CONFIGS = (NUM_NODES, "DATA_ROOT")
 SHORT = {"dry_run": "dry_run.enabled", "collect.from": "collect.source"}  # no field can be called `from`
@@ -55,14 +47,16 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
 def _compose(overrides: tuple[str, ...], environment: tuple[str | None, ...]) -> Config:
     """The configuration of these overrides; `environment`, what the files read of it, is part of the key alone."""
     ConfigStore.instance().store(name="schema", node=Config)
+    choices = {group: group_choices(group) for group in GROUPS}
+    hydra_overrides = readable(overrides, choices, {key: short for short, key in SHORT.items()})
     try:
         with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-            composed = compose(config_name="config", overrides=[_may_add(override) for override in overrides])
+            composed = compose(config_name="config", overrides=hydra_overrides)
         # Plain values merged once more into the schema: `+key=value` gets past Hydra's own check.
         plain = OmegaConf.to_container(composed, resolve=True)
         config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, overrides)) from error
+        raise ConfigError(_explain(error)) from error
     check_numbers(config)
     return config
 
@@ -145,26 +139,9 @@ def _plan_for(overrides: Sequence[str]) -> list[str]:
     return [*spelt, f"hardware={assumed}"]
 
 
-def _may_add(override: str) -> str:
-    """Hydra wants `++` before a key that no file names; in a free mapping every key is such a one."""
-    return f"++{override}" if override.startswith(FREE_MAPPINGS) else override
-
-
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    """One line from Hydra's chain of exceptions, with the nearest valid key where a key is unknown."""
-    text = " ".join(str(error).split())
-    cause = error.__cause__
-    if isinstance(error, ConfigCompositionException) and cause is not None:
-        text = f"{text} {' '.join(str(cause).split())}"
+def _explain(error: Exception) -> str:
+    """One line of what Hydra finds wrong with overrides that are each readable by themselves."""
+    text = " ".join(f"{error} {error.__cause__ or ''}".split())
     if NUM_NODES in text:
         return "hardware.num_nodes is not set: add hardware.num_nodes=N (inside a SLURM job it is the job's)"
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        choices = group_choices(key)
-        if choices and value not in choices:
-            return f"unknown choice {override!r}: {key} is one of {', '.join(choices)}"
-        if key and key.rsplit(".", 1)[-1] in text and key not in (*config_keys(), *GROUPS):
-            near = difflib.get_close_matches(key, [*config_keys(), *GROUPS], n=1)
-            hint = f"did you mean {near[0]}?" if near else "`python -m dgpo train --help` lists the keys."
-            return f"unknown config key {key!r}: {hint}"
     return f"bad configuration: {text}"
