@@ -182,7 +182,7 @@ def _run_verl(config: Config, folder: Path) -> None:
         environment = {
             **VERL_ENVIRONMENT,
             **own_critic(config.hardware),
-            **_logger_folders(folder.resolve()),
+            **own_folders(folder.resolve()),
             **mark(folder),
         }
         ray_cluster.connect(config.hardware, token_folder=folder, environment=environment)
@@ -197,10 +197,21 @@ def _run_verl(config: Config, folder: Path) -> None:
         _clear_remains(folder)
 
 
-def _logger_folders(folder: Path) -> dict[str, str]:
-    """Where veRL's loggers write, unless the shell says otherwise: theirs are shared by runs whose names are equal."""
-    folders = {"TENSORBOARD_DIR": folder / "tensorboard", "WANDB_DIR": folder}
-    return {name: os.environ.get(name, str(place)) for name, place in folders.items()}
+def own_folders(folder: Path) -> dict[str, str]:
+    """Where veRL's loggers and data sets' cache write, unless the shell says otherwise.
+
+    Theirs are the working directory, /tmp and HOME, shared by runs whose names are equal.
+    """
+    places = {
+        "TENSORBOARD_DIR": folder / "tensorboard",
+        "WANDB_DIR": folder,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+        "SWANLAB_LOG_DIR": folder / "swanlab",
+        "TRACKIO_DIR": folder / "trackio",
+        "VERL_FILE_LOGGER_PATH": folder / "verl_metrics.jsonl",
+        "HF_DATASETS_CACHE": folder / "datasets_cache",
+    }
+    return {name: os.environ.get(name, str(place)) for name, place in places.items()}
 
 
 def own_critic(hardware: HardwareConfig) -> dict[str, str]:
