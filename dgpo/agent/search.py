@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 
@@ -247,9 +247,18 @@ class SearchClient:
 def split_urls(url: str) -> list[str]:
     """The servers of `retriever.url`; raises `ConfigError` when it names none."""
     urls = [one.strip().rstrip("/") for one in url.split(",") if one.strip()]
-    if not urls:
+    if not urls or not all(is_address(one) for one in urls):
         raise ConfigError(f"retriever.url is {url!r}; expected http://host:port, or several separated by commas")
     return urls
+
+
+def is_address(url: str) -> bool:
+    """Whether it is `http://host`, with or without port and path."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, brackets that are no address
+        return False
 
 
 def read_token(path: str | None) -> str | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import urllib.request
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from dgpo.agent.search import read_token
+from dgpo.agent.search import is_address, read_token
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model
 from dgpo.checks.prompts import check_prompts
@@ -60,8 +59,7 @@ def served_model(config: Config) -> str:
         ConfigError: no address, or a server that does not answer, or lists no model.
     """
     url = config.teacher.url or ""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    if not is_address(url):
         raise ConfigError(f"teacher.url={url}: expected an address such as http://127.0.0.1:8000/v1")
     if config.teacher.url_model:
         return config.teacher.url_model

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
+import importlib.util
+import netrc
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 
 from dgpo.agent.plugins import load_reward
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model, check_teacher
 from dgpo.checks.prompts import check_prompts
 from dgpo.checks.search import check_retriever
-from dgpo.checks.values import check_betas, check_values
+from dgpo.checks.values import check_betas, check_values, nearest
 from dgpo.config.methods import rl_conflict
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
@@ -17,6 +25,17 @@ from dgpo.errors import ConfigError
 from dgpo.hardware.checks import check_engine, check_training
 from dgpo.hardware.machine import check_start
 
+LOGGERS = {  # of veRL's `Tracking` -> the package of each
+    "console": None,
+    "file": None,
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "trackio": "trackio",
+    "clearml": "clearml",
+    "vemlp_wandb": "volcengine_ml_platform",
+}
 REPLACED = {  # raw key of veRL -> what to do
     "algorithm.adv_estimator": "set train.algorithm, or add an entry to ALGORITHMS (docs/extending.md)",
     "algorithm.use_pf_ppo": "add an entry to ALGORITHMS (docs/extending.md)",
@@ -36,6 +55,7 @@ def check_train(config: Config) -> list[str]:
     _check_updates(config)
     if config.train.reward:
         load_reward(config.train.reward)
+    _check_loggers(config.train.loggers)
     _check_raw_keys(config)
     conflict = rl_conflict(config)
     if conflict:
@@ -65,14 +85,59 @@ def check_train(config: Config) -> list[str]:
     return notes
 
 
+def _check_loggers(loggers: Sequence[str]) -> None:
+    for logger in loggers:
+        if logger not in LOGGERS:
+            raise ConfigError(f"train.loggers: unknown logger {logger!r}: {nearest(logger, LOGGERS)}")
+        module = LOGGERS[logger]
+        if module and importlib.util.find_spec(module) is None:
+            raise ConfigError(f"train.loggers={list(loggers)}: {module} is not installed: install it, or leave it out")
+    if "wandb" in loggers and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        _check_wandb_login()
+
+
+def _check_wandb_login() -> None:
+    """Without a key it would ask for one on a terminal that a trainer does not have."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        logins = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        logins = {}
+    if not os.environ.get("WANDB_API_KEY") and host not in logins:
+        raise ConfigError(
+            f"train.loggers has wandb, and there is no key for {host}: run `wandb login`, set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline"
+        )
+
+
 def _check_raw_keys(config: Config) -> None:
-    """Keys of veRL that its own loop would read, and ours does not."""
+    """Keys that veRL does not have, and those that its own loop would read, and ours does not."""
     verl = OmegaConf.create({})
     for key, value in config.hardware.verl.items():
         OmegaConf.update(verl, key, value, force_add=True)
     for key, instead in REPLACED.items():
         if OmegaConf.select(verl, key) is not None:
             raise ConfigError(f"hardware.verl.{key} is read by nothing here: {instead}")
+    if len(verl):
+        _check_known(verl, _verl_tree(), "")
+
+
+def _verl_tree() -> DictConfig:
+    """veRL's own configuration, read without importing veRL."""
+    found = importlib.util.find_spec("verl")
+    folder = Path((found.submodule_search_locations or [""])[0] if found else "") / "trainer" / "config"
+    with initialize_config_dir(config_dir=str(folder), version_base=None):
+        return compose("ppo_trainer")
+
+
+def _check_known(given: DictConfig, known: DictConfig, prefix: str) -> None:
+    """What veRL leaves empty takes any key: arguments that it passes on."""
+    for name in map(str, given):
+        if name not in known:
+            raise ConfigError(f"hardware.verl.{prefix}{name}: veRL has no such key: {nearest(name, map(str, known))}")
+        inside, there = given._get_node(name), known._get_node(name)
+        if isinstance(inside, DictConfig) and isinstance(there, DictConfig) and len(there):
+            _check_known(inside, there, f"{prefix}{name}.")
 
 
 def _check_updates(config: Config) -> None:

@@ -129,6 +129,11 @@ def to_yaml(config: Config) -> str:
 def _plan_for(overrides: Sequence[str]) -> list[str]:
     """`dry_run=true` as the key that it stands for, and the hardware group that `dry_run.assume` names."""
     spelt = [next((o.replace(a, key, 1) for a, key in SHORT.items() if o.startswith(f"{a}=")), o) for o in overrides]
+    world, pair = chosen("world", spelt), chosen("pair", spelt)
+    if world == "tiny" and pair is not None:
+        raise ConfigError(
+            f"pair={pair} with world=tiny (quickstart's): that world has models of its own; leave one out"
+        )
     assumed, hardware = chosen("dry_run.assume", spelt), chosen("hardware", spelt)
     if assumed is None or assumed == "null":
         return spelt

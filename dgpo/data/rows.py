@@ -23,7 +23,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         DataError: no such file, no parquet, or a malformed row.
     """
     if not Path(path).is_file():
-        raise DataError(f"data file {str(path)!r} does not exist: prepare it, or correct its path")
+        reason = "is a folder, expected one parquet file" if Path(path).is_dir() else "does not exist"
+        raise DataError(f"data file {str(path)!r} {reason}: prepare it, or correct its path")
     try:
         columns = [name for name in pq.read_schema(path).names if name not in UNREAD_COLUMNS]
         rows = pq.read_table(path, columns=columns).to_pylist()
@@ -126,7 +127,10 @@ def _problem(row: Mapping[str, Any]) -> str | None:
     prompt = row.get("prompt")
     if not (isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt)):
         return f"`prompt` is {prompt!r}, expected [{{'role': 'user', 'content': '...'}}]"
-    target = _field(_field(row.get("reward_model"), "ground_truth"), "target")
+    truth = _field(row.get("reward_model"), "ground_truth")
+    if not isinstance(truth, Mapping):
+        return f"`reward_model.ground_truth` is {str(truth)[:60]!r}, expected {{'target': [accepted answers]}}"
+    target = truth.get("target")
     if not (isinstance(target, list) and all(isinstance(gold, str) for gold in target)):
         return f"`reward_model.ground_truth.target` is {target!r}, expected a list of accepted answers"
     if not any(gold.strip() for gold in target):

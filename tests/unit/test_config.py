@@ -99,13 +99,17 @@ def test_cpu_and_gpu_differ_in_the_hardware_section_only():
         ("test.smaples=2", "unknown config key 'test.smaples': did you mean test.samples?"),
         ("hardware=h100", "unknown choice 'hardware=h100': hardware is one of cpu"),
         ("~train.num_steps", "'~train.num_steps' is no setting: expected key=value"),
+        (
+            "pair=qwen3b_05b world=tiny",
+            "pair=qwen3b_05b with world=tiny (quickstart's): that world has models of its own",
+        ),
         ("resume", "'resume' is no setting: expected key=value"),
         ("world=wonder", "unknown choice 'world=wonder': world is one of own, tiny"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_the_fix(override, message):
     with pytest.raises(ConfigError) as caught:
-        load_config([override])
+        load_config(override.split(" "))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

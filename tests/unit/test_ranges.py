@@ -12,7 +12,7 @@ from dgpo.config.schema import Config
 from dgpo.errors import ConfigError
 
 
-def leaves(cls, prefix=""):
+def leaves(cls=Config, prefix=""):
     """(key, type) of each leaf of the schema."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):

@@ -112,7 +112,8 @@ def test_evidence_and_hops_survive_parquet_where_the_source_has_them(tmp_path):
         ("prompt", "who?", "`prompt` is 'who\\?', expected"),
         ("prompt", [], "`prompt` is \\[\\], expected"),
         ("prompt", [{"role": "user"}], "`prompt` is .* expected"),
-        ("reward_model", "rule", "target` is None, expected a list"),
+        ("reward_model", "rule", "`reward_model.ground_truth` is 'None', expected {'target'"),
+        ("reward_model.ground_truth", "Ada", "`reward_model.ground_truth` is 'Ada', expected {'target'"),
         ("reward_model.ground_truth.target", "Ada", "target` is 'Ada', expected a list of accepted answers"),
         ("reward_model.ground_truth.target", [], "target` is \\[\\]: no accepted answer; drop the row or add one"),
         ("reward_model.ground_truth.target", [" "], "no accepted answer"),
@@ -134,8 +135,12 @@ def test_source_paragraphs_beside_the_rows_are_not_read(tmp_path):
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    for path in (tmp_path / "absent.parquet", tmp_path, ""):
-        with pytest.raises(DataError, match="does not exist: prepare it, or correct its path"):
+    for path, reason in (
+        (tmp_path / "absent.parquet", "does not exist"),
+        (tmp_path, "is a folder"),
+        ("", "is a folder"),
+    ):
+        with pytest.raises(DataError, match=f"{reason}.*: prepare it, or correct its path"):
             read_rows(path)
     (tmp_path / "a.parquet").write_text("question,answer\n")
     with pytest.raises(DataError, match=r"a.parquet is not a parquet file"):
