@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dgpo.config.schema import Config
@@ -73,7 +73,7 @@ def _readable(override: str, choices: dict[str, list[str]], shown: dict[str, str
 def _parse(override: str) -> Override | None:
     """None where Hydra's grammar has no such override."""
     try:
-        parsed = OverridesParser.create().parse_override(override)
+        parsed = _parser().parse_override(override)
         return None if parsed.is_sweep_override() else parsed
     except HydraException:
         return None
@@ -83,7 +83,7 @@ def _check_type(name: str, key: str, kind: Any, value: Any, text: str) -> None:
     if kind is Any or (isinstance(value, str) and "${" in value):
         return
     try:
-        OmegaConf.update(OmegaConf.structured(Config), key, value)
+        OmegaConf.update(_scratch(), key, value)
     except OmegaConfBaseException:
         raise ConfigError(f"{name}={text}: expected {_expected(kind)}") from None
 
@@ -131,6 +131,17 @@ def _kinds(kind: Any) -> tuple[Any, ...]:
 def _expected(kind: Any) -> str:
     words = [WORDS.get(typing.get_origin(each) or each, "a value") for each in _kinds(kind) if each is not type(None)]
     return " or ".join([*words, *(["null"] if type(None) in _kinds(kind) else [])])
+
+
+@cache
+def _scratch() -> DictConfig:
+    """Values are tried in it. Made once, for it takes longer than to compose a configuration."""
+    return OmegaConf.structured(Config)
+
+
+@cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
 
 
 @cache

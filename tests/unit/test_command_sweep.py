@@ -51,7 +51,7 @@ class Site:
         """What the command needs."""
         rows, models = self.folder / "rows.parquet", self.folder / "models"
         return [
-            "world=tiny",
+            *(["world=tiny"] if command != "ask" else []),  # it would ask the latest quickstart's
             "hardware=cpu",
             f"run_dir={self.folder / ('run' if command == 'distill' else 'new')}",
             f"student.path={models / 'student'}",
@@ -73,7 +73,7 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
-    rows = [make_row(index) for index in range(32)]
+    rows = [make_row(index) for index in range(64)]
     for row in rows:
         row["extra_info"]["gold_passages"] = [{"id": "0", "contents": '"A"\nme'}]
     write_rows(folder / "rows.parquet", rows)
@@ -245,7 +245,7 @@ def wrong_row(site: Site, data: st.DataObject) -> None:
     path = site.folder.parent / "strange.parquet"
     row = {**make_row(0), name: value}
     try:
-        pq.write_table(pa.Table.from_pylist([row] * 32), path)
+        pq.write_table(pa.Table.from_pylist([row] * 64), path)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
         return  # no parquet file can hold it
     code, complaint = called(site, "train", f"data.train_file={path}")
@@ -423,7 +423,7 @@ def variants(site: Site) -> None:
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (site.folder / "noshard" / "model.safetensors.index.json").write_text(json.dumps(index))
     if not (site.folder / "long.parquet").exists():
-        rows = [{**make_row(number), "prompt": [{"role": "user", "content": "ab" * 40}]} for number in range(32)]
+        rows = [{**make_row(number), "prompt": [{"role": "user", "content": "ab" * 40}]} for number in range(64)]
         write_rows(site.folder / "long.parquet", rows)
 
 
