@@ -89,7 +89,7 @@ COMMANDS = {
     ),
     "reproduce": Command(
         "dgpo.pipeline.reproduce:reproduce",
-        "a table of the paper (table=main|ablation|pairs): plans, runs what is missing",
+        "a table of the paper, or figures: plans, runs what is missing; seeds=[1,2,3] for means and contrasts",
         takes_config=False,
     ),
     "ask": Command(

@@ -91,7 +91,7 @@ _KEYS = {
     Range(0, 1, without_low=True, without_high=True): """
         hardware.engine.gpu_memory_utilization hardware.engine.gpu_memory_utilization_alone
     """,
-    Range(0, 2**32 - 1): "seed",  # numpy's generators take no other
+    Range(0, 2**32 - 1): "seed seeds",  # numpy's generators take no other
     Range(0, 65535): "ask.port",
 }
 RANGES = {key: each for each, keys in _KEYS.items() for key in keys.split()}

@@ -289,7 +289,7 @@ class TeacherTermConfig:
     # reward (the paper: sampled k1 inside the reward, before GAE) | token (sampled, on each token's own advantage) |
     # exact (full-vocabulary reverse KL, as a loss)
     form: str = "reward"
-    gate: str = "failed"  # failed | all | none: the episodes to which the term applies
+    gate: str = "failed"  # failed | all | none | random: the episodes to which the term applies
     coef: float | None = None  # None: the default of the form
     num_monitored: int = 8  # correct, and failed, episodes per step that the teacher scores for monitoring only
     chunk_tokens: int = 512  # gated tokens whose teacher logits exist at once (`exact` form)
@@ -451,7 +451,10 @@ class Config:
     # What the experiment consists of, in order. A stage whose `init` is not set starts from what the stage before it
     # wrote in this run_dir.
     stages: list[str] = field(default_factory=lambda: ["collect", "distill", "train"])
-    table: str = "main"  # of `reproduce`: main | ablation | pairs | arcap | figures | teacher_time
+    table: str = "main"  # of `reproduce`: main | ablation | contrasts | pairs | arcap | figures | teacher_time
+    seeds: list[int] = field(default_factory=list)  # of `reproduce`: the whole table with each of them, and contrasts
+    # Of `reproduce`, by row: overrides of that row alone, such as rows.dgpo=["train.actor_learning_rate=1e-3"]
+    rows: dict[str, list[str]] = field(default_factory=dict)
     seed: int = 1  # of questions' order, sampling and initial weights
     resume: bool = False  # go on where the stage stopped, with the same settings
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)

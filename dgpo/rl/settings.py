@@ -23,6 +23,7 @@ class TeacherSettings:
         chunk_tokens: gated tokens whose teacher logits exist at once, in the loss.
         needs_initial_policy: its KL is measured, or a penalty in the reward or the loss.
         mini_batch_size: episodes of an update of the actor.
+        seed: of the coins that a gate may draw.
     """
 
     path: str | None
@@ -34,6 +35,7 @@ class TeacherSettings:
     chunk_tokens: int
     needs_initial_policy: bool
     mini_batch_size: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def teacher_settings(config: Config) -> TeacherSettings:
         chunk_tokens=term.chunk_tokens,
         needs_initial_policy=config.train.init_kl_coef > 0 or config.train.stability.measure_init_kl,
         mini_batch_size=config.train.mini_batch_size,
+        seed=config.seed,
     )
 
 
