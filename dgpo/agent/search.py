@@ -261,16 +261,16 @@ def is_address(url: str) -> bool:
         return False
 
 
-def read_token(path: str | None) -> str | None:
-    """The token in a file (`retriever.token_file`), or None; raises `ConfigError` for a file without one."""
+def read_token(path: str | None, *, key: str = "retriever.token_file") -> str | None:
+    """The token in the file that `key` names, or None; raises `ConfigError` for a file without one."""
     if path is None:
         return None
     try:
         token = Path(path).read_text().strip()
-    except OSError as error:
-        raise ConfigError(f"retriever.token_file={path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: no text
+        raise ConfigError(f"{key}={path} cannot be read: {getattr(error, 'strerror', error)}") from None
     if not token:
-        raise ConfigError(f"retriever.token_file={path} is empty; expected the token of the retrieval server")
+        raise ConfigError(f"{key}={path} is empty; expected the server's token")
     return token
 
 

@@ -6,7 +6,7 @@ import json
 import urllib.request
 from pathlib import Path
 
-from dgpo.agent.search import is_address, read_token
+from dgpo.agent.search import is_address, open_direct, read_token
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model
 from dgpo.checks.prompts import check_prompts
@@ -63,11 +63,11 @@ def served_model(config: Config) -> str:
         raise ConfigError(f"teacher.url={url}: expected an address such as http://127.0.0.1:8000/v1")
     if config.teacher.url_model:
         return config.teacher.url_model
-    key = read_token(config.teacher.url_key_file)
+    key = read_token(config.teacher.url_key_file, key="teacher.url_key_file")
     address = f"{url.rstrip('/').removesuffix('/v1')}/v1/models"
     request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(request, timeout=SERVER_TIMEOUT_S) as response:
+        with open_direct(request, SERVER_TIMEOUT_S) as response:
             return str(json.load(response)["data"][0]["id"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(

@@ -136,7 +136,7 @@ def _of_transformers(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a tokenizer's files, or its code, raise
+    except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{name}: its tokenizer cannot be loaded ({reason}); save it beside the weights") from None
 

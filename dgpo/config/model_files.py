@@ -79,7 +79,7 @@ def hub_answers() -> bool:
         return False
     try:
         httpx.head(constants.ENDPOINT, timeout=PROBE_S)
-    except httpx.HTTPError:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError):  # the latter of proxies: nonsense, SOCKS
         return False
     return True
 

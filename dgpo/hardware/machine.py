@@ -24,6 +24,8 @@ LEAST_SHARE_OF_MEMORY = 0.95  # of what a GPU of that name has
 CPUS_PER_GPU = 3  # veRL's bundles (single_controller/ray/base.py)
 WITHOUT_FLASH_ATTENTION = "hardware.attention=sdpa hardware.remove_padding=false hardware.max_tokens_per_gpu=null"
 CLUSTER_TIMEOUT_S = 5.0
+MAX_SOCKET_BYTES = 107
+LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # with Linux's largest pid
 OTHER_CPUS = 2  # the controller of its queue, and room to place what reserves nothing
 
 
@@ -95,6 +97,8 @@ def check_start(config: Config, stage: str) -> None:
     if config.dry_run.assume is None:
         _check_home()
         _check_cluster()
+        if stage == "train":
+            _check_temporary()
     if not config.dry_run:
         check_machine(config, stage)
 
@@ -147,6 +151,18 @@ def _check_cluster() -> None:
             f"RAY_ADDRESS={address}: no Ray answers there ({error}); unset it to use this machine alone, or set it to "
             "host:port of the head of a cluster that runs"
         ) from None
+
+
+def _check_temporary() -> None:
+    """A private Ray puts sockets below it, whose names the system limits."""
+    name = next((each for each in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(each)), None)
+    place = os.environ[name] if name else "/tmp"
+    num_bytes = len(f"{place}{LONGEST_SOCKET}".encode())
+    if num_bytes > MAX_SOCKET_BYTES and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            f"{name}={place} makes the names of Ray's sockets {num_bytes} bytes long, and {MAX_SOCKET_BYTES} are "
+            "allowed: set RAY_TMPDIR to a shorter one, such as /tmp"
+        )
 
 
 def _check_gpus(config: Config, stage: str, there: list[VisibleGpu]) -> None:

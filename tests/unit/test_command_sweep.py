@@ -395,6 +395,7 @@ TYPED: list[Case] = [
     ("train pair=qwen3b_05b", {}, "pair=qwen3b_05b with world=tiny"),
     ("quickstart pair=qwen3b_05b", {}, "pair=qwen3b_05b with world=tiny"),
     ("train", {"RAY_ADDRESS": "127.0.0.1:9"}, "RAY_ADDRESS=127.0.0.1:9: no Ray answers there"),
+    ("train", {"TMPDIR": "/tmp/" + "x" * 99}, "TMPDIR=/tmp/xx"),
     ("test", {"HOME": "/dev/null"}, "cannot be written to (HOME=/dev/null)"),
     ("collect run_dir=rows.parquet", {}, "rows.parquet"),
     ("report run_dir=nowhere dry_run=false", {}, "nowhere"),

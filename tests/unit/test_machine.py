@@ -1,5 +1,6 @@
 """What a machine must have before a stage starts on it: each missing thing is one line, said at once."""
 
+import os
 import resource
 import socket
 import subprocess
@@ -54,6 +55,17 @@ def test_a_ray_that_is_gone_is_told_at_once_and_by_the_variables_name(monkeypatc
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert f"RAY_ADDRESS={address}: no Ray answers there (" in error
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_that_is_too_deep_for_sockets_is_told_by_its_variable(monkeypatch, name):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv(name, "/tmp/" + "x" * (machine.MAX_SOCKET_BYTES - len(machine.LONGEST_SOCKET) - 5))
+    config = load_config(["world=tiny", "hardware=cpu"])
+    machine.check_start(config, "train")
+    monkeypatch.setenv(name, os.environ[name] + "x")
+    with pytest.raises(ConfigError, match=f"^{name}=/tmp/x.* 108 bytes long, and 107 are allowed: set RAY_TMPDIR"):
+        machine.check_start(config, "train")
 
 
 def test_a_ray_that_answers_is_let_be(monkeypatch):

@@ -372,7 +372,11 @@ def test_urls_are_split_and_an_empty_one_is_refused():
 def test_the_token_is_read_from_its_file(tmp_path):
     assert read_token(None) is None
     path = tmp_path / "token"
-    with pytest.raises(ValueError, match=r"token_file=.*cannot be read"):
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"^teacher.url_key_file=.*cannot be read"):
+        read_token(str(path), key="teacher.url_key_file")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"^retriever.token_file=.*cannot be read"):
         read_token(str(path))
     path.write_text("\n")
     with pytest.raises(ValueError, match="is empty"):
