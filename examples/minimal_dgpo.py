@@ -87,7 +87,7 @@ class TorchPolicy:
 
 async def play(policy: TorchPolicy, rows: list[dict], search: JsonlSearch, stop: Sequence[str]) -> list[Trajectory]:
     """One episode per question, by the loop that all of the framework uses."""
-    limits = EpisodeLimits(**{k: v for k, v in vars(EPISODE).items() if k in EpisodeLimits.__annotations__})
+    limits = EpisodeLimits.of(EPISODE)
     episodes = (
         run_episode(
             episode_id=f"{index}/{row['extra_info']['id']}",

@@ -20,6 +20,7 @@ from dgpo.agent.protocol import (
 from dgpo.agent.search import SearchFailedError
 from dgpo.agent.seeds import derive_seed
 from dgpo.agent.trajectory import SearchRecord, Status, Trajectory, Turn
+from dgpo.config.schema import EpisodeConfig
 from dgpo.errors import ConfigError, DgpoError
 
 
@@ -75,6 +76,10 @@ class EpisodeLimits:
     topk: int
     max_passage_tokens: int
     max_query_chars: int
+
+    @classmethod
+    def of(cls, episode: EpisodeConfig) -> EpisodeLimits:
+        return cls(**{limit.name: getattr(episode, limit.name) for limit in fields(cls)})
 
     def __post_init__(self) -> None:
         for limit in fields(self):

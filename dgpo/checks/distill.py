@@ -6,6 +6,7 @@ from dgpo.checks.files import check_collection, check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model, check_teacher
 from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_betas, check_values
+from dgpo.config.methods import has_teacher
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
 from dgpo.errors import ConfigError
@@ -22,11 +23,11 @@ def check_distill(config: Config) -> list[str]:
     _check_distill_values(config)
     key, student = initial_model(config, "distill")
     there = check_model(config, student, key=key, notes=notes)
-    if settings.loss != "seqkd":
+    if has_teacher(config, "distill"):
         check_teacher(config, key, student if there else None, notes)
     check_collection(config, notes)
     if settings.demonstrations != "agent":
-        if settings.loss != "seqkd":
+        if has_teacher(config, "distill"):
             raise ConfigError(
                 f"distill.demonstrations={settings.demonstrations} with distill.loss={settings.loss}: the teacher "
                 "never saw such a prompt, so only its tokens are learned; set distill.loss=seqkd"
@@ -47,7 +48,7 @@ def _check_distill_values(config: Config) -> None:
         raise ConfigError(
             f"distill.taid.t_start={settings.taid.t_start} is above distill.taid.t_end={settings.taid.t_end}: lower it"
         )
-    num_gpus = hardware.num_nodes * hardware.gpus_per_node
+    num_gpus = hardware.num_gpus
     if settings.batch_size < num_gpus:
         raise ConfigError(f"distill.batch_size={settings.batch_size} on {num_gpus} GPUs leaves some without an episode")
     if settings.sharding == "full" and num_gpus == 1:

@@ -18,7 +18,7 @@ from dgpo.checks.models import check_lengths, check_model, check_teacher
 from dgpo.checks.prompts import check_prompts
 from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_betas, check_values, nearest
-from dgpo.config.methods import rl_conflict
+from dgpo.config.methods import has_teacher, rl_conflict
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
 from dgpo.errors import ConfigError
@@ -77,7 +77,7 @@ def check_train(config: Config) -> list[str]:
         for name, found in (("train_file", rows), ("validation_file", validation)):
             source = f"data.{name}={getattr(config.data, name)}"
             check_prompts(config, student, found, key=key, source=source, loaded_as=config.student)
-    if train.teacher_term.gate != "none":
+    if has_teacher(config, "train"):
         check_teacher(config, key, student if there else None, notes)
     check_engine(config)
     check_training(config)

@@ -8,7 +8,7 @@ from typing import Any
 
 from dgpo.agent.modes import MODES
 from dgpo.config.load import check_numbers
-from dgpo.config.methods import ALGORITHMS, GATES, INIT_KL_FORMS, TEACHER_FORMS
+from dgpo.config.methods import ALGORITHMS, DISTILLATION_LOSSES, GATES, INIT_KL_FORMS, TEACHER_FORMS
 from dgpo.config.schema import Config
 from dgpo.config.stages import STAGES
 from dgpo.errors import ConfigError
@@ -25,17 +25,7 @@ CHOICES: dict[str, Collection[str]] = {
     "train.teacher_term.form": TEACHER_FORMS,
     "train.teacher_term.gate": GATES,
     "train.stability.action": ("warn", "stop", "rollback"),
-    "distill.loss": (
-        "kd",
-        "seqkd",
-        "distillm",
-        "taid",
-        "forward_kl",
-        "reverse_kl",
-        "jsd",
-        "skew_kl",
-        "skew_reverse_kl",
-    ),
+    "distill.loss": DISTILLATION_LOSSES,
     "distill.sharding": ("none", "full"),
     "distill.demonstrations": tuple(MODES),
     "distill.student_episodes.watched": ("cross_entropy", "loss"),

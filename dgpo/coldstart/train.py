@@ -174,7 +174,7 @@ def _training_arguments(
     evaluate_first: bool,
 ) -> TrainingArguments:
     on_cpu = hardware.platform == "cpu"
-    num_ranks = hardware.num_nodes * hardware.gpus_per_node
+    num_ranks = hardware.num_gpus
     per_rank = math.ceil(settings.batch_size / num_ranks)
     micro_batch_size = min(settings.micro_batch_size or hardware.micro_batch_size, per_rank)
     sharding: Mapping[str, Any] = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}}

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dgpo.config.overrides import free_mappings, readable
 from dgpo.config.ranges import number_problems
 from dgpo.config.schema import Config
-from dgpo.errors import ConfigError
+from dgpo.errors import ConfigError, one_line
 
 GROUPS = ("world", "hardware", "recipe", "data", "pair", "experiment")
 FREE_MAPPINGS = free_mappings()
@@ -146,7 +146,7 @@ def _plan_for(overrides: Sequence[str]) -> list[str]:
 
 def _explain(error: Exception) -> str:
     """One line of what Hydra finds wrong with overrides that are each readable by themselves."""
-    text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    text = one_line(f"{error} {error.__cause__ or ''}")
     if NUM_NODES in text:
         return "hardware.num_nodes is not set: add hardware.num_nodes=N (inside a SLURM job it is the job's)"
     return f"bad configuration: {text}"

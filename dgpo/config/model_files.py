@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dgpo.errors import ConfigError
+from dgpo.errors import ConfigError, first_line
 
 
 class HubUnreachableError(ConfigError):
@@ -57,7 +57,7 @@ def model_file(path: str, name: str, *, key: str) -> Path | None:
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"{key}={path}: the hub refuses it ({reason}); check the name and your login") from None
 
 

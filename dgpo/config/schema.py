@@ -125,7 +125,7 @@ class ContaminationConfig:
 
 @dataclass
 class EpisodeConfig:
-    """Rules of one episode (method.md section 1); lengths in tokens of the policy's tokenizer."""
+    """Rules of one episode; lengths in tokens of the policy's tokenizer."""
 
     max_turns: int = 4  # turns that may search; one last turn without search follows
     max_turn_tokens: int = 500  # of one turn of the policy
@@ -135,6 +135,11 @@ class EpisodeConfig:
     topk: int = 3  # passages of a search
     max_passage_tokens: int = 160  # of each passage that is shown
     max_query_chars: int = 1000  # E5 reads 256 tokens; longer queries are cut and counted
+
+    @property
+    def max_tokens(self) -> int:
+        """Of the longest episode, prompt and response."""
+        return self.max_prompt_tokens + self.max_response_tokens
 
 
 @dataclass
@@ -210,6 +215,11 @@ class HardwareConfig:
     env: dict[str, str] = field(default_factory=lambda: {"VLLM_USE_V2_MODEL_RUNNER": "0"})
     verl: dict[str, Any] = field(default_factory=dict)  # raw veRL keys ("a.b.c": value), laid over everything else
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    @property
+    def num_gpus(self) -> int:
+        """All of them; ranks, where there are none."""
+        return self.num_nodes * self.gpus_per_node
 
 
 @dataclass

@@ -17,12 +17,13 @@ from dgpo.config.load import check_numbers
 from dgpo.config.schema import Config
 from dgpo.data.benchmarks import BENCHMARKS, check_names, load_benchmark
 from dgpo.data.contamination import find_overlaps
-from dgpo.data.documents import passages, read_documents, write_corpus
+from dgpo.data.documents import passages, read_documents
 from dgpo.data.lines import BadLines
 from dgpo.data.natural_questions import join_long_answers
 from dgpo.data.questions import SET_NAME, Question, question_rows, read_questions
 from dgpo.data.rows import row_id, row_question, write_rows
 from dgpo.errors import ConfigError, DataError
+from dgpo.files import write_jsonl
 from dgpo.metrics.exact_match import normalize_answer
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import writing
@@ -77,7 +78,7 @@ def prepare(config: Config) -> Path:
         if validation:
             write_rows(folder / "validation.parquet", validation)
         if corpus:
-            write_corpus(folder / "corpus.jsonl", corpus)
+            write_jsonl(folder / "corpus.jsonl", corpus)
         inputs = {name: getattr(settings, name) for name in ("source", "documents", "nq_annotations")}
         inputs |= {} if own else {"benchmarks": settings.benchmarks}
         inputs["unusable_lines"] = bad.reasons

@@ -79,11 +79,11 @@ class Budget:
 def rl_budget(config: Config, models: Models) -> Budget:
     """Memory of the RL stage: a GPU has a shard of everything, and the phases of a step take turns on it."""
     hardware = config.hardware
-    world = hardware.num_nodes * hardware.gpus_per_node
+    world = hardware.num_gpus
     shards = min(hardware.fsdp_size or world, world)
     value = VALUE_BYTES[hardware.dtype]
     precision = Precision(value, value)
-    tokens = hardware.max_tokens_per_gpu or hardware.micro_batch_size * context_length(config)
+    tokens = hardware.max_tokens_per_gpu or hardware.micro_batch_size * config.episode.max_tokens
     trained = {"actor": models.student.parameters} | ({"critic": models.student.critic} if models.critic else {})
     engine = engine_share(config, models.student)
     exact = models.teacher is not None and has_exact_teacher(config)
@@ -199,12 +199,12 @@ def _loading(config: Config, models: Models) -> float:
 def distill_budget(config: Config, models: Models) -> Budget:
     """Memory of the cold start: Hugging Face's Trainer in autocast, the teacher whole on every GPU."""
     hardware, settings, shape = config.hardware, config.distill, models.student
-    world = hardware.num_nodes * hardware.gpus_per_node
+    world = hardware.num_gpus
     shards = world if settings.sharding == "full" else 1
     value = VALUE_BYTES[hardware.dtype]
     precision = Precision(value, value if settings.sharding == "full" else FLOAT32)
     per_gpu = -(-settings.batch_size // world)
-    tokens = min(settings.micro_batch_size or hardware.micro_batch_size, per_gpu) * context_length(config)
+    tokens = min(settings.micro_batch_size or hardware.micro_batch_size, per_gpu) * config.episode.max_tokens
     checkpointing = hardware.gradient_checkpointing
     count = shape.parameters
     saved = memory.saved_activations(shape, tokens, precision, checkpointing=checkpointing)
@@ -261,7 +261,7 @@ def engine_share(config: Config, shape: ModelShape, *, alone: bool = False) -> E
     workspace = memory.engine_workspace(
         shape,
         value=value,
-        batched_tokens=max(engine.max_num_batched_tokens, context_length(config)),
+        batched_tokens=max(engine.max_num_batched_tokens, config.episode.max_tokens),
         num_seqs=engine.max_num_seqs,
         tensor_parallel=size,
     )
@@ -286,11 +286,6 @@ def is_on_this_node(url: str) -> bool:
     return urlsplit(url.split(",")[0]).hostname in ("127.0.0.1", "localhost", "::1", "0.0.0.0")
 
 
-def context_length(config: Config) -> int:
-    """Tokens of the longest episode."""
-    return config.episode.max_prompt_tokens + config.episode.max_response_tokens
-
-
 def _finish(
     config: Config,
     models: Models,
@@ -300,7 +295,7 @@ def _finish(
 ) -> Budget:
     """Adds what every phase has (reserve, a retriever on the same GPU, an engine that does not sleep), and limits."""
     hardware, gpu = config.hardware, find_gpu(config.hardware)
-    world = hardware.num_nodes * hardware.gpus_per_node
+    world = hardware.num_gpus
     processes = 2 if engine and "generate" in phases and len(phases) > 1 else 1
     fixed = processes * memory.PROCESS + memory.COMMUNICATION * (world > 1)
     fixed += memory.CUDA_GRAPHS * (engine is not None and not hardware.engine.enforce_eager)
@@ -325,5 +320,5 @@ def _finish(
         host=host,
         host_capacity=host_capacity,
         kv_tokens=engine.kv_tokens if engine else 0.0,
-        kv_tokens_needed=context_length(config) if engine else 0,
+        kv_tokens_needed=config.episode.max_tokens if engine else 0,
     )

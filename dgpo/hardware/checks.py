@@ -24,7 +24,7 @@ def check_engine(config: Config) -> None:
 def check_training(config: Config) -> None:
     """What RL needs: batches that divide over the GPUs, and sizes that go together."""
     train, hardware = config.train, config.hardware
-    num_gpus = hardware.num_nodes * hardware.gpus_per_node
+    num_gpus = hardware.num_gpus
     check_divides("GPUs", num_gpus, "hardware.ulysses_size", hardware.ulysses_size)
     if hardware.fsdp_size and hardware.fsdp_size < num_gpus:
         check_divides("GPUs", num_gpus, "hardware.fsdp_size", hardware.fsdp_size)
@@ -62,7 +62,7 @@ def check_attention(config: Config) -> None:
 
 
 def _check_longest_episode(config: Config, max_tokens: int) -> None:
-    longest = config.episode.max_prompt_tokens + config.episode.max_response_tokens
+    longest = config.episode.max_tokens
     if max_tokens * config.hardware.ulysses_size < longest:
         raise ConfigError(
             f"hardware.max_tokens_per_gpu={max_tokens} holds no episode of {longest} tokens (episode.max_prompt_tokens "

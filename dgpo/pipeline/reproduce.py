@@ -22,10 +22,9 @@ from dgpo.config.schema import Config
 from dgpo.errors import ConfigError
 from dgpo.evaluation.arcap_chart import ARCAP_FILE
 from dgpo.evaluation.paper import FIGURES, LABELS, MAIN_PAIR, ROWS, RULES, TABLES, TEACHER_TIME, paper_value
-from dgpo.evaluation.records import read_records
 from dgpo.evaluation.report import write_report
 from dgpo.evaluation.scores import Score, compare
-from dgpo.files import atomic_write_text
+from dgpo.files import atomic_write_text, read_jsonl
 from dgpo.hardware.gpu_hours import gpu_hours_range
 from dgpo.pipeline import tiny
 from dgpo.pipeline.missing import missing
@@ -33,9 +32,8 @@ from dgpo.pipeline.over_seeds import write_over_seeds
 from dgpo.pipeline.plan import Plan, PlannedStage, distinct, plan_table
 from dgpo.pipeline.processes import Stages, python_module
 from dgpo.pipeline.reuse import is_current
-from dgpo.runs.artifacts import package_versions
 from dgpo.runs.owner import owned
-from dgpo.runs.settings import check_same
+from dgpo.runs.settings import record_or_check_command
 
 BASELINE = {
     "main": "kd",
@@ -73,7 +71,9 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
         _dry_run(pairs, folder, config, own)
         return None
     with owned(folder / "reproduce"):
-        _check_settings(folder, [*own, *(f"rows.{row}={given}" for row, given in config.rows.items())])
+        record_or_check_command(
+            folder / SETTINGS, [*own, *(f"rows.{row}={given}" for row, given in config.rows.items())]
+        )
         stages = Stages(folder)
         plans: dict[str, Plan] = {}
         for pair in pairs:
@@ -139,20 +139,6 @@ def _pairs(config: Config, overrides: Sequence[str]) -> list[str]:
     return group_choices("pair") if config.table == "pairs" else [chosen("pair", overrides) or MAIN_PAIR]
 
 
-def _check_settings(folder: Path, own: Sequence[str]) -> None:
-    """One folder, one set of overrides: rows made under different settings would not be one table."""
-    path = folder / SETTINGS
-    now = {"overrides": sorted(own), "versions": package_versions()}
-    if path.exists():
-        before, present = (
-            dict(override.partition("=")[::2] for override in overrides)
-            for overrides in (json.loads(path.read_text())["overrides"], own)
-        )
-        check_same(before, present, made=folder)
-        return
-    atomic_write_text(path, json.dumps(now, indent=1) + "\n")
-
-
 @contextlib.contextmanager
 def _inputs(pair: str, stages: Stages, folder: Path, config: Config) -> Iterator[list[str]]:
     if pair != "tiny":
@@ -203,7 +189,7 @@ def _write_teacher_time(folder: Path, plans: Mapping[str, Plan]) -> Path:
     lines = ["| run | steps | a step, s | of that the teacher, s | adds | paper |", "|---|---|---|---|---|---|"]
     for pair, plan in plans.items():
         for row, run in plan.runs.items():
-            records = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+            records = read_jsonl(run / "train" / "metrics.jsonl")
             step = sum(record["timing_s/step"] for record in records) / len(records)
             teacher = sum(record.get("timing_s/teacher", 0.0) for record in records) / len(records)
             paper = "-" if pair == "tiny" else f"{TEACHER_TIME:.1%}"
@@ -251,7 +237,7 @@ def _numbers(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scores(test: PlannedStage, name: str) -> list[Score]:
-    return read_records(test.run_dir / "test" / name / "scores.jsonl")
+    return read_jsonl(test.run_dir / "test" / name / "scores.jsonl")
 
 
 def _write_table(folder: Path, name: str, plans: Mapping[str, Plan]) -> Path:

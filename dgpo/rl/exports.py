@@ -21,7 +21,7 @@ from typing import Any
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.config.stages import MODEL_STEPS, initial_model, step_model
-from dgpo.files import atomic_write_text
+from dgpo.files import atomic_write_text, read_jsonl
 from dgpo.models.model_folders import state_dtype, write_generation_config
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import checkpoint_steps, writing
@@ -78,8 +78,7 @@ def _sources(config: Config, folder: Path, last: int) -> dict[str, Path]:
 
 
 def _validation_scores(folder: Path) -> dict[int, float]:
-    path = folder / METRICS
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    records = read_jsonl(folder / METRICS, growing=True)
     return {int(record["step"]): record[VALIDATION_SCORE] for record in records if VALIDATION_SCORE in record}
 
 

@@ -33,6 +33,7 @@ from verl.workers.utils.padding import response_to_nested
 
 from dgpo.algorithms.advantages import ALGORITHMS
 from dgpo.errors import CollapseError, NonFiniteError, RunStoppedError, StoppedOnRequestError
+from dgpo.files import append_jsonl
 from dgpo.rl.episode_log import FIELDS as LOGGED_FIELDS
 from dgpo.rl.episode_log import EpisodeLog
 from dgpo.rl.metrics import episode_metrics, log_prob_disagreement, sampled_kl
@@ -47,7 +48,7 @@ from dgpo.runs.checkpoints import FileEntries
 from dgpo.runs.guards import FROM_TRAINED_WEIGHTS, SOURCES, check_finite
 from dgpo.runs.plain_values import load_plain
 from dgpo.runs.rollback import CHECKPOINT, METRICS, keep_last_good
-from dgpo.runs.run_state import DATALOADER, Record, append_record, begin_from, prune, save_whole
+from dgpo.runs.run_state import DATALOADER, Record, begin_from, prune, save_whole
 from dgpo.runs.stability import CollapseDetector, choose_response
 from dgpo.runs.stopping import stop_requested
 from dgpo.runs.watchdog import Watchdog
@@ -373,7 +374,7 @@ class DGPOTrainer(PPOTrainerSync):
     def _record(self, metrics: dict[str, Any]) -> Record:
         """Writes the step's record and lets rotation delete checkpoints. With it the step is done."""
         record = {**_plain(metrics), "step": self.global_steps}
-        append_record(self.metrics_path, record)
+        append_jsonl(self.metrics_path, [record])
         self.logger.log(data=metrics, step=self.global_steps)
         if VALIDATION_SCORE in record:
             self.validation_scores[self.global_steps] = record[VALIDATION_SCORE]

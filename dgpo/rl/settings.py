@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgpo.config.methods import teacher_coef
+from dgpo.config.methods import has_teacher, teacher_coef
 from dgpo.config.schema import Config, PhaseLimitsConfig, StabilityConfig
 from dgpo.runs.rollback import num_rollbacks, num_to_keep
 
@@ -100,7 +100,7 @@ def teacher_settings(config: Config) -> TeacherSettings:
     """The part that the actor's worker reads too."""
     term = config.train.teacher_term
     return TeacherSettings(
-        path=None if term.gate == "none" else config.teacher.path,
+        path=config.teacher.path if has_teacher(config, "train") else None,
         trust_remote_code=config.teacher.trust_remote_code,
         form=term.form,
         gate=term.gate,

@@ -14,6 +14,7 @@ from typing import Any
 
 from dgpo.checks import check_train
 from dgpo.config.load import to_yaml
+from dgpo.config.methods import has_teacher
 from dgpo.config.schema import Config, HardwareConfig
 from dgpo.config.stages import initial_model, with_absolute_paths
 from dgpo.data.rows import read_rows, trained_row, write_rows
@@ -70,12 +71,11 @@ def train(config: Config) -> Path | None:
 
 def train_settings(config: Config) -> dict[str, Any]:
     """What a run of RL depends on. Changes of `MAY_CHANGE` apart, it is continued under no others."""
-    alone = config.train.teacher_term.gate == "none"
     questions = config.data.train_file or ""
     return {
         **fixed_settings(config, "episode", "train", "hardware.dtype", "hardware.engine.dtype", "hardware.verl"),
         "weights at the start": model_identity(initial_model(config, "train")[1]),
-        "weights of the teacher": None if alone else model_identity(config.teacher.path or ""),
+        "weights of the teacher": model_identity(config.teacher.path or "") if has_teacher(config, "train") else None,
         "data.train_file": file_identity(questions),
         "retriever": retriever_identity(config.retriever, read_rows(questions)),
     }
@@ -123,7 +123,8 @@ def _clear_remains(folder: Path) -> None:
 def _plan(config: Config) -> str:
     """What would run, in one sentence."""
     train, term = config.train, config.train.teacher_term
-    guide = "without a teacher" if term.gate == "none" else f"with {config.teacher.path} ({term.form}, {term.gate})"
+    teacher = f"with {config.teacher.path} ({term.form}, {term.gate})"
+    guide = teacher if has_teacher(config, "train") else "without a teacher"
     length = f"{train.num_steps} steps of {train.batch_size * train.samples_per_question} episodes"
     return f"{initial_model(config, 'train')[1]} would be trained by {train.algorithm} {guide}, {length}"
 
@@ -232,7 +233,7 @@ def _start(checkpoints: Path, config: Config) -> Path | None:
     if checkpoint is None:
         print(f"train: no whole checkpoint in {checkpoints}, begins with step 1", file=sys.stderr, flush=True)
         return None
-    wrote, now = read_seal(checkpoint)["world_size"], config.hardware.num_nodes * config.hardware.gpus_per_node
+    wrote, now = read_seal(checkpoint)["world_size"], config.hardware.num_gpus
     others = "" if wrote == now else f", which {wrote} GPUs wrote, on {now}"
     print(f"train: continues from {checkpoint}{others}", file=sys.stderr, flush=True)
     return checkpoint

@@ -119,7 +119,7 @@ def _rollout(config: Config, agent_loop_path: str) -> dict[str, Any]:
         "max_num_seqs": engine.max_num_seqs,
         "max_num_batched_tokens": engine.max_num_batched_tokens,
         "enable_chunked_prefill": engine.chunked_prefill,
-        "max_model_len": _context_length(config),
+        "max_model_len": config.episode.max_tokens,
         "log_prob_micro_batch_size_per_gpu": hardware.micro_batch_size,
         "log_prob_use_dynamic_bsz": hardware.max_tokens_per_gpu is not None,
         "log_prob_max_token_len_per_gpu": _max_tokens(config),
@@ -287,8 +287,4 @@ def _trainer(config: Config, folder: Path, checkpoint: Path | None) -> dict[str,
 
 def _max_tokens(config: Config) -> int:
     """Tokens per GPU and forward where batches are packed by tokens; room for any micro-batch where they are not."""
-    return config.hardware.max_tokens_per_gpu or config.hardware.micro_batch_size * _context_length(config)
-
-
-def _context_length(config: Config) -> int:
-    return config.episode.max_prompt_tokens + config.episode.max_response_tokens
+    return config.hardware.max_tokens_per_gpu or config.hardware.micro_batch_size * config.episode.max_tokens

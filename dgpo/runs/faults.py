@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dgpo.errors import DgpoError, FaultError, RunStoppedError
+from dgpo.errors import DgpoError, FaultError, RunStoppedError, one_line
 from dgpo.files import atomic_write_text
 
 FAILURE = "failure.json"
@@ -44,7 +44,7 @@ def told_by_name(folder: Path) -> Iterator[None]:
 
 def reason_of_death(error: BaseException) -> str:
     """Why an actor died: what its `RayActorError` says, without the list of things that may have happened."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if "node has died" in text or "node was terminated" in text:
         return "its node is gone"
     detail = text.partition("Worker exit detail: ")[2].partition(". ")[0]

@@ -23,7 +23,7 @@ CHUNK = 64
 DIVERGENCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "forward KL": divergences.forward_kl,
     "reverse KL": divergences.reverse_kl,
-    "Jensen-Shannon": divergences.jensen_shannon,
+    "Jensen-Shannon": lambda student, teacher: divergences.generalised_jsd(student, teacher, beta=0.5),
     "skew KL": lambda student, teacher: divergences.skew_forward_kl(student, teacher, skew=0.1),
     "TAID": lambda student, teacher: divergences.taid(student, teacher, t=0.5),
 }
