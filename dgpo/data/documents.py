@@ -63,11 +63,8 @@ def passages(documents: list[Document], *, words: int, overlap: int) -> tuple[li
     Raises:
         ConfigError: an overlap that leaves no new words.
     """
-    if words < 1 or not 0 <= overlap < words:
-        raise ConfigError(
-            f"prepare.passage_words={words} and prepare.passage_overlap={overlap}: expected at least one word, and a "
-            "smaller overlap"
-        )
+    if overlap >= words:
+        raise ConfigError(f"prepare.passage_overlap={overlap}: expected less than prepare.passage_words={words}")
     rows: list[dict[str, str]] = []
     counts = {"documents": len(documents), "cut_documents": 0, "passages": 0, "words": 0}
     for document in documents:

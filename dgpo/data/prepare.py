@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dgpo.config.load import check_numbers
 from dgpo.config.schema import Config
 from dgpo.data.benchmarks import BENCHMARKS, check_names, load_benchmark
 from dgpo.data.contamination import find_overlaps
@@ -39,6 +40,7 @@ def prepare(config: Config) -> Path:
             not set, or it is not `prepare`'s own.
         DataError: a source that is missing, has unusable lines, or another size than published.
     """
+    check_numbers(config)
     settings = config.prepare
     out = Path(settings.out)
     own = settings.source is not None or settings.documents is not None
@@ -129,8 +131,6 @@ def _own_questions(config: Config, bad: BadLines, counts: dict[str, Any]) -> tup
     settings = config.prepare
     if not SET_NAME.fullmatch(settings.name):
         raise ConfigError(f"prepare.name={settings.name!r}: expected small letters, digits, _ and -")
-    if not 0 <= settings.test_share <= 1:
-        raise ConfigError(f"prepare.test_share={settings.test_share}: expected a share between 0 and 1")
     if settings.source is None:
         return [], {}
     path = Path(settings.source)

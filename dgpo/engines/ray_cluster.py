@@ -62,6 +62,8 @@ def connect(
     if hardware.platform == "cuda":
         for name in OTHER_MAKERS:
             os.environ.pop(name, None)
+    else:  # empty or NoDevFiles where GPUs are hidden or absent: Ray would count them, and ours are logical
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     shell = {name: os.environ[name] for name in (*DEFAULTS, *FORWARDED) if name in os.environ}
     variables = {**DEFAULTS, **WORKER_ENVIRONMENT, **shell, **(environment or {}), **hardware.env}
     runtime_env = {"env_vars": {name: str(value) for name, value in variables.items()}}

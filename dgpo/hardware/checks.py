@@ -13,9 +13,6 @@ def check_engine(config: Config) -> None:
     hardware, engine = config.hardware, config.hardware.engine
     if hardware.gpu is not None and hardware.gpu not in KNOWN_GPUS:
         raise ConfigError(f"hardware.gpu={hardware.gpu}: expected one of {', '.join(KNOWN_GPUS)}, or null")
-    for key in ("gpu_memory_utilization", "gpu_memory_utilization_alone"):
-        if not 0 < getattr(engine, key) < 1:
-            raise ConfigError(f"hardware.engine.{key}={getattr(engine, key)}: expected a share between 0 and 1")
     check_divides(
         "hardware.gpus_per_node",
         hardware.gpus_per_node,

@@ -17,7 +17,7 @@ from dgpo.config.load import to_yaml
 from dgpo.config.methods import has_teacher
 from dgpo.config.schema import Config, HardwareConfig
 from dgpo.config.stages import initial_model, with_absolute_paths
-from dgpo.data.rows import read_rows
+from dgpo.data.rows import read_rows, trained_row, write_rows
 from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
 from dgpo.errors import CollapseError, FaultError, RunStoppedError
@@ -98,13 +98,24 @@ def _train(config: Config, folder: Path) -> Path:
     forget_failure(folder)
     print(f"train: models and engine start, which takes a minute or more; their output: {folder / LOG}", flush=True)
     try:
-        _run_with_restarts(config, folder)
+        _run_with_restarts(with_own_questions(config, folder), folder)
         model = export_models(config, folder, settings)
         print(f"model in {model}; next: python -m dgpo test run_dir={config.run_dir} test.models.trained={model}")
         return model
     except RunStoppedError as error:
         write_failure(folder, error)
         raise
+
+
+def with_own_questions(config: Config, folder: Path) -> Config:
+    """A copy that reads questions from files in the stage's folder, with our columns alone, whatever theirs hold."""
+    own = replace(config.data)
+    for name in ("train_file", "validation_file"):
+        if theirs := getattr(config.data, name):
+            path = folder / f"{name.removesuffix('_file')}_questions.parquet"
+            write_rows(path, [trained_row(row) for row in read_rows(theirs)])
+            setattr(own, name, str(path))
+    return replace(config, data=own)
 
 
 def _clear_remains(folder: Path) -> None:
@@ -176,7 +187,7 @@ def _run_verl(config: Config, folder: Path) -> None:
         environment = {
             **VERL_ENVIRONMENT,
             **own_critic(config.hardware),
-            **_logger_folders(folder.resolve()),
+            **own_folders(folder.resolve()),
             **mark(folder),
         }
         log = folder.resolve() / LOG
@@ -192,10 +203,21 @@ def _run_verl(config: Config, folder: Path) -> None:
         _clear_remains(folder)
 
 
-def _logger_folders(folder: Path) -> dict[str, str]:
-    """Where veRL's loggers write, unless the shell says otherwise: theirs are shared by runs whose names are equal."""
-    folders = {"TENSORBOARD_DIR": folder / "tensorboard", "WANDB_DIR": folder}
-    return {name: os.environ.get(name, str(place)) for name, place in folders.items()}
+def own_folders(folder: Path) -> dict[str, str]:
+    """Where veRL's loggers and data sets' cache write, unless the shell says otherwise.
+
+    Theirs are the working directory, /tmp and HOME, shared by runs whose names are equal.
+    """
+    places = {
+        "TENSORBOARD_DIR": folder / "tensorboard",
+        "WANDB_DIR": folder,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+        "SWANLAB_LOG_DIR": folder / "swanlab",
+        "TRACKIO_DIR": folder / "trackio",
+        "VERL_FILE_LOGGER_PATH": folder / "verl_metrics.jsonl",
+        "HF_DATASETS_CACHE": folder / "datasets_cache",
+    }
+    return {name: os.environ.get(name, str(place)) for name, place in places.items()}
 
 
 def own_critic(hardware: HardwareConfig) -> dict[str, str]:

@@ -22,8 +22,8 @@ def told_by_name(folder: Path) -> Iterator[None]:
     """Turns what Ray raises into the error that is behind it.
 
     Raises:
-        DgpoError: the trainer's own; a FaultError where its process died, a RunStoppedError where the disk is full.
-        RayTaskError: anything else that was raised, with its traceback.
+        DgpoError: the trainer's own; a FaultError where its process died, a RunStoppedError where the disk is full, or
+            where it raised anything else, which is then the cause, its traceback as the log.
     """
     import ray
 
@@ -34,7 +34,10 @@ def told_by_name(folder: Path) -> Iterator[None]:
             raise error.cause from None
         if any(words in str(error) for words in DISK_FULL):
             raise disk_full(folder) from error
-        raise
+        reason, kind = (str(error.cause).strip() or "no message").splitlines()[0], type(error.cause).__name__
+        raise RunStoppedError(
+            f"the trainer raised {kind}: {reason}; its traceback is in {folder / FAILURE}"
+        ) from RunStoppedError(reason, str(error).splitlines(), kind=kind)
     except ray.exceptions.RayActorError as error:
         raise FaultError(f"the trainer's process died: {reason_of_death(error)}") from None
 

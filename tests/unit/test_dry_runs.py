@@ -181,6 +181,17 @@ def test_the_inverted_order_distils_what_rl_made(inputs):
         (["train.teacher_term.form=exact", "train.temperature=0.7"], "train.temperature=0.7"),
         (["hardware.verl.algorithm.adv_estimator=rloo"], "adv_estimator cannot be set: set train.algorithm"),
         (["hardware.verl.actor_rollout_ref.model.lora_rank=8"], "lora_rank cannot be set: RL trains all weights"),
+        (
+            ["hardware.verl.trainer.critic_warmpu=5"],
+            "hardware.verl.trainer.critic_warmpu: veRL has no such key: did you mean critic_warmup?",
+        ),
+        (
+            ["hardware.verl.actor_rollout_ref.actr.x=5"],
+            "hardware.verl.actor_rollout_ref.actr: veRL has no such key: did you mean actor?",
+        ),
+        (["train.loggers=[foo]"], "train.loggers: unknown logger 'foo'"),
+        (["train.loggers=[console,mlflow]"], "mlflow is not installed"),
+        (["train.loggers=[wandb]"], "there is no key for api.wandb.ai: run `wandb login`, set WANDB_API_KEY"),
         (["stages=[train,train]"], "at most once"),
         (["stages=[distil]"], "expected each of collect, distill, train, test"),
     ],
