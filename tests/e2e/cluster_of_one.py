@@ -18,33 +18,22 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CHECKOUT = ("configs", "dgpo", "examples", "pixi.toml", "requirements", "retriever", "scripts")
 HUB_PORT = 8088
+ADDRESS = "10.0.0.1"  # of node0
 START_S = 120
 LINE_S = 600
 
-PIXI = '''#!/usr/bin/env python
-"""pixi run [-e ENVIRONMENT] TASK [ARGUMENT ...]"""
-import os, shlex, sys, tomllib
-
-words = sys.argv[1:]
-assert words[0] == "run", f"pixi {words[0]} is not stood in for"
-environment, words = (words[2], words[3:]) if words[1] == "-e" else ("default", words[1:])
-pixi = tomllib.load(open("pixi.toml", "rb"))
-if environment not in pixi["environments"]:
-    sys.exit(f"pixi: no environment {environment}")
-tasks = dict(pixi["tasks"])
-for feature in pixi["environments"][environment]:
-    tasks |= pixi["feature"][feature].get("tasks", {})
-if words[0] not in tasks:
-    sys.exit(f"pixi: {environment} has no task {words[0]}")
-os.execvp("bash", ["bash", "-c", shlex.join([*shlex.split(tasks[words[0]]["cmd"]), *words[1:]])])
-'''
-# The job runs where it is submitted, after those that it depends on, which have ended by then.
+PIXI = f"""#!/bin/bash
+exec {sys.executable} -m tests.e2e.pixi "$@"
+"""
+# A job runs where it is submitted, after those that it depends on, which have ended by then; without RUN_JOBS it is read.
 SBATCH = """#!/bin/bash
 script=${*: -1}
 count=$(($(cat "$JOBS/count" 2>/dev/null || echo 0) + 1))
 echo "$count" >"$JOBS/count"
 export SLURM_JOB_ID=$((7000000 + $$ * 10 + count)) SLURM_JOB_NODELIST=node0 SLURM_CPUS_ON_NODE=2
-bash "$script" >"$JOBS/$count.log" 2>&1 || { cat "$JOBS/$count.log" >&2; exit 1; }
+flags=-n
+[ -z "$RUN_JOBS" ] || flags=
+bash $flags "$script" >"$JOBS/$count.log" 2>&1 || { cat "$JOBS/$count.log" >&2; exit 1; }
 echo "$SLURM_JOB_ID"
 """
 SLURM = {
@@ -74,11 +63,13 @@ class ClusterOfOne:
         folder: where the checkout is made, and all that the lines write.
         hub: what the hub serves (tests/e2e/local_hub.py).
         overrides: of the file that DGPO_OVERRIDES names.
+        runs_jobs: whether what is submitted runs; else bash reads it only.
     """
 
     folder: Path
     hub: Path
     overrides: list[str]
+    runs_jobs: bool = True
     log: list[Ran] = field(default_factory=list)
 
     def __enter__(self) -> ClusterOfOne:
@@ -94,7 +85,7 @@ class ClusterOfOne:
         self.site = self.folder / "site.txt"
         self.site.write_text("\n".join(["# sizes of the test", *self.overrides, ""]))
         hosts = self.folder / "hosts"
-        hosts.write_text("127.0.0.1 localhost\n127.0.0.1 node0\n")
+        hosts.write_text(f"127.0.0.1 localhost\n{ADDRESS} node0\n")
         python = Path(sys.executable).parent
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "SLURM_"))},
@@ -103,10 +94,11 @@ class ClusterOfOne:
             "HF_ENDPOINT": f"http://127.0.0.1:{HUB_PORT}",
             "HF_HOME": str(self.folder / "hf"),
             "DGPO_OVERRIDES": str(self.site),
+            "RUN_JOBS": "1" if self.runs_jobs else "",
             "JOBS": str(self.checkout / "logs_of_jobs"),
         }
         inside = (
-            f"ip link set lo up && mount --bind {hosts} /etc/hosts && "
+            f"ip link set lo up && ip address add {ADDRESS} dev lo && mount --bind {hosts} /etc/hosts && "
             f"exec {sys.executable} -m tests.unit.hub_server {self.hub} {HUB_PORT}"
         )
         self.processes = [

@@ -43,7 +43,7 @@ FAMILY = "Calder Benning Ostrow Hallam Vance Merrit Lund Sorel".split()
 TEST_SETS = ("triviaqa", "popqa", "2wikimultihopqa", "musique", "bamboogle")
 POSITIONS, VOCABULARY = 2048, 900
 PADDED_VOCABULARY = 1024  # rows of the embedding, more than there are tokens, as Qwen's have
-TEACHER_STEPS, STUDENT_STEPS = 100, 30
+TEACHER_STEPS, STUDENT_STEPS = 80, 24
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 from tests.conftest import ROOT, read_metrics, run_command
 from tests.e2e.cluster_of_one import ClusterOfOne, Ran, can_have_a_network_of_its_own
 from tests.e2e.local_hub import SIZES
+from tests.e2e.pixi import command
 
 pytestmark = [
     pytest.mark.e2e,
@@ -36,26 +38,32 @@ OVERRIDES = [
     "distill.learning_rate=1e-3",
     "train.num_steps=2",
     "train.batch_size=8",
-    "train.mini_batch_size=4",
+    "train.mini_batch_size=8",
     "train.teacher_term.num_monitored=2",
     "test.max_questions=4",
 ]
-INSTALL = re.compile(r"bash scripts/install\.sh (cpu|gpu|retriever|retriever-gpu)")
-SERVER = re.compile(r"python -m retriever\.serve|pixi run .*\bstart ")
+TYPED, PIXI, SLURM = BLOCKS
+INSTALL = re.compile(r"bash scripts/install\.sh (gpu|cpu|retriever|retriever-gpu)")
+SERVER = ["python", "-m", "retriever.serve"]
 READY = "curl --silent --fail http://node0:8000/ready"
 
 
-def command_of(line: str) -> str:
-    return line.partition("  #")[0].strip()
+def words_of(line: str) -> list[str]:
+    """What the line executes: a task of pixi's by its command, `dgpo X` as `python -m dgpo X`."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "pixi":
+        words = command(words[1:], ROOT / "pixi.toml")
+    return ["python", "-m", *words] if words[0] == "dgpo" else words
 
 
 def play(cluster: ClusterOfOne, lines: list[str]) -> None:
-    """Runs the lines in their order; each is of one of three kinds, and the first that fails ends it."""
+    """Runs the lines in their order; the first that fails ends it. Of installations the lock alone is looked for."""
     for line in lines:
-        if match := INSTALL.fullmatch(command_of(line)):  # the lock resolves with hashes: tests/unit/test_install_script.py
-            assert (ROOT / "requirements" / f"{match[1]}.lock").is_file()
+        words = words_of(line)
+        if match := INSTALL.fullmatch(" ".join(words)):  # that it resolves, with hashes: tests/unit/test_install_script.py
+            assert "--hash=sha256:" in (ROOT / "requirements" / f"{match[1]}.lock").read_text()
             continue
-        ran = cluster.serve(line, READY) if SERVER.match(line) else cluster.run(line)
+        ran = cluster.serve(line, READY) if words[:3] == SERVER else cluster.run(line)
         assert ran.rc == 0, f"{line}\n{ran.output[-6000:]}"
 
 
@@ -74,19 +82,41 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def typing(name: str, lines: list[str], cluster: ClusterOfOne) -> None:
+    try:
+        play(cluster, lines)
+    finally:
+        write_log(name, cluster.log)
+
+
 @pytest.fixture(scope="module")
 def typed(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterOfOne]:
     """The first block, typed."""
-    with ClusterOfOne(tmp_path_factory.mktemp("readme") / "node", hub, OVERRIDES) as cluster:
-        try:
-            play(cluster, BLOCKS[0])
-        finally:
-            write_log("lines", cluster.log)
+    with ClusterOfOne(tmp_path_factory.mktemp("readme") / "node", hub, OVERRIDES, runs_jobs=False) as cluster:
+        typing("typed", TYPED, cluster)
         yield cluster
 
 
-def test_every_line_of_the_recipe_ends_well(typed: ClusterOfOne):
-    assert len(typed.log) == len([line for line in BLOCKS[0] if not INSTALL.match(line)])
+def test_every_line_of_the_recipe_is_run_but_the_installation(typed: ClusterOfOne):
+    assert [ran.line for ran in typed.log if ran.line in TYPED] == TYPED[1:]
+    assert INSTALL.match(TYPED[0])
+
+
+def test_the_block_of_pixi_is_the_first_one_line_by_line():
+    assert [words_of(line) for line in PIXI] == [words_of(line) for line in TYPED]
+
+
+def test_the_block_of_slurm_submits_four_jobs_that_are_bash(typed: ClusterOfOne):
+    ran = typed.run(SLURM[0])
+    assert ran.rc == 0, ran.output
+    assert sorted(path.name for path in Path(typed.environment["JOBS"]).glob("*.log")) == [f"{i}.log" for i in (1, 2, 3, 4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "lines"), [("pixi", PIXI), ("slurm", [*TYPED[:7], *SLURM])])
+def test_the_other_blocks_end_well_too(name: str, lines: list[str], hub: Path, tmp_path: Path):
+    with ClusterOfOne(tmp_path / "node", hub, OVERRIDES) as cluster:
+        typing(name, lines, cluster)
 
 
 def test_the_teacher_is_played_and_its_correct_episodes_are_learned(typed: ClusterOfOne):
