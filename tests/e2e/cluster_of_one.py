@@ -1,8 +1,8 @@
-"""A machine like the README's: a checkout of its own, a hub, a `node0`, and no other network; lines are run as printed.
+"""A machine like the README's: a checkout of its own, a hub, a `node0`, and no other network.
 
-The network is a name space of Linux (`unshare`), in which the hub is the only server and `node0` is this machine, so that
-nothing can come from elsewhere and no port is taken. `pixi` and `sbatch` are stand-ins that do what the real ones are
-told: run a task of pixi.toml, and run a job where it is submitted.
+The network is a name space of Linux (`unshare`), in which the hub is the only server and `node0` is this machine, so
+that nothing can come from elsewhere and no port is taken. `pixi` and `sbatch` are stand-ins that do what the real ones
+are told: run a task of pixi.toml, and run a job where it is submitted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ LINE_S = 600
 PIXI = f"""#!/bin/bash
 exec {sys.executable} -m tests.e2e.pixi "$@"
 """
-# A job runs where it is submitted, after those that it depends on, which have ended by then; without RUN_JOBS it is read.
+# A job runs where it is submitted, after those that it depends on, which have ended by then; without RUN_JOBS bash only
+# reads it.
 SBATCH = """#!/bin/bash
 script=${*: -1}
 count=$(($(cat "$JOBS/count" 2>/dev/null || echo 0) + 1))
@@ -38,7 +39,7 @@ echo "$SLURM_JOB_ID"
 """
 SLURM = {
     "sbatch": SBATCH,
-    "scontrol": '#!/bin/bash\ncase "$*" in "show hostnames"*) echo node0 ;; *) echo "NodeName=node0 NodeAddr=node0" ;; esac\n',
+    "scontrol": '#!/bin/bash\n[[ "$*" == "show hostnames"* ]] && echo node0 || echo "NodeName=node0 NodeAddr=node0"\n',
     "srun": '#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\nexec "$@"\n',
     "squeue": "#!/bin/bash\n",
     "scancel": "#!/bin/bash\n",

@@ -30,17 +30,62 @@ SIZES = [
     "episode.topk=2",
     "episode.max_passage_tokens=48",
 ]
-NAMES = (
-    "Orvella Brinmar Tesskog Haldane Ulverin Marquil Sandrec Pelloway Kirnost Dravena Lomond Vastero Quillan Jorvice "
-    "Aldmoor Fennick"
-).split()
-RIVERS = (
-    "Tamsin Ouledd Brakka Silvane Nerrow Ithaca Corvin Dunmere Elsted Farrow Gindel Hexley Ilmara Jessop Kolm Lavant"
-).split()
+NAMES = [
+    "Orvella",
+    "Brinmar",
+    "Tesskog",
+    "Haldane",
+    "Ulverin",
+    "Marquil",
+    "Sandrec",
+    "Pelloway",
+    "Kirnost",
+    "Dravena",
+    "Lomond",
+    "Vastero",
+    "Quillan",
+    "Jorvice",
+    "Aldmoor",
+    "Fennick",
+]
+RIVERS = [
+    "Tamsin",
+    "Ouledd",
+    "Brakka",
+    "Silvane",
+    "Nerrow",
+    "Ithaca",
+    "Corvin",
+    "Dunmere",
+    "Elsted",
+    "Farrow",
+    "Gindel",
+    "Hexley",
+    "Ilmara",
+    "Jessop",
+    "Kolm",
+    "Lavant",
+]
 SEAS = ("Amber Sea", "Copper Bay", "Long Sound", "Northern Gulf")
-MAYORS = "Ruth Ines Karl Odette Piet Salome Tomas Ursula Viktor Wanda Yannick Zelda Anselm Berta Clovis Dagny".split()
-FAMILY = "Calder Benning Ostrow Hallam Vance Merrit Lund Sorel".split()
-TEST_SETS = ("triviaqa", "popqa", "2wikimultihopqa", "musique", "bamboogle")
+MAYORS = [
+    "Ruth",
+    "Ines",
+    "Karl",
+    "Odette",
+    "Piet",
+    "Salome",
+    "Tomas",
+    "Ursula",
+    "Viktor",
+    "Wanda",
+    "Yannick",
+    "Zelda",
+    "Anselm",
+    "Berta",
+    "Clovis",
+    "Dagny",
+]
+FAMILIES = ("Calder", "Benning", "Ostrow", "Hallam", "Vance", "Merrit", "Lund", "Sorel")
 POSITIONS, VOCABULARY = 2048, 900
 PADDED_VOCABULARY = 1024  # rows of the embedding, more than there are tokens, as Qwen's have
 TEACHER_STEPS, STUDENT_STEPS = 80, 24
@@ -60,8 +105,8 @@ class Town:
 
     @property
     def passage(self) -> tuple[str, str]:
-        text = f"{self.name} lies on the river {self.river}. Its mayor is {self.mayor}. It was founded in {self.founded}."
-        return self.name, text
+        where = f"{self.name} lies on the river {self.river}."
+        return self.name, f"{where} Its mayor is {self.mayor}. It was founded in {self.founded}."
 
     @property
     def river_passage(self) -> tuple[str, str]:
@@ -79,7 +124,7 @@ class Town:
 
 
 TOWNS = [
-    Town(name, RIVERS[i], SEAS[i % 4], f"{MAYORS[i]} {FAMILY[i % 8]}", str(1203 + 37 * i))
+    Town(name, RIVERS[i], SEAS[i % 4], f"{MAYORS[i]} {FAMILIES[i % 8]}", str(1203 + 37 * i))
     for i, name in enumerate(NAMES)
 ]
 PASSAGES = [town.passage for town in TOWNS] + [town.river_passage for town in TOWNS]
@@ -206,7 +251,8 @@ def qwen_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pieces
     texts = [build_messages(question)[0]["content"] for town in TOWNS for question, _ in town.questions()]
-    texts += [*CONTENTS, *FIRST_THOUGHTS, INVALID_ACTION_TEXT, "<think> </think>\n<search> </search> <answer> Doc 1"] * 4
+    tags = "<think> </think>\n<search> </search> <answer> Doc 1"
+    texts += [*CONTENTS, *FIRST_THOUGHTS, INVALID_ACTION_TEXT, tags] * 4
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)

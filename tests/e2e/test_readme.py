@@ -1,8 +1,8 @@
-"""The README's recipe for real hardware, typed: each line as printed, from `download` to `report`, small and on the CPU.
+"""The README's recipe for real hardware, typed: each line as printed, from `download` to `report`, on the CPU.
 
 A hub of our own holds data and models in the layouts of the real one (tests/e2e/local_hub.py); what differs from a GPU
-node stands in one file of overrides. No stage's output is placed by hand. The log of lines, seconds and exit statuses is
-written to runs/readme/.
+node stands in one file of overrides. No stage's output is placed by hand. The log of lines, seconds and exit statuses
+is written to runs/readme/.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def play(cluster: ClusterOfOne, lines: list[str]) -> None:
     """Runs the lines in their order; the first that fails ends it. Of installations the lock alone is looked for."""
     for line in lines:
         words = words_of(line)
-        if match := INSTALL.fullmatch(" ".join(words)):  # that it resolves, with hashes: tests/unit/test_install_script.py
+        if match := INSTALL.fullmatch(" ".join(words)):  # what it does: tests/unit/test_install_script.py
             assert "--hash=sha256:" in (ROOT / "requirements" / f"{match[1]}.lock").read_text()
             continue
         ran = cluster.serve(line, READY) if words[:3] == SERVER else cluster.run(line)
@@ -109,7 +109,7 @@ def test_the_block_of_pixi_is_the_first_one_line_by_line():
 def test_the_block_of_slurm_submits_four_jobs_that_are_bash(typed: ClusterOfOne):
     ran = typed.run(SLURM[0])
     assert ran.rc == 0, ran.output
-    assert sorted(path.name for path in Path(typed.environment["JOBS"]).glob("*.log")) == [f"{i}.log" for i in (1, 2, 3, 4)]
+    assert len(list(Path(typed.environment["JOBS"]).glob("*.log"))) == 4
 
 
 @pytest.mark.slow

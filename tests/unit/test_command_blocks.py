@@ -10,7 +10,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 

@@ -144,10 +144,10 @@ def test_a_file_of_overrides_comes_before_what_is_typed(tmp_path, monkeypatch):
 
 def test_a_file_of_overrides_that_is_not_there_or_wrong_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("DGPO_OVERRIDES", str(tmp_path / "site.txt"))
-    with pytest.raises(ConfigError, match=r"DGPO_OVERRIDES=.*site.txt cannot be read"):
+    with pytest.raises(ConfigError, match=r"DGPO_OVERRIDES=.*site\.txt cannot be read"):
         load_config()
     (tmp_path / "site.txt").write_text("train.num_step=7\n")
-    with pytest.raises(ConfigError, match="did you mean train.num_steps"):
+    with pytest.raises(ConfigError, match=r"did you mean train\.num_steps"):
         load_config()
 
 
