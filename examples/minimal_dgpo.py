@@ -68,7 +68,9 @@ class TorchPolicy:
         except Exception as error:  # nobody else waits for a callback
             futures[0].set_exception(error)
 
-    def _sample(self, prompts: list[list[int]], budgets: list[int], stop: Sequence[str]) -> Iterator[Generation]:
+    def _sample(
+        self, prompts: Sequence[list[int]], budgets: Sequence[int], stop: Sequence[str]
+    ) -> Iterator[Generation]:
         longest, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
         output = self.model.generate(
             torch.tensor([[pad] * (longest - len(p)) + p for p in prompts]),
@@ -262,7 +264,7 @@ def run(world: Path, *, steps: int, form: str, seed: int) -> dict[str, float]:
     critic = Critic(student)
     actor_optimizer = torch.optim.AdamW(student.parameters(), lr=TRAIN.actor_learning_rate, weight_decay=0.0)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=TRAIN.critic_learning_rate, weight_decay=0.0)
-    warm_up = max(1, round(TRAIN.actor_warmup_ratio * steps))
+    warm_up = max(1, TRAIN.actor_warmup_steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(actor_optimizer, lambda index: min(1.0, (index + 1) / warm_up))
     order = random.Random(seed).sample(questions["train"], len(questions["train"]))
     for index in range(steps):

@@ -128,7 +128,7 @@ class Unspaced:
 
     @property
     def share(self) -> float:
-        """Of all letters seen so far."""
+        """The share of unspaced scripts among all letters seen so far."""
         return self._num_unspaced / max(1, self._num_letters)
 
 

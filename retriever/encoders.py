@@ -193,7 +193,7 @@ class TransformersEncoder(_PrefixedEncoder):
     def _pooled(self, ids: list[list[int]], width: int) -> Any:
         """float32 `[n, dimension]`, from texts side by side."""
         tokens, mask = self._padded(ids, width, self._tokenizer.pad_token_id or 0)
-        # Of a shared width on a CPU, a batch without padding is computed like one with it, to the same bits
+        # At a shared width on a CPU, a batch without padding is computed like one with it, to the same bits
         padded = width <= MAX_SHARED_WIDTH or any(len(row) != width for row in ids)
         # Without a mask attention takes its faster path
         inputs = {"input_ids": tokens, **({"attention_mask": mask} if padded else {})}

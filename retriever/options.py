@@ -11,8 +11,10 @@ from typing import Literal, get_args
 
 from retriever.command import MAX_INT, Parser, device, whole_number
 from retriever.errors import RetrieverError
+from retriever.manifest import MANIFEST_FILE
 
 TOKEN_VARIABLE = "RETRIEVER_TOKEN"
+DATA_VARIABLE = "RETRIEVER_DATA_PATH"  # the name that the authors' release gave it
 MAX_THREADS = 4096
 
 Engine = Literal["auto", "faiss", "faiss-gpu", "torch"]
@@ -109,7 +111,7 @@ class ServeOptions:
 def parse_options(arguments: Sequence[str] | None, *, description: str) -> ServeOptions:
     """Options of a command line; raises `RetrieverError` for indexes, defaults or tokens that cannot be."""
     given = _make_parser(description).parse_args(arguments)
-    indexes = _parse_indexes(given.index)
+    indexes = _parse_indexes(given.index or _indexes_below(os.environ.get(DATA_VARIABLE)))
     default = given.default or next(iter(indexes))
     if default not in indexes:
         raise RetrieverError(f"--default {default!r} is not among the indexes: {', '.join(indexes)}")
@@ -133,9 +135,9 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--index",
         action="append",
-        required=True,
         metavar="NAME=FOLDER",
-        help="a folder made by retriever.build; repeat it for several corpora. A bare FOLDER is named after itself",
+        help="a folder made by retriever.build; repeat it for several corpora. A bare FOLDER is named after itself "
+        f"(default: every index folder in ${DATA_VARIABLE})",
     )
     parser.add_argument("--default", metavar="NAME", help="the corpus behind /retrieve (default: the first --index)")
     network = parser.add_argument_group("network")
@@ -206,6 +208,19 @@ def _parse_indexes(arguments: Sequence[str]) -> dict[str, Path]:
             raise RetrieverError(f"--index {argument}: the name {name!r} is given twice; give each corpus its own")
         folders[name] = path
     return folders
+
+
+def _indexes_below(data: str | None) -> list[str]:
+    """Every index folder in `data`, in the order of their names."""
+    if not data:
+        raise RetrieverError(f"no --index NAME=FOLDER, and {DATA_VARIABLE} is not set: name an index folder")
+    folders = sorted(path.parent for path in Path(data).glob(f"*/{MANIFEST_FILE}"))
+    if not folders:
+        raise RetrieverError(
+            f"no --index NAME=FOLDER, and {DATA_VARIABLE}={data} holds no index folder; `python -m retriever.convert` "
+            "makes one of a published index, `python -m retriever.build` of a corpus"
+        )
+    return [str(folder) for folder in folders]
 
 
 def _checked_port_file(path: Path | None) -> Path | None:

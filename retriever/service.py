@@ -265,7 +265,7 @@ class Service:
         too_large = RequestError(
             413,
             f"the body is larger than {max_bytes} bytes; send less",
-            # Of a body without a stated length nobody knows the end: only closing the connection stops it.
+            # Nobody knows the end of a body without a stated length: only closing the connection stops it.
             None if stated else {"Connection": "close"},
         )
         if stated.isdigit() and int(stated) > max_bytes:

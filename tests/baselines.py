@@ -55,7 +55,7 @@ UNITS: dict[str, tuple[str, list[str]]] = {  # name -> (command, overrides)
     "gkd-exact": ("train", ["experiment=kd_gkd", *STEPS, "train.teacher_term.form=exact"]),
     "test": ("test", [*TESTED, "test.models.teacher={models}/teacher", "test.models.student={models}/student"]),
 }
-# Of the moment: recorded as null, so that their names are compared and their values are not.
+# What depends on the moment: recorded as null, so that their names are compared and their values are not.
 TIMED = re.compile(r"^timing|(^|/)perf/|memory|^step_s$|^tokens_per_s$")
 MAX_RELATIVE_DIFFERENCE = 1e-12
 TIMEOUT_S = 900.0
@@ -163,7 +163,7 @@ def _metrics(stage: Path) -> list[dict[str, Any]]:
 
 
 def _weights(stage: Path) -> dict[str, torch.Tensor]:
-    """Of the stage's model and, where there is one, of the last checkpoint's critic."""
+    """The weights of the stage's model and, where there is one, of the last checkpoint's critic."""
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(stage.glob("model/*.safetensors")):
         tensors |= {f"model/{name}": tensor for name, tensor in load_file(path).items()}
@@ -180,7 +180,7 @@ def _tensor_sha256(tensor: torch.Tensor) -> str:
 
 
 def _episodes_sha256(path: Path) -> str:
-    """Of the records in their order, their keys sorted, without how long searches took."""
+    """The hash of the records in their order, their keys sorted, without how long searches took."""
     lines = [json.loads(line, object_hook=_timeless) for line in path.read_text(encoding="utf-8").splitlines()]
     return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
 

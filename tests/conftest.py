@@ -30,9 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("pending")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def engine_environment() -> None:
-    """What the engine reads at its import is exported before the first test: some tests import vLLM, others need it set."""
+def pytest_configure() -> None:
+    """Exports what the engine reads at its import: some tests import vLLM, and others, after them, need it set."""
     export_environment(load_config(["world=tiny", "hardware=cpu"]).hardware)
 
 

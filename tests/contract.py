@@ -129,7 +129,7 @@ def installed(package: str) -> Path:
 
 
 def version(package: str) -> str:
-    """Of the installed distribution, whatever name it has."""
+    """The version of the installed distribution, whatever name it has."""
     for name in DISTRIBUTIONS[package]:
         try:
             return importlib.metadata.version(name)

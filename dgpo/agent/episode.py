@@ -20,14 +20,7 @@ from dgpo.agent.protocol import (
 from dgpo.agent.search import SearchFailedError
 from dgpo.agent.seeds import derive_seed
 from dgpo.agent.trajectory import SearchRecord, Status, Trajectory, Turn
-
-
-class EmptyEpisodeError(ValueError):
-    """The policy's first turn has no token, so that there is nothing to score or to train."""
-
-
-class GenerationAbortedError(RuntimeError):
-    """The engine gave up a turn: what came back is not what the policy would have written."""
+from dgpo.errors import DgpoError
 
 
 @dataclass(frozen=True)
@@ -132,9 +125,8 @@ async def run_episode(
         max_turns: instead of the limits'; 0 leaves the last turn alone.
 
     Raises:
-        EmptyEpisodeError: the first turn has no token, nor has any other.
+        DgpoError: the first turn has no token, nor has any other; or the engine aborted a turn.
         ValueError: `given` leaves no room for a turn.
-        GenerationAbortedError: the engine aborted a turn.
         SearchRefusedError: the server will never answer such a search; from the search function.
     """
     episode = _Episode(episode_id, prompt_ids, tokenizer, limits, corpus, on_event)
@@ -198,9 +190,7 @@ class _Episode:
     def add_turn(self, generation: Generation, *, begun_with: str) -> Action:
         """Appends a turn as sampled. Returns its action; what the environment began it with is parsed with it."""
         if generation.finish_reason == "abort":
-            raise GenerationAbortedError(
-                f"episode {self.episode_id!r}: the engine aborted turn {len(self.turns)}; play it again"
-            )
+            raise DgpoError(f"episode {self.episode_id!r}: the engine aborted turn {len(self.turns)}; play it again")
         start = len(self.ids)
         self.ids += generation.token_ids
         self.mask += [1] * len(generation.token_ids)
@@ -243,7 +233,7 @@ class _Episode:
         """The record of the episode, which ends on a token of the policy."""
         self._drop_trailing_observations()
         if not self.ids and status != "search_failed":
-            raise EmptyEpisodeError(
+            raise DgpoError(
                 f"episode {self.episode_id!r}: the policy generated no token in {len(self.turns)} turns: check that "
                 "the engine returns the end-of-sequence token that it samples, and that the prompt leaves room for a "
                 "turn"

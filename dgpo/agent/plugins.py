@@ -14,13 +14,10 @@ from dgpo.agent.episode import Search
 from dgpo.agent.search import SearchClient, read_token
 from dgpo.agent.trajectory import Trajectory
 from dgpo.config.schema import RetrieverConfig
+from dgpo.errors import ConfigError
 
 # (trajectory, golds, scores) -> the reward, or its named parts, whose sum is the reward.
 Reward = Callable[[Trajectory, Sequence[str], Mapping[str, float]], float | Mapping[str, float]]
-
-
-class ExtensionError(ValueError):
-    """A configured name does not lead to an object that can be used; the message says which key, and why."""
 
 
 def load_object(path: str, *, key: str) -> Any:
@@ -31,22 +28,22 @@ def load_object(path: str, *, key: str) -> Any:
         key: the configuration key, for the message.
 
     Raises:
-        ExtensionError: not of this form, the module cannot be imported, or it has no such name.
+        ConfigError: not of this form, the module cannot be imported, or it has no such name.
     """
     module_name, _, name = path.partition(":")
     if not module_name or not name.isidentifier():
-        raise ExtensionError(f"{key}={path}: expected package.module:name, e.g. examples.format_reward:reward")
+        raise ConfigError(f"{key}={path}: expected package.module:name, e.g. examples.format_reward:reward")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a console script does not put it there, `python -m` does
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever a module of the user's does when it is imported
-        raise ExtensionError(
+        raise ConfigError(
             f"{key}={path}: importing {module_name} failed with {type(error).__name__}: {error}; run the command where "
             "the module is found, or put its folder on PYTHONPATH"
         ) from error
     if not hasattr(module, name):
-        raise ExtensionError(f"{key}={path}: {module.__file__} has no {name}")
+        raise ConfigError(f"{key}={path}: {module.__file__} has no {name}")
     return getattr(module, name)
 
 
@@ -54,13 +51,13 @@ def load_reward(path: str) -> Reward:
     """The function that `train.reward` names.
 
     Raises:
-        ExtensionError: it cannot be found, or does not take (trajectory, golds, scores).
+        ConfigError: it cannot be found, or does not take (trajectory, golds, scores).
     """
     reward = load_object(path, key="train.reward")
     try:
         inspect.signature(reward).bind(None, None, None)
     except TypeError as error:
-        raise ExtensionError(f"train.reward={path}: expected a function (trajectory, golds, scores): {error}") from None
+        raise ConfigError(f"train.reward={path}: expected a function (trajectory, golds, scores): {error}") from None
     return reward
 
 
@@ -68,12 +65,12 @@ def check_search(retriever: RetrieverConfig) -> None:
     """Looks at `retriever.backend` without making one: it may load an index.
 
     Raises:
-        ExtensionError: no such class, no async `search(query, *, topk, corpus)`, or options that it does not take.
+        ConfigError: no such class, no async `search(query, *, topk, corpus)`, or options that it does not take.
     """
     backend = load_object(retriever.backend or "", key="retriever.backend")
     search = getattr(backend, "search", None)
     if not inspect.iscoroutinefunction(search):
-        raise ExtensionError(
+        raise ConfigError(
             f"retriever.backend={retriever.backend}: expected a class with "
             "`async def search(self, query, *, topk, corpus)`"
         )
@@ -81,7 +78,7 @@ def check_search(retriever: RetrieverConfig) -> None:
         inspect.signature(search).bind(None, "query", topk=1, corpus=None)
         inspect.signature(backend).bind(**retriever.backend_options)
     except TypeError as error:
-        raise ExtensionError(
+        raise ConfigError(
             f"retriever.backend={retriever.backend} with retriever.backend_options={retriever.backend_options}: {error}"
         ) from None
 

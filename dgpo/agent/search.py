@@ -18,6 +18,7 @@ from urllib.parse import quote
 import aiohttp
 
 from dgpo.agent.shared_requests import SharedRequests
+from dgpo.errors import ConfigError, DgpoError
 
 MAX_BACKOFF_S = 10.0
 MAX_RETRY_AFTER_S = 30.0  # a server that asks for more is treated as asking for this much
@@ -29,16 +30,12 @@ GONE = (502, 503, 504)  # what stands in front of a server that is gone, or one 
 logger = logging.getLogger(__name__)
 
 
-class SearchFailedError(RuntimeError):
+class SearchFailedError(DgpoError):
     """A search got no answer after all retries: the server is down or overloaded."""
 
 
-class SearchRefusedError(ValueError):
+class SearchRefusedError(ConfigError):
     """The server will not answer such requests, however often they are sent: a mistake in the set-up."""
-
-
-class RetrieverUnavailableError(RuntimeError):
-    """No healthy retrieval server at the URL."""
 
 
 @dataclass(eq=False)
@@ -248,23 +245,23 @@ class SearchClient:
 
 
 def split_urls(url: str) -> list[str]:
-    """The servers of `retriever.url`; raises `ValueError` when it names none."""
+    """The servers of `retriever.url`; raises `ConfigError` when it names none."""
     urls = [one.strip().rstrip("/") for one in url.split(",") if one.strip()]
     if not urls:
-        raise ValueError(f"retriever.url is {url!r}; expected http://host:port, or several separated by commas")
+        raise ConfigError(f"retriever.url is {url!r}; expected http://host:port, or several separated by commas")
     return urls
 
 
 def read_token(path: str | None) -> str | None:
-    """The token in a file (`retriever.token_file`), or None; raises `ValueError` for a file without one."""
+    """The token in a file (`retriever.token_file`), or None; raises `ConfigError` for a file without one."""
     if path is None:
         return None
     try:
         token = Path(path).read_text().strip()
     except OSError as error:
-        raise ValueError(f"retriever.token_file={path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"retriever.token_file={path} cannot be read: {error.strerror}") from None
     if not token:
-        raise ValueError(f"retriever.token_file={path} is empty; expected the token of the retrieval server")
+        raise ConfigError(f"retriever.token_file={path} is empty; expected the token of the retrieval server")
     return token
 
 
@@ -276,7 +273,7 @@ def check_health(url: str, timeout_s: float = 5.0, *, token: str | None = None) 
         where a server of the same protocol answers `/health` but does not tell.
 
     Raises:
-        RetrieverUnavailableError: a server does not answer or is not ready; names the way out.
+        ConfigError: a server does not answer or is not ready; names the way out.
     """
     served = [_check_one(one, timeout_s, token) for one in split_urls(url)]
     told = [info["corpora"] for info in served if "corpora" in info]
@@ -293,29 +290,29 @@ def _check_one(url: str, timeout_s: float, token: str | None) -> dict[str, Any]:
         _probe(url, token)
         return {}
     if status != 200:
-        raise RetrieverUnavailableError(f"{url} answers /health with HTTP {status}: check retriever.url")
+        raise ConfigError(f"{url} answers /health with HTTP {status}: check retriever.url")
     status, ready = _ask(url, "ready", timeout_s, token)
     if status == 503:
         detail = _content(ready).get("detail")
-        raise RetrieverUnavailableError(f"{url} is not ready ({detail}): wait until {url}/ready says so")
+        raise ConfigError(f"{url} is not ready ({detail}): wait until {url}/ready says so")
     status, info = _ask(url, "info", timeout_s, token)
     if status == 401:
-        raise RetrieverUnavailableError(f"{url} wants its token: set retriever.token_file to a file that holds it")
+        raise ConfigError(f"{url} wants its token: set retriever.token_file to a file that holds it")
     return _content(info if status == 200 else health)
 
 
 def _probe(url: str, token: str | None) -> None:
-    """A search of one query; raises `RetrieverUnavailableError` unless it is answered in our protocol."""
+    """A search of one query; raises `ConfigError` unless it is answered in our protocol."""
     body = {"queries": ["a"], "topk": 1, "return_scores": True}
     status, text = _ask(url, "retrieve", PROBE_TIMEOUT_S, token, body)
     if status != 200:
-        raise RetrieverUnavailableError(
+        raise ConfigError(
             f"{url} has no /health, and answers a search with HTTP {status} {text[:200]!r}: check retriever.url"
         )
     try:
         _documents(text, f"{url}/retrieve", 1)
     except SearchRefusedError as error:
-        raise RetrieverUnavailableError(f"{url} has no /health, and is no retrieval server: {error}") from None
+        raise ConfigError(f"{url} has no /health, and is no retrieval server: {error}") from None
 
 
 def open_direct(request: urllib.request.Request, timeout_s: float) -> http.client.HTTPResponse:
@@ -338,7 +335,7 @@ def _ask(
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace")
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise RetrieverUnavailableError(
+        raise ConfigError(
             f"no retrieval server answers at {url} ({error}): start one with `python -m retriever.serve`, or set "
             "retriever.url"
         ) from error

@@ -140,7 +140,7 @@ class Agent:
 
     async def _open(self) -> Asker:
         if self._policy is not None:
-            return await self._stack.enter_async_context(self._opened_with_policy())
+            return await self._stack.enter_async_context(self._opened_with_policy(self._policy))
         config, run = asked_config(self._overrides)
         if self._search is None:
             url_named = any(each.startswith("retriever.url=") for each in self._overrides)
@@ -149,11 +149,11 @@ class Agent:
         return await self._stack.enter_async_context(opened(config, search=self._search))
 
     @contextlib.asynccontextmanager
-    async def _opened_with_policy(self) -> AsyncIterator[Asker]:
+    async def _opened_with_policy(self, policy: Policy) -> AsyncIterator[Asker]:
         config: Config = asked_config([each for each in self._overrides if not each.startswith("ask.model=")])[0]
         async with contextlib.AsyncExitStack() as stack:
-            search = self._search or await stack.enter_async_context(open_search(config.retriever))
-            yield Asker(config, policy=self._policy, tokenizer=self._tokenizer, search=search)
+            search: Any = self._search or await stack.enter_async_context(open_search(config.retriever))
+            yield Asker(config, policy=policy, tokenizer=self._tokenizer, search=search)
 
     async def _answer(self, question: str, on_piece: Callable[[Piece], None] | None) -> Answer:
         assert self._asker is not None

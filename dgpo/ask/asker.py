@@ -14,12 +14,13 @@ from dgpo.agent.protocol import SEARCH_R1_PROMPT, build_messages, encode_prompt
 from dgpo.agent.trajectory import Trajectory
 from dgpo.ask.trace import Piece, TagStream
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 
 SMALL_VOCABULARY = 8192  # below it words are tokens, and a word that is none is spelt
 _OPEN, _CLOSE = "<information>", "</information>"
 
 
-class QuestionError(ValueError):
+class QuestionError(ConfigError):
     """A question that cannot be asked."""
 
 

@@ -20,15 +20,16 @@ from rich.console import Console
 
 from dgpo.agent.episode import Search
 from dgpo.agent.plugins import open_search
-from dgpo.agent.search import RetrieverUnavailableError, check_health, read_token
+from dgpo.agent.search import check_health, read_token
 from dgpo.ask.asker import Asker
 from dgpo.ask.runs import AskedRun, find_run
 from dgpo.ask.terminal import answer_once, prompt_loop
 from dgpo.ask.web import PageFacts, listen, serve
 from dgpo.checks import check_ask
-from dgpo.config.load import ConfigError, chosen, load_config
+from dgpo.config.load import chosen, load_config
 from dgpo.config.schema import Config
 from dgpo.engines.play import load_tokenizer, make_policy
+from dgpo.errors import ConfigError
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.pipeline.processes import Stages, retrieval_server
 
@@ -157,6 +158,6 @@ def _quiet() -> None:
 def _serves(config: Config, corpus: str) -> bool:
     try:
         health = check_health(config.retriever.url, token=read_token(config.retriever.token_file))
-    except (RetrieverUnavailableError, ValueError):
+    except ConfigError:
         return False
     return corpus in health.get("corpora", {})

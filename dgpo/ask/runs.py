@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgpo.config.load import ConfigError, chosen
+from dgpo.config.load import chosen
+from dgpo.errors import ConfigError
 from dgpo.pipeline import tiny
 from dgpo.runs.artifacts import MANIFEST
 from dgpo.runs.asking import ASKING, Asking, read_asking

@@ -12,9 +12,9 @@ from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model
 from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_values
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import writer
+from dgpo.errors import ConfigError
 from dgpo.hardware.checks import check_engine
 from dgpo.hardware.machine import check_start
 

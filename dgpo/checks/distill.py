@@ -6,9 +6,9 @@ from dgpo.checks.files import check_collection, check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model, check_teacher
 from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_optimizer, check_values
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
+from dgpo.errors import ConfigError
 from dgpo.hardware.machine import check_start
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import collection
-from dgpo.data.rows import DataError, check_ids, read_rows
-from dgpo.runs.artifacts import RunFolderExistsError
+from dgpo.data.rows import check_ids, read_rows
+from dgpo.errors import ConfigError, DataError
 from dgpo.runs.owner import refuse_if_owned
 
 
@@ -17,7 +16,7 @@ def check_stage_folder(config: Config, stage: str) -> None:
     folder = Path(config.run_dir) / stage
     refuse_if_owned(folder)
     if not config.resume and folder.is_dir() and any(folder.iterdir()):
-        raise RunFolderExistsError(f"{folder} exists: continue it with resume=true, or choose another run_dir")
+        raise ConfigError(f"{folder} exists: continue it with resume=true, or choose another run_dir")
 
 
 def is_assumed(config: Config, file: str | None) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from dgpo.agent.protocol import build_messages, encode_prompt
-from dgpo.config.load import ConfigError
 from dgpo.config.model_files import (
     HubUnreachableError,
     check_model_folder,
@@ -15,6 +14,7 @@ from dgpo.config.model_files import (
 )
 from dgpo.config.schema import Config
 from dgpo.config.stages import is_planned
+from dgpo.errors import ConfigError
 
 # What two tokenizers may have in other words and still do the same: Llama 3.1's template names a date, and Llama 3.2's
 # asks for today's where nobody passes one.

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dgpo.agent.plugins import ExtensionError, check_search
-from dgpo.agent.search import RetrieverUnavailableError, check_health, read_token
-from dgpo.config.load import ConfigError
+from dgpo.agent.plugins import check_search
+from dgpo.agent.search import check_health, read_token
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 
 HEALTH_TIMEOUT_S = 5.0
-
-
-def check_extension(check: Callable[[Any], object], argument: Any) -> None:
-    try:
-        check(argument)
-    except ExtensionError as error:
-        raise ConfigError(" ".join(str(error).split())) from None
 
 
 def check_retriever(config: Config, rows: Sequence[Mapping[str, Any]], notes: list[str]) -> None:
@@ -26,13 +19,10 @@ def check_retriever(config: Config, rows: Sequence[Mapping[str, Any]], notes: li
         notes.append("the search was not tried: the plan is for another machine")
         return
     if config.retriever.backend:
-        check_extension(check_search, config.retriever)
+        check_search(config.retriever)
         return  # it has no server, and does not name its corpora
-    try:
-        token = read_token(config.retriever.token_file)
-        health = check_health(config.retriever.url, timeout_s=HEALTH_TIMEOUT_S, token=token)
-    except (RetrieverUnavailableError, ValueError) as error:
-        raise ConfigError(str(error)) from None
+    token = read_token(config.retriever.token_file)
+    health = check_health(config.retriever.url, timeout_s=HEALTH_TIMEOUT_S, token=token)
     served = health.get("corpora")
     if served is None:
         return  # another server of the same protocol: it has one corpus and does not name it

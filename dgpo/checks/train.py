@@ -7,12 +7,12 @@ from omegaconf import OmegaConf
 from dgpo.agent.plugins import load_reward
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model, check_teacher
-from dgpo.checks.search import check_extension, check_retriever
+from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_optimizer, check_values
-from dgpo.config.load import ConfigError
 from dgpo.config.methods import rl_conflict
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
+from dgpo.errors import ConfigError
 from dgpo.hardware.checks import check_engine, check_training
 from dgpo.hardware.machine import check_start
 
@@ -35,7 +35,7 @@ def check_train(config: Config) -> list[str]:
     _check_stability(config)
     _check_updates(config)
     if config.train.reward:
-        check_extension(load_reward, config.train.reward)
+        load_reward(config.train.reward)
     _check_raw_keys(config)
     conflict = rl_conflict(config)
     if conflict:

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from dgpo.agent.modes import MODES
-from dgpo.config.load import ConfigError
 from dgpo.config.methods import ALGORITHMS, GATES, INIT_KL_FORMS, TEACHER_FORMS
 from dgpo.config.schema import Config
 from dgpo.config.stages import STAGES
+from dgpo.errors import ConfigError
 
 CHOICES: dict[str, Collection[str]] = {
     "hardware.platform": ("cuda", "cpu"),

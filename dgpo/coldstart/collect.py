@@ -20,7 +20,6 @@ from dgpo.agent.trajectory import Trajectory, write_trajectories
 from dgpo.checks import check_collect
 from dgpo.checks.collect import served_model
 from dgpo.checks.files import is_assumed
-from dgpo.coldstart.errors import NothingKeptError
 from dgpo.coldstart.filter import end_at_answer, keep_correct, tail_counts
 from dgpo.coldstart.oracle import OraclePolicy
 from dgpo.coldstart.transcripts import read_transcripts
@@ -32,6 +31,7 @@ from dgpo.data.rows import read_rows
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
 from dgpo.engines.http_policy import HttpPolicy
 from dgpo.engines.play import load_tokenizer, play_model, play_policy
+from dgpo.errors import DgpoError
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.runs.artifacts import prepare_run_folder, write_manifest
 from dgpo.runs.identity import file_identity, model_identity, retriever_identity
@@ -52,10 +52,9 @@ def collect(config: Config) -> Path | None:
         The stage's folder, or None for a dry run.
 
     Raises:
-        ConfigError: from the checks, before the engine starts; or `resume=true` under other settings.
-        NothingKeptError: no episode was kept.
-        RunFolderExistsError: another command works in the folder.
-        SearchOutageError: the retriever failed too often; `resume=true` continues.
+        ConfigError: from the checks, before the engine starts; `resume=true` under other settings; or another command
+            works in the folder.
+        DgpoError: no episode was kept; or the retriever failed too often, and `resume=true` continues.
     """
     notes = check_collect(config)
     file = config.data.collect_file or ""
@@ -129,7 +128,7 @@ def _collect(config: Config, rows: Sequence[Mapping[str, Any]], folder: Path) ->
         print(f"{name}: {count:,}")
     if not kept:
         reasons = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        raise NothingKeptError(
+        raise DgpoError(
             f"no episode was kept of {total} ({reasons}), so that there is nothing to distil: look at what was played "
             f"in {folder}, and take a stronger teacher, or collect.from=oracle"
         )

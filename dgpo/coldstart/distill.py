@@ -21,8 +21,9 @@ from dgpo.coldstart.ranks import run_on_ranks
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.config.stages import collection, initial_model, stage_model
-from dgpo.data.rows import DataError, read_rows, row_id, row_question
+from dgpo.data.rows import read_rows, row_id, row_question
 from dgpo.engines.environment import export_environment
+from dgpo.errors import DataError
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.runs.artifacts import prepare_run_folder, read_manifest, write_manifest
 from dgpo.runs.identity import file_identity, model_identity, retriever_identity
@@ -41,11 +42,11 @@ def distill(config: Config) -> Path | None:
         The stage's folder, or None for a dry run.
 
     Raises:
-        ConfigError: from the checks, before any model is loaded; or `resume=true` under other settings.
-        RunFolderExistsError: another command works in the folder.
-        ManifestError: the collection did not finish, or was changed since.
-        DivergedError: the loss or its gradient is not finite.
-        SearchOutageError: of `distillm`, the retriever failed too often; `resume=true` continues.
+        ConfigError: from the checks, before any model is loaded; `resume=true` under other settings; or another command
+            works in the folder.
+        DataError: the collection did not finish, or was changed since.
+        DgpoError: the loss or its gradient is not finite; or, with `distillm`, the retriever failed too often, and
+            `resume=true` continues.
     """
     notes = check_distill(config)
     collected = collection(config)

@@ -130,5 +130,5 @@ class StepBatches(Sampler[list[int]]):
 
 
 def num_micro_batches(batch_size: int, micro_batch_size: int, num_ranks: int) -> int:
-    """Of each rank in each step."""
+    """Micro-batches that each rank computes in a step."""
     return ceil(ceil(batch_size / num_ranks) / micro_batch_size)

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dgpo.coldstart.errors import RankLostError
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import with_absolute_paths
 from dgpo.engines import ray_cluster
+from dgpo.errors import ConfigError, DgpoError
 from dgpo.runs.stopping import filed_on_request
 
 RESOURCES_TIMEOUT_S = 60.0
@@ -39,7 +38,7 @@ def run_on_ranks(work: Callable[..., Any], config: Config, *, folder: Path) -> A
 
     Raises:
         ConfigError: the cluster has fewer GPUs than configured.
-        RankLostError: the process of a rank died.
+        DgpoError: the process of a rank died.
         Exception: what `work` raised, of the first rank that failed; the others are ended.
     """
     num_ranks = config.hardware.num_nodes * config.hardware.gpus_per_node
@@ -95,7 +94,7 @@ def _run(work: Callable[..., Any], config: Config, num_ranks: int) -> Any:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayActorError as error:
-        raise RankLostError(f"a rank died ({' '.join(str(error).split())}); resume=true continues") from error
+        raise DgpoError(f"a rank died ({' '.join(str(error).split())}); resume=true continues") from error
     finally:
         for actor in ranks:
             ray.kill(actor)
@@ -103,7 +102,7 @@ def _run(work: Callable[..., Any], config: Config, num_ranks: int) -> Any:
 
 class _Rank:
     def free_address(self) -> tuple[str, int]:
-        """Of this rank's node, for the others to meet at."""
+        """An address of this rank's node at which the others meet."""
         import ray
 
         with socket.socket() as probe:

@@ -21,13 +21,13 @@ from typing import Any, TypeVar
 
 from dgpo.agent.seeds import derive_seed
 from dgpo.agent.trajectory import Trajectory
-from dgpo.coldstart.errors import CheckpointMismatchError
 from dgpo.coldstart.examples import TrainingExample
 from dgpo.coldstart.replay import AdaptiveSchedule, ReplayBuffer
 from dgpo.config.schema import Config
 from dgpo.engines.episode_runner import PlannedEpisode, forget_episodes, play_episodes
 from dgpo.engines.play import make_policy
 from dgpo.engines.vllm_policy import VllmPolicy
+from dgpo.errors import ConfigError
 from dgpo.files import atomic_write_text
 
 Result = TypeVar("Result")
@@ -119,10 +119,10 @@ class StudentEpisodes:
         atomic_write_text(self._state_file(folder), json.dumps({**state, "buffer": self.buffer.state()}))
 
     def load_state(self, folder: Path) -> None:
-        """Raises CheckpointMismatchError when the run had another number of ranks: each keeps a buffer of its own."""
+        """Raises ConfigError when the run had another number of ranks: each keeps a buffer of its own."""
         wrote = len(list(folder.glob("student_episodes_*.json")))
         if wrote != self.num_ranks:
-            raise CheckpointMismatchError(
+            raise ConfigError(
                 f"{folder} was written by {wrote} ranks, each with a replay buffer of its own, and cannot go on with "
                 f"{self.num_ranks}: go back to as many (hardware.num_nodes x hardware.gpus_per_node)"
             )

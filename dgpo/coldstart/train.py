@@ -27,10 +27,10 @@ from dgpo.coldstart.student_episodes import StudentEpisodes
 from dgpo.coldstart.trainer import DistillationTrainer
 from dgpo.config.schema import DistillConfig, HardwareConfig
 from dgpo.config.stages import MODEL_STEPS
+from dgpo.errors import StoppedOnRequestError
 from dgpo.files import atomic_write_text
 from dgpo.models.model_folders import write_generation_config
 from dgpo.runs.checkpoints import newest_whole, set_aside_later
-from dgpo.runs.stopping import StoppedOnRequestError
 
 CHECKPOINT = "checkpoint-"  # Hugging Face's name of one, before the step
 KEPT_CHECKPOINTS = 3  # the newest, the one before it in case that one is damaged, and the best
@@ -70,8 +70,8 @@ def train_on_examples(
 
     Raises:
         ValueError: unknown loss, missing teacher, or no examples.
-        CheckpointMismatchError: resuming `distillm` with another number of ranks.
-        DivergedError: the loss or its gradient is not finite.
+        ConfigError: resuming `distillm` with another number of ranks.
+        DgpoError: the loss or its gradient is not finite.
         StoppedOnRequestError: on a signal (`dgpo.runs.stopping`); the step in progress was finished and saved.
     """
     _check(settings, teacher, examples)
@@ -221,12 +221,12 @@ def _save_result(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBas
     """Writes a folder that vLLM serves as a search agent: its generation config carries the stop strings."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     # Whole on rank 0, also of a sharded model: every rank takes part.
-    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-    for name in model.all_tied_weights_keys if weights else ():
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else {}
+    for name in model.all_tied_weights_keys:
         weights.pop(name, None)  # gathered once more than it is kept
     if not trainer.is_world_process_zero():
         return
-    model.save_pretrained(folder, state_dict=weights)
+    model.save_pretrained(folder, state_dict=weights or None)
     tokenizer.save_pretrained(folder)
     write_generation_config(folder, fallback=model.config.to_dict())
 

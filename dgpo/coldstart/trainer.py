@@ -18,16 +18,16 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES, LossSettings, TokenLoss
 from dgpo.algorithms.fused_linear import fused_linear_loss
 from dgpo.algorithms.taid import TaidSchedule, TaidState, initial_state, update_state
-from dgpo.coldstart.errors import DivergedError
 from dgpo.coldstart.examples import IGNORE, StepBatches, TrainingExample, collate
 from dgpo.coldstart.metrics import StepClock
 from dgpo.coldstart.student_episodes import StudentEpisodes
 from dgpo.config.schema import DistillConfig
+from dgpo.errors import DgpoError
 from dgpo.files import atomic_write_text
 from dgpo.runs.checkpoints import seal
 from dgpo.runs.stopping import stop_requested
@@ -92,7 +92,7 @@ class DistillationTrainer(Trainer):
         # The loss below already divides by the number of trained tokens of the whole (accumulated) batch.
         self.model_accepts_loss_kwargs = True
         self.pad_token_id, self.settings, self.num_steps = pad_token_id, settings, num_steps
-        self.teacher = None if teacher is None else teacher.to(args.device).eval().requires_grad_(False)
+        self.teacher: Any = None if teacher is None else teacher.to(args.device).eval().requires_grad_(False)
         self.student_episodes = student_episodes
         self.taid = TaidSchedule(num_steps=num_steps, **asdict(settings.taid))
         self.taid_state = initial_state(self.taid)
@@ -133,14 +133,16 @@ class DistillationTrainer(Trainer):
         self._step_loss.zero_()
         parts = [next(epoch_iterator) for _ in range(num_batches)]
         if self.student_episodes is not None:
-            parts = self._choose_episodes(parts)
+            parts = self._choose_episodes(parts, self.student_episodes)
         batches = [collate(part, pad_token_id=self.pad_token_id) for part in parts]
         self._num_tokens = sum(len(example) for part in parts for example in part)
         return batches, self._get_num_items_in_batch(batches, device)
 
-    def _choose_episodes(self, parts: list[list[TrainingExample]]) -> list[list[TrainingExample]]:
+    def _choose_episodes(
+        self, parts: list[list[TrainingExample]], student_episodes: StudentEpisodes
+    ) -> list[list[TrainingExample]]:
         """The teacher's episodes as they came, or the student's in their place, in as many micro-batches."""
-        chosen = self.student_episodes.choose(
+        chosen = student_episodes.choose(
             [example for part in parts for example in part],
             step=self.state.global_step + 1,
             num_steps=self.num_steps,
@@ -198,6 +200,7 @@ class DistillationTrainer(Trainer):
         """
         batch = self._batch
         states = hidden[:, :-1][batch["kept"]]
+        teacher_head = None if self.teacher is None else self.teacher.get_output_embeddings().weight
 
         def total(token_loss: TokenLoss, rows: Any, *, with_teacher: bool) -> torch.Tensor:
             return fused_linear_loss(
@@ -208,7 +211,7 @@ class DistillationTrainer(Trainer):
                 targets=batch["targets"][rows],
                 denominator=batch["denominator"],
                 teacher_hidden=batch["teacher_hidden"][rows] if with_teacher else None,
-                teacher_head=self.teacher.get_output_embeddings().weight if with_teacher else None,
+                teacher_head=teacher_head if with_teacher else None,
                 chunk_size=self.settings.chunk_tokens,
             )
 
@@ -241,7 +244,7 @@ class DistillationTrainer(Trainer):
         loss /= self.args.world_size
         self.stopping = num_asked > 0
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise DivergedError(
+            raise DgpoError(
                 f"step {self.state.global_step + 1}: loss {loss:.4g}, gradient norm {float(grad_norm):.4g}, so the run "
                 "stopped before this update; the last checkpoint is kept. Look at the loss before it in metrics.jsonl, "
                 "lower distill.learning_rate or raise distill.warmup_ratio, and start again"
@@ -280,7 +283,7 @@ class DistillationTrainer(Trainer):
             self.student_episodes.observe(loss=loss, cross_entropy=cross_entropy)
         self.log({"held_out_loss": loss, "held_out_cross_entropy": cross_entropy})
         metrics = {"eval_loss": loss}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 
 GROUPS = ("world", "hardware", "recipe", "data", "pair", "experiment")
 # The user names the keys of these.
@@ -38,10 +39,6 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
 OmegaConf.register_new_resolver("cores", lambda ranks: max(1, len(os.sched_getaffinity(0)) // ranks), replace=True)
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run: the message says what is wrong, the value seen, and what to do."""
 
 
 def load_config(overrides: Sequence[str] = ()) -> Config:
@@ -116,7 +113,7 @@ def changed_settings(config: Config) -> list[str]:
 
 
 def recipe_settings(config: Config, section: str) -> list[str]:
-    """Of a section, each setting on which the paper and the schema differ: `key=value`, whose it is, and the other."""
+    """Each setting of a section on which paper and schema differ: `key=value`, whose it is, and the other."""
     paper = dict(_leaves(yaml.safe_load((CONFIG_DIR / "recipe" / "paper.yaml").read_text())))
     recommended, own = dict(_leaves(asdict(Config()))), dict(_leaves(asdict(config)))
     lines = []

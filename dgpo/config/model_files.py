@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dgpo.config.load import ConfigError
+from dgpo.errors import ConfigError
 
 
 class HubUnreachableError(ConfigError):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from dgpo.config.load import ConfigError
+from dgpo.errors import ConfigError
 
 # Command -> its arguments in order, with the release's defaults.
 ARGUMENTS = {
@@ -25,14 +25,16 @@ ARGUMENTS = {
 
 
 def with_positions(command: str, arguments: Sequence[str]) -> list[str]:
-    """Hydra overrides: the arguments without `=` as the ones that they stand for, then the others, which win.
+    """Hydra overrides: of `train` and `test` the arguments without `=` as what they stand for; the others, last, win.
 
     A bare command, with `DATA_ROOT` set, is the release's: all of its defaults.
 
     Raises:
         ConfigError: too many, or one after an override.
     """
-    expected = ARGUMENTS[command]
+    expected = ARGUMENTS.get(command)
+    if expected is None:
+        return list(arguments)
     num_first = next((i for i, argument in enumerate(arguments) if "=" in argument), len(arguments))
     given, overrides = list(arguments[:num_first]), list(arguments[num_first:])
     late = [argument for argument in overrides if "=" not in argument]

@@ -17,7 +17,7 @@ from typing import Any
 @dataclass
 class ModelConfig:
     path: str | None = None  # a Hugging Face folder or hub name
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run code that the model's repository brings; only for models that you trust
 
 
 @dataclass
@@ -46,9 +46,9 @@ class DataConfig:
 class HubFilesConfig:
     """Files of a data set on the Hugging Face hub; `repo` may be a mirror of yours."""
 
-    repo: str = ""
+    repo: str = ""  # the data set's name on the hub
     revision: str = "main"  # branch, tag or commit; download.json records the commit
-    files: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)  # what is fetched of it
     joined: str | None = None  # the files, one after the other, are one file of this name
 
 
@@ -94,12 +94,14 @@ class DownloadConfig:
 class PrepareConfig:
     """Question files and corpora (docs/data.md): the paper's sets, or, with `source` or `documents`, your own."""
 
-    out: str = "data/prepared"
-    overwrite: bool = False
+    out: str = "data/prepared"  # the folder to write
+    overwrite: bool = False  # replace what an earlier `prepare` wrote there
     benchmarks: str = "data/benchmarks"  # what download.what=[benchmarks] wrote: <set>/<split>.jsonl
+    # which of the paper's sets become test files
     test_sets: list[str] = field(
         default_factory=lambda: ["nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle"]
     )
+    # whose training questions make train.parquet
     train_sets: list[str] = field(default_factory=lambda: ["nq", "hotpotqa"])
     allow_other_sizes: bool = False  # than the published ones
     nq_annotations: str | None = None  # NQ's own jsonl, jsonl.gz, or a folder of them: the long answers
@@ -109,7 +111,7 @@ class PrepareConfig:
     documents: str | None = None  # a folder of .txt and .md files, or a jsonl: becomes corpus.jsonl
     passage_words: int = 100  # longer documents are cut
     passage_overlap: int = 0  # words that a passage repeats of the one before
-    # Of the paper's training questions, drawn by seed and taken out (at most a tenth): what `train` validates on
+    # Training questions drawn by seed and taken out (at most a tenth): what `train` validates on
     validation_questions: int = 1000
     max_bad_lines: int = 0  # more stop the command; up to here they are named, left out and counted
     drop_overlap: bool = False  # training questions that also stand in a test set
@@ -126,12 +128,12 @@ class EpisodeConfig:
     """Rules of one episode (method.md section 1); lengths in tokens of the policy's tokenizer."""
 
     max_turns: int = 4  # turns that may search; one last turn without search follows
-    max_turn_tokens: int = 500
-    max_prompt_tokens: int = 2048
+    max_turn_tokens: int = 500  # of one turn of the policy
+    max_prompt_tokens: int = 2048  # a longer one is refused before anything starts
     max_response_tokens: int = 4096  # all turns and all observations of the episode
     min_turn_tokens: int = 32  # an observation that leaves less than this for the next turn is not appended
-    topk: int = 3
-    max_passage_tokens: int = 160
+    topk: int = 3  # passages of a search
+    max_passage_tokens: int = 160  # of each passage that is shown
     max_query_chars: int = 1000  # E5 reads 256 tokens; longer queries are cut and counted
 
 
@@ -139,13 +141,13 @@ class EpisodeConfig:
 class RetrieverConfig:
     url: str = "http://127.0.0.1:8000"  # or several that serve the same, separated by commas
     token_file: str | None = None  # holds the servers' bearer token
-    timeout_s: float = 30.0
+    timeout_s: float = 30.0  # of one request
     max_retries: int = 4  # of a search that a server refuses or leaves unanswered
     max_outage_s: float = 300.0  # how long searches wait for servers that are gone to come back
     max_concurrency: int = 64  # requests in flight, of each process that plays episodes
     max_queries_per_request: int = 64  # searches that wait at the same time share requests
     max_failed_share: float = 0.05  # a step with a larger share of failed episodes stops the run, resumable
-    # Of a server on our own machine, for dry runs: 65 for a flat index of Wikipedia. None: not counted.
+    # What a server on our own machine holds, for dry runs: 65 for a flat index of Wikipedia. None: not counted.
     host_memory_gb: float | None = None
     gpu_memory_gb: float = 0.0  # that it takes of each of our GPUs, for dry runs
     backend: str | None = None  # "package.module:Class", a search of your own instead of the server (docs/extending.md)
@@ -156,17 +158,17 @@ class RetrieverConfig:
 class EngineConfig:
     """vLLM, as used by rollouts, collection and evaluation."""
 
-    dtype: str = "bfloat16"
-    enforce_eager: bool = False
+    dtype: str = "bfloat16"  # of weights and activations
+    enforce_eager: bool = False  # no CUDA graphs: a shorter start, slower steps
     tensor_parallel_size: int = 1  # GPUs of one node that hold one replica
     gpu_memory_utilization: float = 0.5  # of the whole GPU, for weights and KV cache, where models are trained beside
     gpu_memory_utilization_alone: float = 0.9  # where none is: collect, test, arcap, ask
     max_num_seqs: int = 256  # episodes that decode at once
-    max_num_batched_tokens: int = 8192
-    chunked_prefill: bool = True
+    max_num_batched_tokens: int = 8192  # of one step of the engine
+    chunked_prefill: bool = True  # long prompts are computed in parts, beside the episodes that decode
     concurrency: int = 512  # episodes in flight per engine
     turn_timeout_s: float = 3600.0  # outside RL: a turn that takes longer means that the engine hangs
-    worker_extension: str | None = None
+    worker_extension: str | None = None  # vLLM's: a class that its workers also are
     sleep: bool = True  # gives its GPU memory back while models are trained
     # The model runs in the process of vLLM's scheduler, which begins as a copy of the one that starts it and so imports
     # nothing again; one GPU per replica
@@ -180,12 +182,13 @@ class HardwareConfig:
 
     platform: str = "cuda"  # cuda | cpu
     gpu: str | None = "h200"  # a name in dgpo/hardware/known_gpus.py; None: no GPU to estimate for
-    num_nodes: int = 1
-    gpus_per_node: int = 8
+    num_nodes: int = 1  # machines of the run
+    gpus_per_node: int = 8  # of each machine
     host_memory_gb: float | None = 2000.0  # of a node; None: unknown
     dtype: str = "bfloat16"  # of parameters in the forward pass; the optimiser always keeps float32
-    attention: str = "flash_attention_2"
+    attention: str = "flash_attention_2"  # transformers' name: flash_attention_2 | sdpa | eager
     remove_padding: bool = True  # sequence packing
+    # activations are computed again in the backward pass: less memory, a third more work
     gradient_checkpointing: bool = True
     compile: bool = True  # torch.compile of entropy and losses
     micro_batch_size: int = 8  # sequences per GPU and forward: of distillation; of RL without max_tokens_per_gpu
@@ -216,17 +219,17 @@ class CollectConfig:
     # teacher | oracle (scripted, from golds and what the retriever returns) | transcripts (data.collect_file is then a
     # jsonl of other people's episodes as text). Also `collect.from` on the command line
     source: str = "teacher"
-    max_questions: int | None = None
-    samples_per_question: int = 1
-    temperature: float = 1.0
+    max_questions: int | None = None  # the first so many; None: all
+    samples_per_question: int = 1  # episodes of each
+    temperature: float = 1.0  # of the teacher's sampling
 
 
 @dataclass
 class TaidConfig:
     """TAID's target: the teacher's share of its logits rises from `t_start` to `t_end` (paper's values)."""
 
-    t_start: float = 0.4
-    t_end: float = 1.0
+    t_start: float = 0.4  # of the interpolation between student (0) and teacher (1)
+    t_end: float = 1.0  # where it ends
     alpha: float = 5e-4  # size of the adaptive increments
     momentum: float = 0.99  # of the loss's relative change
 
@@ -243,7 +246,7 @@ class StudentEpisodesConfig:
     # only, from the loss before training, which a student that starts untrained never reaches again.
     level_follows_down: bool = True
     buffer_size: int = 1000  # episodes kept for training more than once
-    temperature: float = 1.0
+    temperature: float = 1.0  # of the student's sampling
 
 
 @dataclass
@@ -262,14 +265,14 @@ class DistillConfig:
     jsd_beta: float = 0.5  # the teacher's share in jsd
     taid: TaidConfig = field(default_factory=TaidConfig)
     student_episodes: StudentEpisodesConfig = field(default_factory=StudentEpisodesConfig)  # of loss=distillm
-    epochs: int = 5
+    epochs: int = 5  # passes over the kept episodes
     max_steps: int | None = None  # instead of epochs
     batch_size: int = 64  # episodes per step, over all GPUs
     micro_batch_size: int | None = None  # episodes per GPU and forward; None: hardware.micro_batch_size
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-4  # at its highest
     warmup_ratio: float = 0.1  # of all steps
     min_learning_rate_share: float = 0.05  # of the learning rate, where its cosine ends
-    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.98])  # AdamW's
     weight_decay: float = 0.0  # AdamW's; not of biases and norms
     chunk_tokens: int = 128  # policy tokens whose full-vocabulary logits exist at once
     sharding: str = "none"  # of the student over the GPUs: none (DDP) | full (FSDP2)
@@ -301,19 +304,19 @@ class StabilityConfig:
 
     action: str = "warn"  # warn | stop | rollback
     measure_init_kl: bool = False  # KL to the initial policy without a penalty; init_kl_coef > 0 measures it anyway
-    patience: int = 3
+    patience: int = 3  # steps in a row that break a rule before it alarms
     window: int = 5  # steps in an early value, and in the moving averages of exact match and answer rate
     min_entropy: float = 0.01  # nats per policy token
     max_entropy_ratio: float = 3.0  # of its early value
     min_em_share: float = 0.5  # of its best moving average
     min_answered_share: float = 0.7  # of its best moving average
-    max_repeated_token_share: float = 0.5
-    max_truncated_turn_share: float = 0.5
+    max_repeated_token_share: float = 0.5  # of a step's policy tokens
+    max_truncated_turn_share: float = 0.5  # of a step's turns
     max_response_fill: float = 0.9  # of episode.max_response_tokens
     max_kl: float = 2.0  # nats per policy token, to the initial policy; to the teacher also
     max_kl_ratio: float = 4.0  # of its early value
     max_grad_norm_ratio: float = 10.0  # of its median so far
-    max_rollbacks: int = 2
+    max_rollbacks: int = 2  # of a run; then it stops
     rollback_learning_rate_scale: float = 0.5  # of the actor's learning rate, once per rollback
 
 
@@ -325,8 +328,8 @@ class PhaseLimitsConfig:
     rollout_s: float = 7200.0  # the episodes of a step; more than retriever.max_outage_s
     update_s: float = 7200.0  # scoring and both updates of a step
     sync_s: float = 900.0  # new weights into the engines
-    save_s: float = 3600.0
-    validate_s: float = 14400.0
+    save_s: float = 3600.0  # writing a checkpoint
+    validate_s: float = 14400.0  # playing data.validation_file
 
 
 @dataclass
@@ -335,24 +338,24 @@ class TrainConfig:
 
     init: str | None = None  # the checkpoint to start from; None: what `stages` says, else student.path
     algorithm: str = "ppo"  # ppo (GAE, critic) | grpo (group-relative, no critic) | gkd (the teacher term alone)
-    num_steps: int = 1000
+    num_steps: int = 1000  # of RL; a learning rate does not depend on it
     batch_size: int = 512  # questions of a step
     mini_batch_size: int = 256  # episodes of an update: a step makes batch_size * samples_per_question / this of them
-    samples_per_question: int = 1
-    temperature: float = 1.0
-    actor_learning_rate: float = 1e-6
+    samples_per_question: int = 1  # episodes of each question of a step: GRPO's group
+    temperature: float = 1.0  # of the policy's sampling; log-probs are of the same
+    actor_learning_rate: float = 1e-6  # after the warm-up
     actor_warmup_steps: int = 285  # linear from 0, then constant; the same however many steps are asked for
-    critic_learning_rate: float = 1e-5
-    critic_warmup_steps: int = 15
-    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    critic_learning_rate: float = 1e-5  # after the warm-up
+    critic_warmup_steps: int = 15  # linear from 0
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW's, of actor and critic
     weight_decay: float = 0.0  # AdamW's, of actor and critic
-    max_grad_norm: float = 1.0
-    clip_ratio: float = 0.2
+    max_grad_norm: float = 1.0  # gradients are scaled down to it
+    clip_ratio: float = 0.2  # PPO's epsilon
     dual_clip: float | None = 3.0  # cap of the ratio where the advantage is negative (arXiv 1912.09729); None: no cap
-    value_clip: float = 0.5
-    entropy_coef: float = 0.001
-    gamma: float = 1.0
-    gae_lambda: float = 1.0
+    value_clip: float = 0.5  # how far a value may move from the old one in an update
+    entropy_coef: float = 0.001  # of the entropy bonus
+    gamma: float = 1.0  # discount of rewards
+    gae_lambda: float = 1.0  # GAE's lambda
     init_kl_coef: float = 0.0  # of the penalty to the frozen initial policy (Search-R1: 0.001)
     # reward (Search-R1's PPO: sampled k1, in each token's reward) | loss (its GRPO: the low-variance k3, as a loss)
     init_kl_form: str = "reward"
@@ -367,7 +370,7 @@ class TrainConfig:
     # Steps whose checkpoints are kept besides, each as train/models/step_N. A later stage, as in the inverted order,
     # starts from the last of them instead of the last step.
     keep_steps: list[int] = field(default_factory=list)
-    validate_every: int = 200
+    validate_every: int = 200  # steps between validations
     log_episodes_every: int | None = 20  # steps between samples for train/episodes (docs/report.md); None: never
     num_logged_episodes: int = 8  # in a sample
     # The rollout's own log-probs as the old ones, in steps where a sample of episodes differs from the trainer's by at
@@ -404,7 +407,7 @@ class AskConfig:
     """`ask`: a checkpoint answers a question, and shows how."""
 
     model: str | None = None  # a checkpoint; None with world=tiny: the latest quickstart's
-    temperature: float = 0.0
+    temperature: float = 0.0  # 0: greedy
     mode: str = "agent"  # agent | rag | closed_book, as in test.modes
     prompt: str | None = None  # a template with {question}; None: Search-R1's, which the checkpoints were trained on
     corpus: str | None = None  # the retrieval server's named corpus; None: its default
@@ -435,7 +438,7 @@ class ReportConfig:
 class DryRunConfig:
     """`dry_run=true`: check everything, print placement, memory and time, start nothing. True and false in `if`."""
 
-    enabled: bool = False
+    enabled: bool = False  # check everything and print the plan; `dry_run=true` sets it
     assume: str | None = None  # a `hardware` group to plan for, on a machine that does not have it
 
     def __bool__(self) -> bool:
@@ -449,8 +452,8 @@ class Config:
     # wrote in this run_dir.
     stages: list[str] = field(default_factory=lambda: ["collect", "distill", "train"])
     table: str = "main"  # of `reproduce`: main | ablation | pairs | arcap | figures | teacher_time
-    seed: int = 1
-    resume: bool = False
+    seed: int = 1  # of questions' order, sampling and initial weights
+    resume: bool = False  # go on where the stage stopped, with the same settings
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

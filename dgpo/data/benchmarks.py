@@ -6,10 +6,9 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgpo.config.load import ConfigError
 from dgpo.data.lines import BadLines
 from dgpo.data.questions import Question, read_questions
-from dgpo.data.rows import DataError
+from dgpo.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Benchmark:
     has_evidence: bool = False
 
     def file(self, name: str) -> str:
-        """Of the test questions, in FlashRAG's layout."""
+        """The file of the test questions in FlashRAG's layout."""
         return f"{name}/{self.test_split}.jsonl"
 
 

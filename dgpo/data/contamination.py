@@ -19,9 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config, ContaminationConfig
 from dgpo.data.rows import read_rows, row_golds, row_id, row_question
+from dgpo.errors import ConfigError
 from dgpo.files import atomic_write_text
 from dgpo.metrics.exact_match import normalize_answer
 from dgpo.metrics.hits import answer_in_passages

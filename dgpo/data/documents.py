@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-from dgpo.config.load import ConfigError
 from dgpo.data.lines import BadLines, read_objects
 from dgpo.data.questions import contents
-from dgpo.data.rows import DataError
+from dgpo.errors import ConfigError, DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".html", ".htm")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz")

@@ -20,11 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dgpo.config.load import ConfigError
 from dgpo.config.model_files import is_hub_name
 from dgpo.config.schema import Config, HubFilesConfig
 from dgpo.data.benchmarks import PINS
-from dgpo.data.hub import DownloadError, HubFile, HubRevision, check, fetch, fetch_model, look_up, verified_sha256
+from dgpo.data.hub import HubFile, HubRevision, check, fetch, fetch_model, look_up, verified_sha256
+from dgpo.errors import ConfigError, DgpoError
 from dgpo.files import atomic_write_text
 
 ITEMS = ("corpus", "index", "train", "benchmarks", "models")
@@ -76,7 +76,7 @@ def download(config: Config, *, free_bytes: FreeBytes | None = None) -> None:
 
     Raises:
         ConfigError: no such item, data set, revision or file; a file that is there and is another.
-        DownloadError: no connection, too little space, or a wrong checksum.
+        DgpoError: no connection, too little space, or a wrong checksum.
     """
     settings = config.download
     unknown = [what for what in settings.what if what not in ITEMS]
@@ -129,7 +129,7 @@ def _targets(config: Config, what: str) -> list[Target]:
 
 
 def check_space(targets: Sequence[Target], free_bytes: FreeBytes) -> None:
-    """Raises `DownloadError`, with the numbers, where the missing bytes do not fit; file systems are counted apart."""
+    """Raises `DgpoError`, with the numbers, where the missing bytes do not fit; file systems are counted apart."""
     by_device: dict[int, list[Target]] = {}
     for target in targets:
         by_device.setdefault(_existing(target.path).stat().st_dev, []).append(target)
@@ -138,7 +138,7 @@ def check_space(targets: Sequence[Target], free_bytes: FreeBytes) -> None:
         needed, free = sum(target.missing for target in group), free_bytes(folder)
         if needed > free:
             parts = ", ".join(f"{target.path.name} {readable(target.missing)}" for target in group if target.missing)
-            raise DownloadError(
+            raise DgpoError(
                 f"the download needs {readable(needed)} more ({parts}), but {folder} has {readable(free)} free: free "
                 f"{readable(needed - free)}, or choose another download.folder or fewer download.what"
             )
@@ -183,7 +183,7 @@ def _grow(target: Target) -> str:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DownloadError(f"another process is downloading {target.partial}: wait for it, or stop it") from None
+            raise DgpoError(f"another process is downloading {target.partial}: wait for it, or stop it") from None
         whole, start = hashlib.sha256(), 0
         try:
             for part in target.parts:
@@ -191,7 +191,7 @@ def _grow(target: Target) -> str:
                 _say(f"{target.path}: checking {part.name}, {readable(part.size)}")
                 if not check(file, part, start=start, whole=whole):
                     file.truncate(start)
-                    raise DownloadError(
+                    raise DgpoError(
                         f"{part.name} of {target.source.repo} has another checksum than the hub names "
                         f"({part.checksum}): it was removed; run the same command again, or try another endpoint"
                     )
@@ -201,7 +201,7 @@ def _grow(target: Target) -> str:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise DownloadError(
+            raise DgpoError(
                 f"the disk is full: {target.partial} has {target.partial.stat().st_size:,} of {target.size:,} bytes; "
                 "make space and run the same command again, it goes on from there"
             ) from error

@@ -15,17 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dgpo.config.load import ConfigError
+from dgpo.errors import ConfigError, DgpoError
 
 # What a model's repository may hold besides its weights in safetensors: the same in other forms.
 OTHER_FRAMEWORKS = ["*.onnx", "onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "original/*", "*.gguf", "*.pth"]
 BLOCK_BYTES = 1 << 22
 LOOK_UP_TIMEOUT_S = 30.0
 SECONDS_PER_LINE = 30.0
-
-
-class DownloadError(RuntimeError):
-    """A download that stopped; the same command goes on from there unless the message says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ def look_up(repo: str, revision: str, files: Sequence[str], *, endpoint: str | N
 
     Raises:
         ConfigError: no such data set, revision or file.
-        DownloadError: the endpoint does not answer.
+        DgpoError: the endpoint does not answer.
     """
     import httpx
     from huggingface_hub import HfApi
@@ -117,9 +113,7 @@ def look_up(repo: str, revision: str, files: Sequence[str], *, endpoint: str | N
     except (HfHubHTTPError, httpx.HTTPError) as error:
         raise _no_answer(api.endpoint, error) from error
     if info.sha is None:
-        raise DownloadError(
-            f"{api.endpoint} does not name the commit of {repo}@{revision}: it has not the hub's layout"
-        )
+        raise DgpoError(f"{api.endpoint} does not name the commit of {repo}@{revision}: it has not the hub's layout")
     listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     missing = [name for name in files if name not in listed]
     if missing:
@@ -148,9 +142,7 @@ def _asked(api: Any, repo: str, commit: str, name: str) -> HubFile:
     except (HfHubHTTPError, httpx.HTTPError) as error:
         raise _no_answer(url, error) from error
     if metadata.size is None or metadata.etag is None:
-        raise DownloadError(
-            f"{url} has no size or no ETag, so nothing to check it by: choose another download.endpoint"
-        )
+        raise DgpoError(f"{url} has no size or no ETag, so nothing to check it by: choose another download.endpoint")
     return HubFile(name, metadata.size, metadata.etag)
 
 
@@ -160,7 +152,7 @@ def fetch(source: HubRevision, part: HubFile, file: BinaryIO, *, present: int) -
     A connection that breaks is taken up again where it broke, until five attempts in a row bring nothing.
 
     Raises:
-        DownloadError: it broke for good; what came stays in the file.
+        DgpoError: it broke for good; what came stays in the file.
         OSError: the disk is full.
     """
     import httpx
@@ -182,7 +174,7 @@ def fetch(source: HubRevision, part: HubFile, file: BinaryIO, *, present: int) -
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         came = file.tell() - start
-        raise DownloadError(
+        raise DgpoError(
             f"{part.name} of {source.repo} broke off after {came:,} of {part.size:,} bytes ({_reason(error)}): run the "
             "same command again, it goes on from there"
         ) from error
@@ -193,7 +185,7 @@ def fetch_model(repo: str, *, endpoint: str | None) -> str:
 
     Raises:
         ConfigError: no such model, or it is gated and its licence not accepted.
-        DownloadError: the hub does not answer, or refuses; the same command goes on from there.
+        DgpoError: the hub does not answer, or refuses; the same command goes on from there.
     """
     import httpx
     from huggingface_hub import snapshot_download
@@ -210,9 +202,7 @@ def fetch_model(repo: str, *, endpoint: str | None) -> str:
             f"{repo}: the hub has no such model, or hides it; correct the name, or log in (`hf auth login`)"
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        raise DownloadError(
-            f"{repo} did not come ({_reason(error)}): run the same command again, it goes on"
-        ) from error
+        raise DgpoError(f"{repo} did not come ({_reason(error)}): run the same command again, it goes on") from error
 
 
 def check(file: BinaryIO, part: HubFile, *, start: int, whole: Any) -> bool:
@@ -241,8 +231,8 @@ def verified_sha256(path: Path, parts: Sequence[HubFile]) -> str | None:
     return str(whole.hexdigest())
 
 
-def _no_answer(url: str, error: BaseException) -> DownloadError:
-    return DownloadError(f"{url} does not answer ({_reason(error)}): try again, or set download.endpoint")
+def _no_answer(url: str, error: BaseException) -> DgpoError:
+    return DgpoError(f"{url} does not answer ({_reason(error)}): try again, or set download.endpoint")
 
 
 def _reason(error: BaseException) -> str:

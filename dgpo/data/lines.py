@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dgpo.data.rows import DataError
+from dgpo.errors import DataError
 
 NUM_SHOWN = 10
 

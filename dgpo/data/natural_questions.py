@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from dgpo.config.load import ConfigError
 from dgpo.data.lines import BadLines, read_objects
 from dgpo.data.questions import Question, contents, question_key
+from dgpo.errors import ConfigError
 from dgpo.metrics.hits import answer_in_passages
 
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")

@@ -16,7 +16,8 @@ from dgpo.config.schema import Config
 from dgpo.data.documents import JSON_SUFFIXES, QUESTIONS, Document, passages, read_documents, write_corpus
 from dgpo.data.lines import BadLines
 from dgpo.data.questions import Question, question_rows, read_questions
-from dgpo.data.rows import DataError, write_rows
+from dgpo.data.rows import write_rows
+from dgpo.errors import DataError
 from dgpo.metrics.exact_match import normalize_answer
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import writing

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.data.benchmarks import BENCHMARKS, check_names, load_benchmark
 from dgpo.data.contamination import find_overlaps
@@ -21,7 +20,8 @@ from dgpo.data.documents import passages, read_documents, write_corpus
 from dgpo.data.lines import BadLines
 from dgpo.data.natural_questions import join_long_answers
 from dgpo.data.questions import SET_NAME, Question, question_rows, read_questions
-from dgpo.data.rows import DataError, row_id, row_question, write_rows
+from dgpo.data.rows import row_id, row_question, write_rows
+from dgpo.errors import ConfigError, DataError
 from dgpo.metrics.exact_match import normalize_answer
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import writing
@@ -34,9 +34,9 @@ def prepare(config: Config) -> Path:
     """Writes `prepare.out` and prints what it holds. Returns the folder.
 
     Raises:
-        ConfigError: settings that do not go together, unknown sets.
+        ConfigError: settings that do not go together, unknown sets; or the folder is there and `prepare.overwrite` is
+            not set, or it is not `prepare`'s own.
         DataError: a source that is missing, has unusable lines, or another size than published.
-        RunFolderExistsError: the folder is there and `prepare.overwrite` is not set, or it is not `prepare`'s own.
     """
     settings = config.prepare
     out = Path(settings.out)

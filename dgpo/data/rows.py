@@ -9,12 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dgpo.errors import DataError
 from dgpo.files import atomic_path
-
-
-class DataError(ValueError):
-    """A data file that cannot be used: names the file, the row, the field, what was seen and what was expected."""
-
 
 # The published training set keeps each question's ten source paragraphs in it: gigabytes that nothing reads.
 UNREAD_COLUMNS = frozenset({"metadata"})

@@ -6,13 +6,10 @@ import asyncio
 from collections.abc import Sequence
 
 from dgpo.agent.episode import Generation, Policy
+from dgpo.errors import DgpoError
 
-# Of vLLM and Ray, alone or as the cause of another one; neither has to be imported to know them.
+# Errors of vLLM and Ray, alone or as the cause of another one, by name: neither has to be imported.
 ENGINE_ERRORS = ("EngineDeadError", "ActorDiedError", "ActorUnavailableError", "RayActorError")
-
-
-class EngineLostError(RuntimeError):
-    """The engine died or hangs; what was finished is kept and the stage can be resumed."""
 
 
 class BoundedPolicy:
@@ -31,7 +28,7 @@ class BoundedPolicy:
         """As the policy's own.
 
         Raises:
-            EngineLostError: the engine died, or wrote no whole turn in time.
+            DgpoError: the engine died, or wrote no whole turn in time.
         """
         try:
             async with asyncio.timeout(self.turn_timeout_s) as bound:
@@ -41,14 +38,14 @@ class BoundedPolicy:
         except TimeoutError:
             if not bound.expired():
                 raise
-            raise EngineLostError(
+            raise DgpoError(
                 f"the engine wrote no turn within hardware.engine.turn_timeout_s={self.turn_timeout_s:g}: it hangs, or "
                 "the limit is too low. Finished episodes are kept; resume=true continues"
             ) from None
         except Exception as error:
             if not any(name in type(error).__name__ for name in ENGINE_ERRORS):
                 raise
-            raise EngineLostError(
+            raise DgpoError(
                 f"the engine died ({type(error).__name__}): killed, out of memory, or crashed; its output is above. "
                 "Finished episodes are kept; resume=true continues"
             ) from error

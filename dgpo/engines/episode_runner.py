@@ -19,17 +19,14 @@ from dgpo.agent.protocol import STOP_STRINGS, encode_prompt
 from dgpo.agent.seeds import derive_seed
 from dgpo.agent.trajectory import Trajectory, write_trajectories
 from dgpo.config.schema import Config
-from dgpo.data.rows import DataError, row_golds, row_id, row_question
+from dgpo.data.rows import row_golds, row_id, row_question
 from dgpo.engines.bounded_policy import BoundedPolicy
+from dgpo.errors import DataError, DgpoError
 from dgpo.runs.settings import SETTINGS, check_same, differences, read_settings, write_settings
 
 # Failures are judged against at least this many episodes, so that one early failure among many does not stop a run.
 MIN_EPISODES_FOR_SHARE = 50
 REPORT_EVERY_S = 10.0
-
-
-class SearchOutageError(RuntimeError):
-    """Too many episodes lost a search; what was finished is kept and the stage can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +133,8 @@ async def play_episodes(
         concurrency: episodes in flight; None: `hardware.engine.concurrency`, which is of one engine.
 
     Raises:
-        EngineLostError: the policy's engine died or hangs.
-        SearchOutageError: the share of episodes with a failed search exceeds `retriever.max_failed_share`.
+        DgpoError: the policy's engine died or hangs, or the share of episodes with a failed search exceeds
+            `retriever.max_failed_share`.
         ConfigError: the partial file was made under other settings.
     """
     partial = _Partial(path, settings)
@@ -176,7 +173,7 @@ async def play_episodes(
             num_failed += 1
             allowed = retriever.max_failed_share * max(len(finished), min(len(planned), MIN_EPISODES_FOR_SHARE))
             if num_failed > allowed:
-                raise SearchOutageError(
+                raise DgpoError(
                     f"{num_failed} of {len(finished)} episodes lost a search at {retriever.backend or retriever.url} "
                     f"(retriever.max_failed_share={retriever.max_failed_share}): start the retriever again and repeat "
                     f"the command with resume=true; {len(finished) - num_failed} finished episodes are kept"

@@ -15,7 +15,7 @@ import aiohttp
 
 from dgpo.agent.episode import Generation
 from dgpo.agent.trajectory import Origin
-from dgpo.engines.bounded_policy import EngineLostError
+from dgpo.errors import DgpoError
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
@@ -80,7 +80,7 @@ class HttpPolicy:
         """One turn.
 
         Raises:
-            EngineLostError: the server did not answer, after all retries, or refuses the request; resuming goes on.
+            DgpoError: the server did not answer, after all retries, or refuses the request; resuming goes on.
         """
         settings: dict[str, Any] = {
             "model": self.model,
@@ -101,7 +101,7 @@ class HttpPolicy:
         answer = await self._post({**settings, **extra, "prompt": token_ids, "logprobs": 0})
         choice = answer["choices"][0]
         if choice.get("token_ids") is None:
-            raise EngineLostError(f"{self.url} returned no `token_ids`: set teacher.url_ids=false for such a server")
+            raise DgpoError(f"{self.url} returned no `token_ids`: set teacher.url_ids=false for such a server")
         log_probs = (choice.get("logprobs") or {}).get("token_logprobs") or []
         return Generation(list(choice["token_ids"]), list(log_probs), choice.get("finish_reason") or "abort")
 
@@ -133,11 +133,11 @@ class HttpPolicy:
                         return self._counted(await response.json())
                     reason = f"status {response.status}: {' '.join((await response.text()).split())[:200]}"
                     if response.status not in RETRIED:
-                        raise EngineLostError(f"{self.url} refuses the teacher's turn ({reason}): see teacher.*")
+                        raise DgpoError(f"{self.url} refuses the teacher's turn ({reason}): see teacher.*")
                     wait = max(wait, float(response.headers.get("Retry-After") or 0))
             except (aiohttp.ClientError, TimeoutError) as error:
                 reason = f"{type(error).__name__}: {error}"
-        raise EngineLostError(
+        raise DgpoError(
             f"{self.url} did not answer {self.max_retries + 1} times ({reason}): start it again. Finished episodes are "
             "kept; resume=true continues"
         )

@@ -11,12 +11,12 @@ from typing import Any
 from dgpo.agent.episode import Policy
 from dgpo.agent.protocol import STOP_STRINGS
 from dgpo.agent.trajectory import Trajectory
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.config.stages import absolute
 from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
 from dgpo.engines.policy_pool import PolicyPool, num_engines
 from dgpo.engines.vllm_policy import VllmPolicy
+from dgpo.errors import ConfigError
 from dgpo.runs.identity import model_identity
 from dgpo.runs.stopping import cancelled_on_request
 

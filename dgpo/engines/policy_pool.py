@@ -15,7 +15,8 @@ from typing import Any
 from dgpo.agent.episode import Generation
 from dgpo.config.schema import HardwareConfig
 from dgpo.engines import ray_cluster
-from dgpo.engines.vllm_policy import EngineStartError, VllmPolicy
+from dgpo.engines.vllm_policy import VllmPolicy
+from dgpo.errors import DgpoError
 
 START_TIMEOUT_S = 3600.0  # of all engines; of waiting for the cluster's GPUs too
 STOP_TIMEOUT_S = 60.0
@@ -47,7 +48,7 @@ class PolicyPool:
         self._engines: list[Any] = []
 
     async def __aenter__(self) -> PolicyPool:
-        """Starts the engines side by side. Raises `EngineStartError` when one does not start."""
+        """Starts the engines side by side. Raises `DgpoError` when one does not start."""
         if not ray_cluster.is_connected():
             ray_cluster.connect(self.hardware, token_folder=Path(_token_folder().name), log_to_driver=False)
         import ray
@@ -61,7 +62,7 @@ class PolicyPool:
         except Exception as error:  # Ray wraps what the engine raised
             await self._stop()
             reason = " ".join(str(error).split())[-500:] or f"the engines did not start within {START_TIMEOUT_S:g} s"
-            raise EngineStartError(reason) from error
+            raise DgpoError(reason) from error
         return self
 
     async def __aexit__(

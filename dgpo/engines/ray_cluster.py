@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import HardwareConfig
 from dgpo.engines.environment import DEFAULTS
+from dgpo.errors import ConfigError
 
 TOKEN = "ray_token"
 CLAIM_TIMEOUT_S = 20.0
-# Of every process of ours in Ray. With the override on, Ray would hide the GPUs from actors that reserve none.
+# For every process of ours in Ray. With the override on, Ray would hide the GPUs from actors that reserve none.
 WORKER_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
 # Where models and logs go, from the user's shell to nodes whose Ray was started elsewhere. No secrets: Ray logs them.
 FORWARDED = ("HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "WANDB_MODE", "WANDB_DIR")

@@ -13,14 +13,11 @@ from dgpo.config.schema import HardwareConfig
 from dgpo.engines.environment import export_environment
 from dgpo.engines.turn_sampling import sampling_arguments
 from dgpo.engines.vllm_patches import run_in_process
+from dgpo.errors import DgpoError
 
 REAP_TIMEOUT_S = 5.0
 FIXED = "dgpo.engines.vllm_patches.FixedWeights"
 REPLACEABLE = "dgpo.engines.vllm_patches.ReplaceableWeights"
-
-
-class EngineStartError(RuntimeError):
-    """vLLM does not load the model."""
 
 
 class VllmPolicy:
@@ -77,7 +74,7 @@ class VllmPolicy:
         """Loads the model into a new engine (about 20 s on a CPU). Does nothing when it runs already.
 
         Raises:
-            EngineStartError: vLLM refuses the model, or the settings in `hardware.engine`.
+            DgpoError: vLLM refuses the model, or the settings in `hardware.engine`.
         """
         if self._engine is not None:
             return
@@ -91,7 +88,7 @@ class VllmPolicy:
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.engine_arguments()))
         except Exception as error:  # vLLM raises what its parts raise
             reason = " ".join(str(error).split())[:500]
-            raise EngineStartError(
+            raise DgpoError(
                 f"vLLM does not start with {self.model_path} ({type(error).__name__}: {reason}): check that it is a "
                 "complete checkpoint, and hardware.engine"
             ) from error

@@ -24,8 +24,9 @@ from dgpo.agent.protocol import render_observation, render_passages
 from dgpo.agent.trajectory import Trajectory
 from dgpo.checks import check_test
 from dgpo.config.schema import Config
-from dgpo.data.rows import DataError, row_gold_passages, row_golds, row_question
+from dgpo.data.rows import row_gold_passages, row_golds, row_question
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
+from dgpo.errors import DataError
 from dgpo.evaluation import upstream
 from dgpo.evaluation.arcap_chart import DIMENSIONS
 from dgpo.evaluation.paper import paper_arcap
@@ -62,9 +63,8 @@ def arcap(config: Config) -> Path | None:
         The stage's folder, or None for a dry run.
 
     Raises:
-        ConfigError: from the checks.
-        RunFolderExistsError: another command works in the folder.
-        SearchOutageError: the retriever failed too often; `resume=true` continues.
+        ConfigError: from the checks; or another command works in the folder.
+        DgpoError: the retriever failed too often; `resume=true` continues.
     """
     notes = check_test(config, "arcap")
     sets = read_test_sets(config)

@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from dgpo.errors import ConfigError
 from dgpo.evaluation.curves import RunCurves, read_curves, read_lines, series
 from dgpo.evaluation.scores import Score, average_samples, group_by, mean_of_sets
 from dgpo.evaluation.stale import stale_models
 from dgpo.files import atomic_write_text
 from dgpo.metrics.intervals import paired_bootstrap
 from dgpo.metrics.mcnemar import mcnemar_exact
-from dgpo.runs.artifacts import MANIFEST, RunFolderExistsError
+from dgpo.runs.artifacts import MANIFEST
 from dgpo.runs.summary import read_results, table_console
 
 STAGES = ("collect", "distill", "train", "test")
@@ -93,18 +94,27 @@ def to_markdown(tables: Sequence[Table], *, title: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_comparison(a: Path, b: Path, out: Path | None = None) -> Path:
-    """Prints the tables and writes them as Markdown, into `a` where no file is named. Returns the file's path.
+def write_comparison(arguments: Sequence[str]) -> Path:
+    """Prints the tables and writes them as Markdown. Returns the file's path.
+
+    Args:
+        arguments: two run folders, and out=FILE.md; without that the file goes into the first.
 
     Raises:
-        RunFolderExistsError: the file is there and is something else.
+        ConfigError: other arguments, or the file is there and is something else.
     """
-    path = out or a / f"compare_{b.name}.md"
+    folders = [Path(argument) for argument in arguments if "=" not in argument]
+    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if len(folders) != 2 or set(options) - {"out"}:
+        raise ConfigError(f"compare takes two run folders and out=FILE.md, not {' '.join(arguments) or 'nothing'}")
+    a, b = folders
+    path = Path(options["out"]) if "out" in options else a / f"compare_{b.name}.md"
     if path.exists() and SECTION not in path.read_bytes():
-        raise RunFolderExistsError(f"out={path} exists and is no comparison: choose another file")
+        raise ConfigError(f"out={path} exists and is no comparison: choose another file")
     tables = compare_runs(a, b)
     print_tables(tables)
     atomic_write_text(path, to_markdown(tables, title=f"{a} and {b}"))
+    print(f"written to {path}")
     return path
 
 
@@ -142,7 +152,7 @@ def _configurations(a: Path, b: Path) -> Table:
 def _stage_settings(folder: Path, stage: str) -> dict[str, Any]:
     """The settings and package versions that a stage recorded, by dotted key; empty where it did not run."""
     manifests = [folder / stage / MANIFEST, folder / stage / "model" / MANIFEST, *folder.glob(f"{stage}/*/{MANIFEST}")]
-    manifest = next((json.loads(path.read_text()) for path in manifests if path.exists()), {})
+    manifest: dict[str, Any] = next((json.loads(path.read_text()) for path in manifests if path.exists()), {})
     config = manifest.get("config") or {}
     unfinished = folder / stage / "config.yaml"
     if not config and unfinished.exists():

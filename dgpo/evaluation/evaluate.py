@@ -39,9 +39,8 @@ def evaluate(config: Config) -> Path | None:
         The stage's folder, or None for a dry run.
 
     Raises:
-        ConfigError: from the checks, before an engine starts.
-        RunFolderExistsError: another command works in the folder.
-        SearchOutageError: the retriever failed too often; `resume=true` continues.
+        ConfigError: from the checks, before an engine starts; or another command works in the folder.
+        DgpoError: the retriever failed too often; `resume=true` continues.
     """
     notes = check_test(config)
     everything = rows = read_test_sets(config)
@@ -82,7 +81,7 @@ def _evaluate(
         }
         for name, each in measured.items()
     }
-    results = {
+    results: dict[str, Any] = {
         "models": {name: {**model, "metrics": release_metrics(model)} for name, model in models.items()},
         "baseline": config.test.baseline,
         "difference_to_baseline": _compare_all(scores, config.test.baseline),

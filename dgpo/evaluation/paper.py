@@ -6,7 +6,7 @@ from __future__ import annotations
 
 SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 
-# Of no table of the paper, and in every one of ours: row -> how it is asked (dgpo/agent/modes.py).
+# Rows of every table of ours and of none of the paper's: row -> how it is asked (dgpo/agent/modes.py).
 BASELINES = {"closed_book": "closed_book", "rag": "rag", "closed_book_seqkd": "closed_book", "rag_seqkd": "rag"}
 ROWS = {
     "main": (

@@ -22,7 +22,7 @@ def finished_records(folder: Path, *, stage: str, settings: Mapping[str, Any]) -
     """`scores.jsonl` of a model that was finished under these settings; None, and no manifest any more, under others.
 
     Raises:
-        ManifestError: the folder is another stage's, or a file in it has changed.
+        DataError: the folder is another stage's, or a file in it has changed.
     """
     if not (folder / MANIFEST).exists():
         return None

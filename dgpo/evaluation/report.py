@@ -15,7 +15,9 @@ from typing import Any
 
 import yaml
 
-from dgpo.config.load import CONFIG_DIR, ConfigError, group_choices
+from dgpo.config.load import CONFIG_DIR, group_choices
+from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 from dgpo.evaluation.arcap_chart import arcap_section, read_arcap
 from dgpo.evaluation.browser import MAX_INLINE_BYTES
 from dgpo.evaluation.browser_section import browser_section
@@ -28,6 +30,15 @@ from dgpo.runs.artifacts import MANIFEST
 from dgpo.runs.summary import read_results
 
 PAGE = Path(__file__).parent / "page"
+
+
+def report(config: Config) -> None:
+    """Writes the page of `run_dir`, with the curves of `report.runs` over its own, and prints where it is."""
+    folder = Path(config.run_dir)
+    if config.dry_run:
+        print(f"dry run: {folder / 'report.html'} would be written from {folder}")
+        return
+    print(write_report(folder, [Path(run) for run in config.report.runs]))
 
 
 def write_report(folder: Path, others: Sequence[Path] = (), *, max_inline_bytes: int = MAX_INLINE_BYTES) -> Path:

@@ -11,9 +11,10 @@ from dgpo.agent.trajectory import Trajectory
 from dgpo.checks.files import is_assumed
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
-from dgpo.data.rows import DataError, by_source, read_rows
+from dgpo.data.rows import by_source, read_rows
 from dgpo.engines.episode_runner import PlannedEpisode, forget_episodes
 from dgpo.engines.play import load_tokenizer, play_model
+from dgpo.errors import DataError
 from dgpo.evaluation import upstream
 from dgpo.evaluation.records import finished_records, write_records
 from dgpo.evaluation.scores import Score
@@ -61,7 +62,7 @@ def sampling_temperature(config: Config) -> float:
 
 
 def load_tokenizers(config: Config) -> dict[str, Any]:
-    """Of every model, before one of them plays: a folder that is no checkpoint costs nobody's evaluation."""
+    """Every model's tokenizer, before one of them plays: a folder that is no checkpoint costs nobody's evaluation."""
     trusted = config.student.trust_remote_code
     return {name: load_tokenizer(path, trust_remote_code=trusted) for name, path in config.test.models.items()}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dgpo.runs.artifacts import ManifestError
+from dgpo.errors import DataError
 from dgpo.runs.identity import model_identity
 
 
@@ -23,5 +23,5 @@ def stale_models(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> list[
 def _is(checkpoint: str, weights: str) -> bool:
     try:
         return model_identity(checkpoint) == weights
-    except ManifestError:
+    except DataError:
         return False

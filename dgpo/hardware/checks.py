@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dgpo.config.load import ConfigError
 from dgpo.config.methods import has_exact_teacher
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 from dgpo.hardware.known_gpus import KNOWN_GPUS
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from dgpo.config.load import ConfigError
 from dgpo.config.model_files import hub_answers
 from dgpo.config.schema import AskConfig, Config
+from dgpo.errors import ConfigError, DgpoError
 from dgpo.hardware.machine import LEAST_SHARED_MEMORY, WITHOUT_FLASH_ATTENTION, Machine, check_driver, this_machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,8 +51,8 @@ class Finding:
     problem: str | None = None
 
 
-def doctor(config: Config) -> bool:
-    """Prints the findings as they come. Returns whether all is well."""
+def doctor(config: Config) -> None:
+    """Prints the findings as they come. Raises `DgpoError` unless all is well."""
     well = True
     machine = this_machine()
     for look in LOOKS:
@@ -60,7 +60,8 @@ def doctor(config: Config) -> bool:
             well = well and finding.problem is None
             mark, end = ("ok  ", "") if finding.problem is None else ("FIX ", f": {finding.problem}")
             print(f"{mark}{finding.name:12} {finding.text}{end}", flush=True)
-    return well
+    if not well:
+        raise DgpoError("not all is well, see the lines above")
 
 
 def _python(machine: Machine, config: Config) -> Iterator[Finding]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from dgpo.config.load import ConfigError, changed_settings, recipe_settings
+from dgpo.config.load import changed_settings, recipe_settings
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 from dgpo.hardware.budget import Models, find_gpu, is_on_this_node
 from dgpo.hardware.checks import check_engine, check_heads, check_training
 from dgpo.hardware.disk import DOWNLOAD, stage_disk

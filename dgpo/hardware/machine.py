@@ -11,8 +11,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 from dgpo.hardware.budget import find_gpu
 from dgpo.hardware.known_gpus import GIB
 

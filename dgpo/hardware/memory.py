@@ -10,8 +10,8 @@ from dgpo.hardware.shapes import ModelShape
 
 FLOAT32 = 4
 ADAM = 2 * FLOAT32  # two moments
-# Of one process on a GPU: CUDA context, cuBLAS workspaces. Of NCCL's channels and buffers, where GPUs talk. Share of
-# torch's own tensors that its allocator holds without using. Assumed: not measured by this project.
+# PROCESS: a CUDA context and cuBLAS workspaces. COMMUNICATION: NCCL's channels and buffers, where GPUs talk. Then the
+# share of torch's own tensors that its allocator holds without using. Assumed: not measured by this project.
 PROCESS = 0.75 * GIB
 COMMUNICATION = 1.0 * GIB
 ALLOCATOR_SLACK = 0.05

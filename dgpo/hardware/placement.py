@@ -9,7 +9,7 @@ from dgpo.config.schema import Config
 
 @dataclass(frozen=True)
 class Placement:
-    """Of one stage."""
+    """Where the processes of a stage lie."""
 
     nodes: int
     gpus: int  # per node

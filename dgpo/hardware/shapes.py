@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dgpo.config.load import ConfigError
 from dgpo.config.model_files import HubUnreachableError, model_file
 from dgpo.config.schema import Config
 from dgpo.config.stages import is_planned
+from dgpo.errors import ConfigError
 from dgpo.hardware.known_models import KNOWN_MODELS
 
 FAMILY = ("llama", "qwen2", "qwen3", "mistral")

@@ -56,7 +56,7 @@ def stage_throughput(config: Config, stage: str, models: Models, *, rows: int | 
 
 
 def gpu_hours(config: Config, stage: str) -> float | None:
-    """Of a whole stage, on the configured GPUs; None where a model's shape, or the GPU, is not known."""
+    """GPU hours of a whole stage on the configured GPUs; None where a model's shape, or the GPU, is not known."""
     models, _ = stage_models(config, stage)
     estimate = stage_throughput(config, stage, models) if models else None
     if estimate is None:

@@ -46,7 +46,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Of one stage."""
+    """How long a stage takes, and why."""
 
     seconds: dict[str, float]  # by part, of one step (RL) or of the whole stage
     steps: int  # 1 where `seconds` is the whole stage
@@ -108,7 +108,7 @@ def generation_s(config: Config, gpu: Gpu, shape: ModelShape, *, episodes: int, 
 
 
 def operations_per_token(shape: ModelShape, context: float) -> float:
-    """Of a forward pass: two per parameter, and attention over half of the context on average."""
+    """Operations of a forward pass: two per parameter, and attention over half of the context on average."""
     return 2 * shape.multiplied + 2 * shape.layers * shape.query_size * context
 
 

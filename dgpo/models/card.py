@@ -13,7 +13,8 @@ import yaml
 from dgpo.agent.protocol import SEARCH_R1_PROMPT, TEMPLATE_DATE
 from dgpo.algorithms.advantages import ALGORITHMS
 from dgpo.algorithms.selective_kl import GATES, TEACHER_FORMS
-from dgpo.data.rows import DataError, read_rows, row_question
+from dgpo.data.rows import read_rows, row_question
+from dgpo.errors import DataError
 from dgpo.models.licences import HUB_LICENCES, inherited, licence_of
 from dgpo.runs.artifacts import MANIFEST
 from dgpo.runs.identity import model_identity
@@ -151,7 +152,7 @@ def _facts(stage: str, manifest: Mapping[str, Any], config: Mapping[str, Any], s
 
 
 def _results(run: Path, stage: str) -> str:
-    """Of these very weights, from the run's test stage, whatever the folder was called that it tested."""
+    """The results of these very weights in the run's test stage, whatever the folder was called that it tested."""
     try:
         results = read_results(run)
     except FileNotFoundError:

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dgpo.config.load import ConfigError
 from dgpo.config.model_files import check_model_folder
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 from dgpo.files import atomic_write_text
 from dgpo.models.card import model_card
 from dgpo.runs.artifacts import MANIFEST, read_manifest, write_manifest
@@ -32,11 +32,10 @@ def export(config: Config) -> Path:
     What is there already, of the same weights, is pushed as it is, so that a push that failed can be repeated.
 
     Raises:
-        ConfigError: no finished stage with a model, a setting that is not understood, or `export.out` is of other
-            weights than those to be pushed.
-        RunFolderExistsError: `export.out` exists, and there is nothing to push.
-        ManifestError: the model was changed since it was written.
-        PushError: the hub refuses, or cannot be reached.
+        ConfigError: no finished stage with a model, a setting that is not understood, or `export.out` exists: nothing
+            is to be pushed, or it is of other weights.
+        DataError: the model was changed since it was written.
+        DgpoError: the hub refuses, or cannot be reached.
     """
     settings = config.export
     if not settings.out:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgpo.config.load import ConfigError
+from dgpo.errors import ConfigError, DataError
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import writing
 from dgpo.runs.replacing import check_target
@@ -25,17 +25,18 @@ OPTIONS = ("checkpoint", "out", "dtype", "base", "trust_remote_code")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def import_checkpoint(options: Mapping[str, str]) -> Path:
+def import_checkpoint(arguments: Sequence[str]) -> Path:
     """Writes the model folder `out`.
 
     Args:
-        options: `checkpoint` and `out`; `dtype` of the weights (as they are); `base`, a model whose configuration and
-            tokenizer are taken where the checkpoint brings none; `trust_remote_code=true`.
+        arguments: `checkpoint=` and `out=`; `dtype=` of the weights (as they are); `base=`, a model whose configuration
+            and tokenizer are taken where the checkpoint brings none; `trust_remote_code=true`.
 
     Raises:
-        ConfigError: no such checkpoint, a critic's, an incomplete one, or one of another model than its configuration.
-        RunFolderExistsError: `out` exists.
+        ConfigError: no such checkpoint, a critic's, an incomplete one, or one of another model than its configuration;
+            or `out` exists.
     """
+    options = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
     unknown = sorted(options.keys() - set(OPTIONS))
     if unknown or not {"checkpoint", "out"} <= options.keys():
         raise ConfigError(
@@ -117,7 +118,7 @@ def _from_shards(folder: Path, dtype: str | None, base: str | None, trusted: boo
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from dgpo.models.lora import merge_adapters
-    from dgpo.models.shards import ShardError, load_shards, shard_paths, whole_tensors
+    from dgpo.models.shards import load_shards, shard_paths, whole_tensors
 
     logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)  # no process group is needed to read
     source = base or str(folder / "huggingface")
@@ -126,7 +127,7 @@ def _from_shards(folder: Path, dtype: str | None, base: str | None, trusted: boo
     try:
         shards = load_shards(shard_paths(folder))
         merged = merge_adapters(dict(whole_tensors(shards)), folder)
-    except ShardError as error:
+    except DataError as error:
         raise ConfigError(str(error)) from None
     state = {name: tensor.to(getattr(torch, dtype)) if dtype else tensor for name, tensor in merged.items()}
     config = AutoConfig.from_pretrained(source, trust_remote_code=trusted)

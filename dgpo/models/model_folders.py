@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.agent.protocol import STOP_STRINGS
-from dgpo.config.load import ConfigError
 from dgpo.config.model_files import safetensors_header
+from dgpo.errors import ConfigError
 from dgpo.files import atomic_write_text, share_as_umask_says
 
 GENERATION_CONFIG = "generation_config.json"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dgpo.errors import DgpoError
 from dgpo.runs.artifacts import MANIFEST
-
-
-class PushError(RuntimeError):
-    """The hub refuses or cannot be reached; the folder is there, and the same command pushes it again."""
 
 
 def push(folder: Path, repo: str, *, endpoint: str | None = None, private: bool = False) -> str:
@@ -21,7 +18,7 @@ def push(folder: Path, repo: str, *, endpoint: str | None = None, private: bool 
         endpoint: of the server; None: `HF_ENDPOINT`, or huggingface.co.
 
     Raises:
-        PushError: with the reason, and what to do.
+        DgpoError: with the reason, and what to do.
     """
     import httpx
     from huggingface_hub import HfApi, constants
@@ -42,11 +39,11 @@ def push(folder: Path, repo: str, *, endpoint: str | None = None, private: bool 
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         hint = "log in with `hf auth login`, or set HF_TOKEN" if status in (401, 403) else "check name and server"
-        raise PushError(f"{api.endpoint} refuses {repo} ({_first_line(error)}): {hint}") from error
+        raise DgpoError(f"{api.endpoint} refuses {repo} ({_first_line(error)}): {hint}") from error
     except HFValidationError as error:
-        raise PushError(f"export.push={repo} is no name of a repository, expected user/name") from error
+        raise DgpoError(f"export.push={repo} is no name of a repository, expected user/name") from error
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise PushError(
+        raise DgpoError(
             f"{folder} could not be pushed to {api.endpoint} ({_first_line(error)}); the same command tries again"
         ) from error
     return commit.commit_url

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from dgpo.config.load import ConfigError
+from dgpo.errors import ConfigError, exit_code
 from dgpo.models.model_folders import save_model_folder
 
 NAME = "SmolLM2-135M-Instruct"
@@ -59,4 +59,4 @@ def convert_smollm2(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    convert_smollm2(Path(sys.argv[1]))
+    sys.exit(exit_code("dgpo.models.smollm2", lambda: convert_smollm2(Path(sys.argv[1]))))

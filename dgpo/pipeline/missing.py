@@ -9,8 +9,8 @@ from pathlib import Path
 from dgpo.checks.files import check_rows
 from dgpo.checks.models import check_model
 from dgpo.checks.search import check_retriever
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 from dgpo.evaluation.paper import SETS
 from dgpo.pipeline.plan import Plan
 

@@ -18,11 +18,12 @@ from typing import Any
 from rich.markup import escape
 
 from dgpo.agent.trajectory import Trajectory, read_trajectories
-from dgpo.config.load import ConfigError, chosen, load_config
+from dgpo.config.load import chosen, load_config
 from dgpo.config.schema import Config
 from dgpo.config.stages import stage_model
 from dgpo.data.own import prepare_own
 from dgpo.data.rows import read_rows, row_question
+from dgpo.errors import ConfigError
 from dgpo.evaluation.records import read_records
 from dgpo.evaluation.scores import compare
 from dgpo.files import atomic_write_text
@@ -53,7 +54,7 @@ def own(arguments: Sequence[str]) -> Path | None:
     Raises:
         ConfigError: no folder, settings that do not go together, or no model to start from; nothing was started.
         DataError: the folder holds no usable documents or questions.
-        StageFailedError: a stage failed; the same command continues.
+        DgpoError: a stage failed; the same command continues.
     """
     started = time.perf_counter()
     folders = [argument for argument in arguments if "=" not in argument]
@@ -76,7 +77,7 @@ def own(arguments: Sequence[str]) -> Path | None:
         return None
     asked = [argument for argument in arguments if "=" in argument]
     check_settings(run / "own.json", {"folder": str(source.resolve()), "overrides": asked, "student": student})
-    stages = Stages(run, report_every_s=30)
+    stages = Stages(run, report_every_s=30, way_on="the same command continues")
     print(f"run folder: {run}   (logs: {stages.logs}); after a stop the same command continues", flush=True)
     with PeakMemory() as memory:
         counts = _prepare(source, run / "data", config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -14,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from dgpo.config.load import ConfigError
 from dgpo.engines.vllm_patches import die_with_parent
+from dgpo.errors import ConfigError, DgpoError
 from dgpo.files import atomic_write_text
 from dgpo.runs.artifacts import package_versions
 
@@ -26,20 +25,17 @@ TAIL_BYTES = 4096  # of a log, in which its last line is looked for
 LINE_WIDTH = 120
 
 
-class StageFailedError(RuntimeError):
-    """A stage ended with an error; the message holds the end of its log."""
-
-
 class Stages:
     """Runs stages as child processes: a log file each, progress on the console, wall times kept.
 
     Args:
         folder: of the run.
         report_every_s: how often the end of a running stage's log, which has its progress, is shown; None: never.
+        way_on: what to do after a failure, told below it.
     """
 
-    def __init__(self, folder: Path, *, report_every_s: float | None = None) -> None:
-        self.folder, self.report_every_s = folder, report_every_s
+    def __init__(self, folder: Path, *, report_every_s: float | None = None, way_on: str | None = None) -> None:
+        self.folder, self.report_every_s, self.way_on = folder, report_every_s, way_on
         self.wall_s: dict[str, float] = {}
         self.logs = folder / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -48,7 +44,7 @@ class Stages:
         """Runs the named commands side by side and waits for all of them.
 
         Raises:
-            StageFailedError: one failed; the others are stopped.
+            DgpoError: one failed; the others are stopped.
         """
         started = time.perf_counter()
         children = {name: self.start(name, command) for name, command in commands.items()}
@@ -63,7 +59,7 @@ class Stages:
                     del pending[name]
                     self.wall_s[name] = round(time.perf_counter() - started, 1)
                     if child.returncode != 0:
-                        raise StageFailedError(self.failure(name, child.returncode))
+                        raise self.failure(name, child.returncode)
                     print(f"[{_clock()}] {name} done in {self.wall_s[name]:.0f} s", flush=True)
                 if self.report_every_s and pending and time.perf_counter() - shown > self.report_every_s:
                     shown = time.perf_counter()
@@ -94,11 +90,12 @@ class Stages:
             lines = log.read().decode(errors="replace").replace("\r", "\n").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")[:LINE_WIDTH]
 
-    def failure(self, name: str, code: int) -> str:
+    def failure(self, name: str, code: int) -> DgpoError:
         """What a failed stage's user needs to see: its exit code and the end of its log."""
         path = self._log(name)
-        tail = "\n".join(path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
-        return f"stage {name} ended with exit code {code}; the end of {path}:\n{tail}"
+        tail = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        way_on = [self.way_on] if self.way_on else []
+        return DgpoError(f"stage {name} ended with exit code {code}; the end of {path}:", [*tail, *way_on])
 
 
 def check_settings(path: Path, now: Mapping[str, object]) -> None:
@@ -142,27 +139,12 @@ def retrieval_server(stages: Stages, indexes: Path, *, default: str) -> Iterator
     try:
         while not port_file.exists():
             if child.poll() is not None or time.perf_counter() - started > SERVER_START_TIMEOUT_S:
-                raise StageFailedError(stages.failure("retriever", child.poll() or -1))
+                raise stages.failure("retriever", child.poll() or -1)
             time.sleep(0.1)
         stages.wall_s["retriever"] = round(time.perf_counter() - started, 1)
         yield f"http://127.0.0.1:{port_file.read_text().strip()}"
     finally:
         stop(child)
-
-
-@contextlib.contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """Turns SIGTERM, and the SIGHUP of a closed terminal, into an exception: children of who is stopped stop too."""
-
-    def exit_(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, exit_) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 from dgpo.config.load import chosen, load_config
 from dgpo.config.schema import Config
 from dgpo.config.stages import stage_model
+from dgpo.errors import ConfigError
 from dgpo.evaluation.records import read_records
 from dgpo.files import atomic_write_text
 from dgpo.pipeline import tiny
 from dgpo.pipeline.processes import PeakMemory, Stages, python_module
-from dgpo.runs.artifacts import RunFolderExistsError
 from dgpo.runs.asking import write_asking
 from dgpo.runs.replacing import check_target
 from dgpo.runs.summary import read_results
@@ -32,9 +32,8 @@ def quickstart(overrides: Sequence[str] = ()) -> Path:
         The run folder, with `summary.json` and `report.html`.
 
     Raises:
-        StageFailedError: a stage failed.
-        ConfigError: an override is wrong; nothing was started.
-        RunFolderExistsError: the folder is there.
+        DgpoError: a stage failed.
+        ConfigError: an override is wrong, or the folder is there; nothing was started.
     """
     started = time.perf_counter()
     config = load_config([*tiny.OVERRIDES, *overrides])
@@ -48,7 +47,7 @@ def quickstart(overrides: Sequence[str] = ()) -> Path:
     try:
         folder.mkdir(parents=True)
     except FileExistsError:  # another quickstart was quicker
-        raise RunFolderExistsError(f"{folder} exists: choose another run_dir") from None
+        raise ConfigError(f"{folder} exists: choose another run_dir") from None
     stages = Stages(folder)
     print(f"run folder: {folder}   (logs: {stages.logs})", flush=True)
     with PeakMemory() as memory:

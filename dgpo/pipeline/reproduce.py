@@ -16,8 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dgpo.config.load import ConfigError, chosen, group_choices, load_config
+from dgpo.config.load import chosen, group_choices, load_config
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 from dgpo.evaluation.arcap_chart import ARCAP_FILE
 from dgpo.evaluation.paper import FIGURES, LABELS, MAIN_PAIR, RULES, TABLES, TEACHER_TIME, paper_value
 from dgpo.evaluation.records import read_records
@@ -49,10 +50,9 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
         The table as a Markdown file (figures: the last page), or None for a dry run, which prints the plan.
 
     Raises:
-        ConfigError: an override is wrong, the folder or a stage in it was made with other settings, or, of a dry run,
-            something is missing, all of which it lists; nothing was started.
-        RunFolderExistsError: another command works in the folder.
-        StageFailedError: a stage failed; the same command continues.
+        ConfigError: an override is wrong, the folder or a stage in it was made with other settings, another command
+            works in the folder, or, of a dry run, something is missing, all of which it lists; nothing was started.
+        DgpoError: a stage failed; the same command continues.
     """
     config = load_config(overrides)
     pairs = _pairs(config, overrides)
@@ -148,7 +148,7 @@ def _print_plan(pair: str, plan: Plan) -> None:
         config = stage.config
         hours = gpu_hours_range(config, stage.stage)
         totals = [total + (hours or (0.0, 0.0))[i] for i, total in enumerate(totals)]
-        before = getattr(getattr(config, stage.stage), "init", None)
+        before = getattr(getattr(config, stage.stage, None), "init", None)
         state = "done" if stage.is_done else "begun" if stage.has_begun else ""
         shown = [f"{value:.1f}" for value in hours] if hours else ["-", "-"]
         table.add_row(stage.name, before or "", *shown, state)

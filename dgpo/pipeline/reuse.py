@@ -19,7 +19,7 @@ from dgpo.runs.settings import check_same, differences
 
 
 def is_current(stage: PlannedStage) -> bool:
-    """Of a stage that has finished: whether it stands. A test of something else does not, and is to be run again.
+    """Whether a stage that has finished stands. A test of something else does not, and is to be run again.
 
     Raises:
         ConfigError: another stage was made of something else; it costs too much to be thrown away unasked.

@@ -32,6 +32,7 @@ from verl.utils.tracking import Tracking, ValidationGenerationsLogger
 from verl.workers.utils.padding import response_to_nested
 
 from dgpo.algorithms.advantages import ALGORITHMS
+from dgpo.errors import CollapseError, NonFiniteError, RunStoppedError, StoppedOnRequestError
 from dgpo.rl.episode_log import FIELDS as LOGGED_FIELDS
 from dgpo.rl.episode_log import EpisodeLog
 from dgpo.rl.metrics import episode_metrics, log_prob_disagreement, sampled_kl
@@ -48,16 +49,11 @@ from dgpo.runs.plain_values import load_plain
 from dgpo.runs.rollback import CHECKPOINT, METRICS, keep_last_good
 from dgpo.runs.run_state import DATALOADER, Record, append_record, begin_from, prune, save_whole
 from dgpo.runs.stability import CollapseDetector, choose_response
-from dgpo.runs.stopping import StoppedOnRequestError, stop_requested
-from dgpo.runs.stops import CollapseError, NonFiniteError, RunStoppedError
+from dgpo.runs.stopping import stop_requested
 from dgpo.runs.watchdog import Watchdog
 
 VALIDATION_SCORE = "validation/em"
 NUM_CHECKED = 16  # episodes of a step whose log-probs are computed before the rollout's are trusted for the others
-
-
-class TooManyFailedEpisodesError(RunStoppedError):
-    """More episodes failed than `retriever.max_failed_share` allows; the run was saved and can resume."""
 
 
 @dataclass(frozen=True)
@@ -233,9 +229,10 @@ class DGPOTrainer(PPOTrainerSync):
             return
         self._save_before_step()
         saved = f"Saved after step {self.global_steps}" if self.global_steps > 0 else "No step was made yet"
-        raise TooManyFailedEpisodesError(
+        raise RunStoppedError(
             f"{share:.0%} of this step's episodes failed (retriever.max_failed_share={limit}): "
-            f"the first {played.failures[0]}. {saved}; continue with resume=true"
+            f"the first {played.failures[0]}. {saved}; continue with resume=true",
+            kind="TooManyFailedEpisodesError",
         )
 
     def _old_log_probs(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:

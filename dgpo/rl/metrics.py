@@ -16,7 +16,7 @@ SHARES = {  # name -> (part, whole), counted over all episodes of the step
 
 
 def episode_metrics(scores: Sequence[dict[str, float]], *, max_response_tokens: int) -> dict[str, float]:
-    """Of the step's episodes, under `episode/`: means of every score, and the shares that tell of a collapse.
+    """What `episode/` holds of a step: means of every score, and the shares that tell of a collapse.
 
     Args:
         scores: of each episode, from `dgpo.agent.scoring`. A name that an episode lacks counts as 0 in it.

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dgpo.models.shards import ShardError, load_shards, saved_world_sizes, shard_paths, whole_tensor
+from dgpo.errors import DataError
+from dgpo.models.shards import load_shards, saved_world_sizes, shard_paths, whole_tensor
 from dgpo.runs.artifacts import MANIFEST
 from dgpo.runs.checkpoints import FileEntries, file_entries
 
@@ -24,7 +25,7 @@ def _check_content(folder: Path, rank: int) -> None:
     """Whoever can write to a run's folder must not run code in it: veRL would unpickle whatever the files hold.
 
     Raises:
-        ShardError: a file holds more than tensors and plain values.
+        DataError: a file holds more than tensors and plain values.
     """
     for kind in ("model", "optim", "extra_state"):
         paths = shard_paths(folder, kind)
@@ -32,7 +33,7 @@ def _check_content(folder: Path, rank: int) -> None:
 
 
 def own_entries(folder: str, *, rank: int) -> FileEntries:
-    """Of the files that a rank wrote: its shards, and on rank 0 what all share.
+    """Entries of the files that a rank wrote: its shards, and on rank 0 what all share.
 
     Made where the bytes still are in memory, by all ranks at once, and not by one process over a network.
     """
@@ -45,7 +46,7 @@ def load_rank(engine: Any, folder: str) -> None:
     """Loads this rank's part of model, optimiser, scheduler and random state into veRL's FSDP engine.
 
     Raises:
-        ShardError: the checkpoint is incomplete, or holds what must not be unpickled.
+        DataError: the checkpoint is incomplete, or holds what must not be unpickled.
     """
     manager = engine.checkpoint_manager
     _check_content(Path(folder), manager.rank)
@@ -102,7 +103,7 @@ class _Resharding:
 def _own_part(ranks: list[dict[str, Any]], name: str, *, like: torch.Tensor) -> Any:
     """This rank's part of a saved tensor, sharded as `like`; plain values and unsharded tensors as they are."""
     if name not in ranks[0]:
-        raise ShardError(f"the checkpoint has no {name}: it is of another model")
+        raise DataError(f"the checkpoint has no {name}: it is of another model")
     parts = [rank[name] for rank in ranks]
     if not isinstance(parts[0], torch.Tensor):
         return parts[0]

@@ -66,7 +66,8 @@ def _train(trainer_class: type, verl: Any, settings: TrainerSettings, watchdog: 
     pprint(OmegaConf.to_container(verl, resolve=True))
     OmegaConf.resolve(verl)
     transfer_queue.init(verl.transfer_queue)  # runs already, or fails as it did in its thread
-    trainer, succeeded = None, False
+    trainer: Any = None
+    succeeded = False
     try:
         trainer = trainer_class(verl, settings, watchdog)
         trainer.init()

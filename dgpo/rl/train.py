@@ -19,6 +19,7 @@ from dgpo.config.stages import initial_model, with_absolute_paths
 from dgpo.data.rows import read_rows
 from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
+from dgpo.errors import CollapseError, FaultError, RunStoppedError
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.rl.exports import export_models
 from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest
@@ -32,7 +33,6 @@ from dgpo.runs.replacing import check_target
 from dgpo.runs.rollback import CHECKPOINT, EVENTS, after_rollbacks, roll_back
 from dgpo.runs.settings import fixed_settings, record_or_check
 from dgpo.runs.stopping import filed_on_request
-from dgpo.runs.stops import CollapseError, FaultError, RunStoppedError
 
 # What veRL's workers expect of Ray's start (`verl.trainer.constants_ppo`, which takes seconds to import). A variable of
 # the shell wins.
@@ -47,10 +47,6 @@ VERL_ENVIRONMENT = {
 EXIT_GRACE_S = 20.0  # of a run's processes, from the end of their driver until they are killed
 
 
-class TrainingFailedError(RuntimeError):
-    """The trainer stopped; the message is the cause in one line."""
-
-
 def train(config: Config) -> Path | None:
     """Runs the RL stage.
 
@@ -58,9 +54,9 @@ def train(config: Config) -> Path | None:
         The folder of the final Hugging Face checkpoint, or None for a dry run.
 
     Raises:
-        ConfigError: from the checks, before Ray starts; or `resume=true` under other settings.
-        RunFolderExistsError: another command works in the folder.
-        TrainingFailedError: the run stopped; it can be resumed from its last checkpoint.
+        ConfigError: from the checks, before Ray starts; `resume=true` under other settings; or another command works
+            in the folder.
+        RunStoppedError: the run stopped; it can be resumed from its last checkpoint.
         StoppedOnRequestError: on a signal (`dgpo.runs.stopping`); the step in progress was finished and saved.
     """
     notes = check_train(config)
@@ -102,7 +98,7 @@ def _train(config: Config, folder: Path) -> Path:
     try:
         _run_with_restarts(config, folder)
         return export_models(config, folder, settings)
-    except TrainingFailedError as error:
+    except RunStoppedError as error:
         write_failure(folder, error)
         raise
 
@@ -145,8 +141,6 @@ def _run_with_restarts(config: Config, folder: Path) -> None:
         except FaultError as error:
             num_faults += 1
             config = _after_fault(config, folder, error, num_faults)
-        except RunStoppedError as error:
-            raise TrainingFailedError(str(error)) from error
 
 
 def _after_fault(config: Config, folder: Path, error: FaultError, num_faults: int) -> Config:
@@ -155,7 +149,7 @@ def _after_fault(config: Config, folder: Path, error: FaultError, num_faults: in
     message = f"{error}. The last checkpoint is of step {step}" if step else f"{error}. There is no checkpoint yet"
     print("\n".join(error.log), file=sys.stderr)
     if num_faults > config.train.max_restarts:
-        raise TrainingFailedError(f"{message}; resume=true continues") from error
+        raise RunStoppedError(f"{message}; resume=true continues") from error
     print(f"{message}; restart {num_faults} of {config.train.max_restarts}", file=sys.stderr, flush=True)
     return replace(config, resume=True)
 

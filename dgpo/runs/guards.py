@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dgpo.runs.stops import NonFiniteError
+from dgpo.errors import NonFiniteError
 
 NUM_NAMED = 4  # episodes named in a message
 

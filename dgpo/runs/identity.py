@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dgpo.agent.search import RetrieverUnavailableError, check_health, read_token, split_urls
-from dgpo.config.load import ConfigError
+from dgpo.agent.search import check_health, read_token, split_urls
 from dgpo.config.schema import RetrieverConfig
+from dgpo.errors import DataError
 from dgpo.files import atomic_write_text, file_sha256
-from dgpo.runs.artifacts import MANIFEST, ManifestError
+from dgpo.runs.artifacts import MANIFEST
 
 # Beside the weights, what decides which tokens a model reads and writes.
 MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
@@ -39,7 +39,7 @@ def model_identity(path: str) -> str:
         path: a Hugging Face folder, or a hub name, whose files are fetched where they are not in the cache yet.
 
     Raises:
-        ManifestError: a manifest seals the folder, and a file is not what it says.
+        DataError: a manifest seals the folder, and a file is not what it says.
     """
     folder = Path(path) if Path(path).is_dir() else _snapshot(path)
     names = _model_files(folder)
@@ -47,7 +47,7 @@ def model_identity(path: str) -> str:
     manifest, sealed = _seal(folder)
     for name, expected in sealed.items():
         if name in digests and digests[name] != expected:
-            raise ManifestError(
+            raise DataError(
                 f"{folder / name} has changed since {manifest} was written (SHA-256 {digests[name][:12]}.., expected "
                 f"{expected[:12]}..): restore it, or copy the folder to another place, without that manifest"
             )
@@ -71,10 +71,7 @@ def retriever_identity(retriever: RetrieverConfig, rows: Iterable[Mapping[str, A
     """
     if retriever.backend:
         return {"backend": retriever.backend, "options": dict(retriever.backend_options)}
-    try:
-        told = check_health(retriever.url, token=read_token(retriever.token_file))
-    except (RetrieverUnavailableError, ValueError) as error:
-        raise ConfigError(str(error)) from None
+    told = check_health(retriever.url, token=read_token(retriever.token_file))
     served, default = told.get("corpora", {}), told.get("default")
     searched = sorted({row["extra_info"].get("corpus") or default or "" for row in rows} or set(served))
     found = {name: served.get(name) or {} for name in searched}

@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dgpo.runs.artifacts import RunFolderExistsError
+from dgpo.errors import ConfigError
 
 BEAT_S = 10.0
 SILENT_S = 90.0  # after so long without a beat, an owner on another machine counts as dead
@@ -37,7 +37,7 @@ def owned(folder: Path) -> Iterator[None]:
     for `SILENT_S` seconds. A command whose own claim was taken over, because it was suspended for longer, ends at once.
 
     Raises:
-        RunFolderExistsError: a living command works there; names it.
+        ConfigError: a living command works there; names it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     claim, pid, over = _claim(folder), os.getpid(), threading.Event()
@@ -51,7 +51,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def refuse_if_owned(folder: Path) -> None:
-    """Raises `RunFolderExistsError` where a living command of this machine works in the stage folder."""
+    """Raises `ConfigError` where a living command of this machine works in the stage folder."""
     for claim in _claims(folder):
         if _lives_here(owner := _read(claim)):
             raise _refusal(folder, owner)
@@ -115,7 +115,7 @@ def _beat(claim: Path, folder: Path, over: threading.Event) -> None:
 
 
 def _claims(folder: Path) -> list[Path]:
-    """Of a stage folder, in ascending order."""
+    """The claims on a stage folder, in ascending order."""
     start = f"{folder.name}.owner."
     there = folder.parent.iterdir() if folder.parent.is_dir() else ()
     found = [path for path in there if path.name.startswith(start) and path.suffix[1:].isdecimal()]
@@ -194,7 +194,5 @@ def _named(owner: Mapping[str, Any]) -> str:
     return f"`{command}` on {owner['host']} (process {owner['pid']}, since {owner['since']})"
 
 
-def _refusal(folder: Path, owner: Mapping[str, Any]) -> RunFolderExistsError:
-    return RunFolderExistsError(
-        f"{folder} is in use by {_named(owner)}: wait for its end, stop it, or choose another run_dir"
-    )
+def _refusal(folder: Path, owner: Mapping[str, Any]) -> ConfigError:
+    return ConfigError(f"{folder} is in use by {_named(owner)}: wait for its end, stop it, or choose another run_dir")

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from dgpo.runs.artifacts import MANIFEST, RunFolderExistsError
+from dgpo.errors import ConfigError
+from dgpo.runs.artifacts import MANIFEST
 
 
 def check_target(
@@ -18,7 +19,7 @@ def check_target(
     flag: str | None = None,
     inputs: Iterable[str | Path | None] = (),
 ) -> None:
-    """Raises `RunFolderExistsError` unless `path` may become a stage's folder, whatever is there being deleted.
+    """Raises `ConfigError` unless `path` may become a stage's folder, whatever is there being deleted.
 
     It may where nothing is there, or an empty folder; with `replace` also a folder that the same stage finished, and
     that holds no file beside those of its manifest. It may never be or hold what the stage reads.
@@ -34,15 +35,15 @@ def check_target(
     place = path.resolve()
     for source in (Path(each).resolve() for each in inputs if each is not None):
         if source.exists() and place in (source, *source.parents):
-            raise RunFolderExistsError(f"{key}={path} holds what is read, {source}: choose another {key}")
+            raise ConfigError(f"{key}={path} holds what is read, {source}: choose another {key}")
     if not (path.exists() or path.is_symlink()) or (path.is_dir() and not any(path.iterdir())):
         return
     if not replace:
         way_out = f", or replace it with {flag}=true" if flag else ""
-        raise RunFolderExistsError(f"{path} exists: choose another {key}{way_out}")
+        raise ConfigError(f"{path} exists: choose another {key}{way_out}")
     reason = _foreign(path, stage)
     if reason:
-        raise RunFolderExistsError(f"{path} is not replaced: {reason}; move it away, or choose another {key}")
+        raise ConfigError(f"{path} is not replaced: {reason}; move it away, or choose another {key}")
 
 
 def _foreign(path: Path, stage: str) -> str | None:

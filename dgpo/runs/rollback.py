@@ -15,9 +15,9 @@ from typing import Any
 
 from dgpo.agent.seeds import derive_seed
 from dgpo.config.schema import Config
+from dgpo.errors import CollapseError
 from dgpo.files import atomic_write_text
 from dgpo.runs.checkpoints import checkpoint_steps
-from dgpo.runs.stops import CollapseError
 
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"

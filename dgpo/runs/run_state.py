@@ -22,19 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from dgpo.errors import RunStoppedError
 from dgpo.files import atomic_write_text
 from dgpo.runs.alarms import ALARMS
 from dgpo.runs.checkpoints import FileEntries, checkpoint_steps, file_entries, seal, steps_to_delete, writing
 from dgpo.runs.plain_values import load_plain
 from dgpo.runs.rollback import CHECKPOINT, TRACKER
-from dgpo.runs.stops import RunStoppedError
 
 Record = dict[str, float]
 DATALOADER, DRIVER = "data.pt", "driver.pt"
-
-
-class CheckpointNotSavedError(RunStoppedError):
-    """Writing a checkpoint failed; the one before is whole."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def save_whole(
         write_ranks: makes every rank write its part below a folder; the entries of what each wrote.
 
     Raises:
-        CheckpointNotSavedError: names the cause, and what the run can go on from.
+        RunStoppedError: names the cause, and what the run can go on from.
     """
     try:
         with writing(folder) as target:
@@ -90,9 +86,10 @@ def save_whole(
     except (OSError, RuntimeError) as error:
         before = [other for other in checkpoint_steps(folder.parent, CHECKPOINT) if other != step]
         kept = f"the one after step {before[-1]} is whole" if before else "there is none before it"
-        raise CheckpointNotSavedError(
+        raise RunStoppedError(
             f"the checkpoint after step {step} could not be written ({_reason(error)}); {kept}. When that is mended, "
-            "repeat the command with resume=true"
+            "repeat the command with resume=true",
+            kind="CheckpointNotSavedError",
         ) from error
     atomic_write_text(folder.parent / TRACKER, str(step))
 

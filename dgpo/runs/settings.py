@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 from dgpo.files import atomic_write_text
 from dgpo.runs.artifacts import MANIFEST, read_manifest
 
@@ -142,7 +142,7 @@ def is_finished(folder: Path, *, stage: str, settings: Mapping[str, Any]) -> boo
 
     Raises:
         ConfigError: it has, under others.
-        ManifestError: the folder is another stage's, or a file in it has changed.
+        DataError: the folder is another stage's, or a file in it has changed.
     """
     if not (folder / MANIFEST).exists():
         return False

@@ -13,17 +13,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-EXIT_STATUS = 75
+from dgpo.errors import StopRequested
+
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 REQUEST = "stop_requested"
 
 
-class StopRequested(BaseException):
-    """Ends the process like KeyboardInterrupt: nothing that retries or reports errors may catch it."""
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Turns SIGTERM, and the SIGHUP of a closed terminal, into an exception: children of who is stopped stop too."""
 
+    def exit_(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
 
-class StoppedOnRequestError(RuntimeError):
-    """A training that saved its state and ended on request; survives pickling between Ray's processes."""
+    before = {number: signal.signal(number, exit_) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ from typing import Any
 
 import ray
 
+from dgpo.errors import FaultError, RunStoppedError
 from dgpo.runs.faults import reason_of_death
-from dgpo.runs.stops import FaultError, RunStoppedError
 
 POLL_S = 1.0
 ANSWER_TIMEOUT_S = 60.0  # of an idle actor that is asked who it is

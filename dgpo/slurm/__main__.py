@@ -13,35 +13,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dgpo.config.load import ConfigError
+from dgpo.errors import ConfigError, DgpoError, exit_code
 from dgpo.files import atomic_write_text
 from dgpo.slurm.inputs import missing_inputs
 from dgpo.slurm.options import JobOptions, parse_options
 from dgpo.slurm.render import render, submission
 
 
-class SubmissionError(RuntimeError):
-    """sbatch refused a script; the jobs before it are cancelled."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 SLURM refused, 2 the command is wrong."""
-    try:
-        options = parse_options(arguments)
-        missing = missing_inputs(options)
-        if options.dry_run:
-            print(describe(options))
-        if missing:
-            raise ConfigError("missing: " + "; ".join(missing))
-        if not options.dry_run:
-            submit(options)
-    except ConfigError as error:
-        print(f"dgpo.slurm: {error}", file=sys.stderr)
-        return 2
-    except SubmissionError as error:
-        print(f"dgpo.slurm: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Returns the exit code (`dgpo.errors`): 0 done, 1 SLURM refused, 2 the command is wrong."""
+    return exit_code("dgpo.slurm", lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> None:
+    options = parse_options(arguments)
+    missing = missing_inputs(options)
+    if options.dry_run:
+        print(describe(options))
+    if missing:
+        raise ConfigError("missing: " + "; ".join(missing))
+    if not options.dry_run:
+        submit(options)
 
 
 def describe(options: JobOptions) -> str:
@@ -61,7 +53,7 @@ def submit(options: JobOptions) -> dict[str, str]:
         Job numbers by stage.
 
     Raises:
-        SubmissionError: sbatch is not there or refuses.
+        DgpoError: sbatch is not there or refuses.
     """
     jobs: dict[str, str] = {}
     for seed in options.seeds or (None,):
@@ -91,7 +83,7 @@ def _sbatch(command: Sequence[str], earlier: dict[str, str]) -> str:
     if failure:
         if earlier:
             subprocess.run(["scancel", *earlier.values()], check=False)
-        raise SubmissionError(f"{shlex.join(command)}: {failure}")
+        raise DgpoError(f"{shlex.join(command)}: {failure}")
     return result.stdout.strip().partition(";")[0]  # "job;cluster" where there are several
 
 

@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from dgpo.config.load import ConfigError
 from dgpo.config.model_files import check_model_folder
 from dgpo.config.stages import initial_model, is_planned
+from dgpo.errors import ConfigError
 from dgpo.slurm.options import JobOptions
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgpo.config.load import ConfigError, chosen, load_config
+from dgpo.config.load import chosen, load_config
 from dgpo.config.schema import Config
 from dgpo.config.stages import STAGES, stage_model
+from dgpo.errors import ConfigError
 
 MIN_LEAD_S = 120  # scripts/slurm/job.sh keeps 60 s of it for itself
 MAX_LEAD_S = 65535  # sbatch's own limit

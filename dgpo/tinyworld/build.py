@@ -65,7 +65,7 @@ def build_world(out: Path, settings: WorldSettings) -> dict[str, int]:
     """Write everything that the module's docstring lists below `out`; return counts. The same seed, the same files.
 
     Raises:
-        RunFolderExistsError: `out` exists.
+        ConfigError: `out` exists.
     """
     check_target(out, key="--out", stage="world", replace=False)
     with writing(out) as folder:

@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def settings(config: Config, model: str) -> dict[str, dict[str, object]]:
-    """Of both sides, and what they share."""
+    """What both sides share, and what each has for itself."""
     return {
         "both": {**greedy_policy(config, model).engine_arguments(), "environment": dict(config.hardware.env)},
         "ours": {

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def make_vectors(num_rows: int, dimension: int, seed: int) -> tuple[np.ndarray, 
     common, centres = 1.5 * noise(dimension), 0.6 * noise(max(1, num_rows // 50), dimension)
     rows = common + centres[rng.integers(len(centres), size=num_rows)] + 0.5 * noise(num_rows, dimension)
     queries = rows[rng.choice(num_rows, NUM_QUERIES)] + 0.4 * noise(NUM_QUERIES, dimension)
-    return tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (rows, queries))
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True), queries / np.linalg.norm(queries, axis=1, keepdims=True)
 
 
 def cpu_ms(work: Callable[[], object]) -> float:
@@ -65,7 +66,7 @@ def least_ms(ask: Callable[[Any], object], queries: Any, size: int) -> float:
     """CPU ms per query in batches of `size`: the least of eight, after one that is not counted."""
     batches = [queries[start : start + size] for start in range(0, min(len(queries), 8 * size), size)]
     ask(batches[0])
-    return min(cpu_ms(lambda batch=batch: ask(batch)) / len(batch) for batch in batches)
+    return min(cpu_ms(partial(ask, batch)) / len(batch) for batch in batches)
 
 
 class NoEncoder:
@@ -86,7 +87,8 @@ def measure(path: Path, index_type: str, choices: dict[str, Any], rows: np.ndarr
             )
         )
     scan, stored = open_scan(path, index_type, **choices)
-    index = DenseIndex(scan, NoEncoder(), num_rows=len(rows), rows=stored)
+    encoder: Any = NoEncoder()
+    index = DenseIndex(scan, encoder, num_rows=len(rows), rows=stored)
 
     def search(batch: np.ndarray) -> np.ndarray:
         return index.search([""] * len(batch), TOPK, query_vectors=batch)[0]

@@ -67,11 +67,11 @@ class Turn:
     p95_ms: float
     p99_ms: float
     cpu_ms: float
-    """Of the server's process tree, per query."""
+    """Processor time of the server's process tree, per query."""
     num_errors: int
     recall: float
     load_average: float
-    """Of the machine, over the last minute: how much else it had to do."""
+    """The machine's over the last minute: how much else it had to do."""
 
 
 class Questions:

@@ -205,14 +205,14 @@ def main() -> None:
 
     rows = []
     for setting in known:
-        cells = []
+        throughputs = []
         for num_clients in (64, 512, 4096):
             per_copy = max(1, num_clients // setting.num_copies)
             took_ms, latencies = simulate(per_copy, setting.batch_ms)
             qps = len(latencies) / took_ms * 1e3 * setting.num_copies
             settled = latencies[len(latencies) // 5 :] or [float("nan")]
-            cells.append(f"{number(qps)} ({number(float(np.percentile(settled, 99)))})")
-        rows.append([setting.name, *cells])
+            throughputs.append(f"{number(qps)} ({number(float(np.percentile(settled, 99)))})")
+        rows.append([setting.name, *throughputs])
     clients = [f"{num} clients" for num in (64, 512, 4096)]
     show("One query a request, simulated: queries per second (p99 in ms)", ["setting", *clients], rows)
 
@@ -224,8 +224,7 @@ def main() -> None:
             setting.batch_ms(min(MAX_BATCH, per_copy - done)) for done in range(0, per_copy, MAX_BATCH)
         )
         unbatched_ms = 4 * per_copy * setting.batch_ms(1)
-        cells = (singly_ms, together_ms, unbatched_ms)
-        rows.append([setting.name, *(number(cell / 1e3) for cell in cells)])
+        rows.append([setting.name, *(number(ms / 1e3) for ms in (singly_ms, together_ms, unbatched_ms))])
     columns = ["setting", "512 clients x 4", "4 requests of 512", "without batching"]
     show("The searches of one training step (512 episodes, 4 searches each), seconds", columns, rows)
 

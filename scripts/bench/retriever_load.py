@@ -29,7 +29,7 @@ class LoadResult:
     num_errors: int = 0
     """Requests with another status than 200, or none."""
     latencies_s: list[float] = field(default_factory=list)
-    """Of every request sent after the warm-up, also of those answered after the end."""
+    """One of every request sent after the warm-up, also of those answered after the end."""
     answers: list[tuple[tuple[int, ...], bytes]] = field(default_factory=list)
     """Query numbers and body of the answers kept for checking."""
 

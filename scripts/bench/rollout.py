@@ -98,7 +98,7 @@ class RolloutBench:
         )
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Of both loops, and what they share."""
+        """What both loops share, and what each has for itself."""
         limits = self.limits
         vocabulary = self.tokenizer.get_vocab()
         return {
@@ -149,7 +149,7 @@ class RolloutBench:
                 print(f"round {number}: {json.dumps(measured)}", flush=True)
         self._report(rounds)
 
-    async def _timed(self, loop: Any, number: int, search: DelayedClient) -> dict[str, float]:
+    async def _timed(self, loop: Any, number: int, search: Any) -> dict[str, float]:
         await self.policy.forget()
         first = number * self.options.num_episodes
         chosen = [self.planned[(first + i) % len(self.planned)] for i in range(self.options.num_episodes)]

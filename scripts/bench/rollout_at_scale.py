@@ -68,7 +68,7 @@ class Scenario:
 
 @dataclass
 class Outcome:
-    """Of one loop in one scenario; times are simulated."""
+    """What one loop did in one scenario; times are simulated."""
 
     wall_s: float
     num_generated: int
@@ -224,8 +224,10 @@ def _latency_s(scenario: Scenario, query: str) -> float:
 
 
 def engine_speed(model: str, gpu: str, *, max_num_seqs: int, max_num_batched_tokens: int) -> Speed:
-    """Of one GPU that holds the model, as the planning estimate has it."""
+    """The speed of one GPU that holds the model, as the planning estimate has it."""
     shape, card = known_shape(model), KNOWN_GPUS[gpu]
+    if shape is None:
+        raise SystemExit(f"--model {model}: not one of the known architectures (dgpo/hardware/known_models.py)")
     return Speed(
         decode_step_s=lambda number, context: decode_step_s(
             shape, card, episodes=number, context=context, value=BFLOAT16, size=1

@@ -58,7 +58,7 @@ def run_simulated(main: Coroutine[Any, Any, Any]) -> tuple[Any, float]:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one engine.
+    """How fast one engine is.
 
     Attributes:
         decode_step_s: seconds of a step for (sequences, mean context in tokens).

@@ -109,7 +109,7 @@ def covered_s(intervals: Sequence[tuple[float, float]]) -> float:
 
 
 def measure(train_folder: Path) -> list[dict[str, float]]:
-    """Of every step but the first: seconds by part, and what was done in it."""
+    """Every step but the first: seconds by part, and what was done in it."""
     records = {r["step"]: r for r in map(json.loads, (train_folder / "metrics.jsonl").read_text().splitlines())}
     spans = read_spans(train_folder / "timeline.jsonl")
     by_step = {step: [span for span in spans if span.step == step] for step in sorted(records)}
@@ -134,7 +134,7 @@ def measure(train_folder: Path) -> list[dict[str, float]]:
 
 
 def medians(results: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of every quantity. The checkpoint, which one step in several writes, is shown as what it takes there."""
+    """The median of every quantity. The checkpoint, written by one step in several, is shown as what it takes there."""
     table = {name: statistics.median(result[name] for result in results) for name in results[0]}
     saved = [result["checkpoint"] for result in results if result["checkpoint"] > 0]
     return table | {"checkpoint": statistics.median(saved) if saved else 0.0}

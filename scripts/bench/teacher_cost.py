@@ -67,7 +67,7 @@ def measuring_trainer() -> type:
             ]
             return sum(ray.get(calls))
 
-        def _measure(self, ways: Sequence[str], act: Any) -> None:
+        def _time_ways(self, ways: Sequence[str], act: Any) -> None:
             shift = self.global_steps % len(ways)
             record: dict[str, float] = {"step": self.global_steps}
             for way in [*ways[shift:], *ways[:shift]]:
@@ -90,7 +90,7 @@ def measuring_trainer() -> type:
                     chosen = batch.select_keys([batch.keys[row] for row in self._chosen(batch, way)])
                     self.teacher.score(chosen, self.actor_rollout_wg)
 
-                self._measure(("failed", "as run", "all"), score)
+                self._time_ways(("failed", "as run", "all"), score)
             return super()._teacher_log_probs(batch, played, metrics)
 
         def _update_actor(self, batch: Any, metrics: dict) -> Any:
@@ -104,13 +104,13 @@ def measuring_trainer() -> type:
                     tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
                     update(batch, {})
 
-                self._measure(("closed", "failed", "all"), gate_and_update)
+                self._time_ways(("closed", "failed", "all"), gate_and_update)
             return super()._update_actor(batch, metrics)
 
     return MeasuringTrainer
 
 
-def summarize(records: Sequence[dict[str, float]], steps: dict[int, float]) -> None:
+def summarize(records: Sequence[dict[str, float]], steps: dict[float, float]) -> None:
     """Prints medians over the steps, of which the first is left out."""
     kept = [record for record in records if record["step"] > 1]
     median = {name: statistics.median(record[name] for record in kept) for name in kept[0]}
@@ -146,7 +146,7 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     folder = options.folder.resolve()
 
-    task_runner.TaskRunner = MeasuringTaskRunner
+    task_runner.TaskRunner = MeasuringTaskRunner  # type: ignore[misc]
     os.environ.setdefault("RAY_worker_niceness", "0")
     with inputs(folder, overrides) as given:
         run_dir = folder / "teacher_cost"

@@ -16,9 +16,10 @@ from smoke.models import make_examples, make_model, make_tokenizer
 
 from dgpo.config.load import load_config
 from dgpo.config.schema import Config
+from dgpo.errors import StoppedOnRequestError
 from dgpo.hardware.budget import Models, distill_budget
 from dgpo.hardware.shapes import shape_from_config
-from dgpo.runs.stopping import REQUEST, StoppedOnRequestError
+from dgpo.runs.stopping import REQUEST
 
 STEPS = 5
 TINY = 2  # layers

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from smoke.checks import Checks
 
-from dgpo.config.load import ConfigError
+from dgpo.errors import ConfigError
 from dgpo.hardware.doctor import share_tensor
 from dgpo.hardware.machine import LEAST_SHARED_MEMORY, check_driver, this_machine
 

@@ -40,7 +40,7 @@ def save_model(name: str, folder: Path, *, seed: int, device: str) -> Path:
 
 
 def shape(name: str, *, device: str, layers: int | None = None) -> dict[str, Any]:
-    """Of a known model (`dgpo.hardware.known_models`), or, on the CPU, a small one of the same family."""
+    """The configuration of a known model (`dgpo.hardware.known_models`), on the CPU of a small one of its family."""
     settings = (
         dict(KNOWN_MODELS[name]) if device == "cuda" else {**SMALL, "model_type": KNOWN_MODELS[name]["model_type"]}
     )

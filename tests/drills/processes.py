@@ -82,13 +82,14 @@ class Retriever:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        from dgpo.agent.search import RetrieverUnavailableError, check_health
+        from dgpo.agent.search import check_health
+        from dgpo.errors import ConfigError
 
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
 
         def ready() -> bool:
-            with contextlib.suppress(RetrieverUnavailableError):
+            with contextlib.suppress(ConfigError):
                 check_health(self.url)
                 return True
             return False

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one drill.
+    """What came of one drill.
 
     Attributes:
         seconds: from the fault until the run worked again, or had ended with all its processes.

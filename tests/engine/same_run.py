@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import read_metrics
 
-# Of the same step, but of another moment.
+# Fields of the same step, but of another moment.
 OF_THE_MOMENT = ("timing", "perf", "actor/perf", "critic/perf", "actor/mfu", "critic/mfu")
 # How far vLLM's log-probs are from the trainer's: the last bits depend on what the engine's prefix cache held.
 OF_THE_ENGINE = ("training/rollout_probs_diff", "rollout/log_prob_diff")

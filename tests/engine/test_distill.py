@@ -208,7 +208,7 @@ def test_the_student_plays_with_the_weights_of_its_step(own_episodes, tiny_world
 
 
 def gap(model, trajectory):
-    """Of the log-probs that the engine sampled with, from the model's."""
+    """The distance of the log-probs that the engine sampled with from the model's."""
     ids = torch.tensor([trajectory.prompt_ids + trajectory.response_ids])
     with torch.no_grad():
         log_probs = model(ids).logits.log_softmax(-1)[0, len(trajectory.prompt_ids) - 1 : -1]

@@ -6,7 +6,8 @@ import pytest
 
 from dgpo.config.load import load_config
 from dgpo.engines.policy_pool import PolicyPool, num_engines
-from dgpo.engines.vllm_policy import EngineStartError, VllmPolicy
+from dgpo.engines.vllm_policy import VllmPolicy
+from dgpo.errors import DgpoError
 from tests.engine.test_vllm_policy import PROMPT, make_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -48,7 +49,7 @@ def test_a_second_pool_follows_in_the_same_process_and_names_an_engine_that_does
         async with PolicyPool(policy_maker(tmp_path / "none"), hardware=HARDWARE, size=2):
             pass
 
-    with pytest.raises(EngineStartError, match="none"):
+    with pytest.raises(DgpoError, match="none"):
         asyncio.run(start())
 
 

@@ -61,6 +61,7 @@ def stopped_run(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory)
         f"retriever.backend_options.path={tiny_world.folder / 'corpora'}",
         "train.reward=examples.format_reward:reward",
         "train.num_steps=5",
+        "train.actor_warmup_steps=0",  # a first step at rate 0 would leave the policy at its start
         "train.save_every=100",
         "train.stability.action=stop",
         "train.stability.patience=2",

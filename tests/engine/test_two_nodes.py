@@ -35,7 +35,7 @@ TWO_NODES = ["hardware.num_nodes=2", "hardware.gpus_per_node=1"]
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """Of a cluster of two nodes; its token is in the environment."""
+    """The address of a cluster of two nodes; its token is in the environment."""
     token = tmp_path_factory.mktemp("ray") / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))

@@ -37,7 +37,7 @@ def verl():
 
 
 def sender_and_receiver(verl, folder: Path, monkeypatch):
-    """Of the run in `folder`, as its trainer and its engine make them."""
+    """The two ends of the run in `folder`, as its trainer and its engine make them."""
     import torch
 
     from dgpo.rl.weight_sync import JOB, TaggedSender, tag_receiver
@@ -105,8 +105,9 @@ def test_only_the_runs_own_remains_are_removed(verl, tmp_path, monkeypatch):
 CLAIM_TWICE = """
 import sys
 from pathlib import Path
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
 from dgpo.engines import ray_cluster
+from dgpo.errors import ConfigError
 
 ray_cluster.CLAIM_TIMEOUT_S = 0.0
 folder = Path(sys.argv[1])

@@ -11,8 +11,8 @@ import time
 import pytest
 import ray
 
+from dgpo.errors import FaultError, RunStoppedError
 from dgpo.runs import watchdog as watchdogs
-from dgpo.runs.stops import FaultError, RunStoppedError
 from dgpo.runs.watchdog import Watchdog, run_watched
 
 pytestmark = pytest.mark.engine

@@ -286,3 +286,14 @@ def test_a_mapped_file_that_is_cut_short_does_not_end_the_server_without_a_word(
         reply = get(server.url + "/ready")
         assert (reply.status, reply.json["status"]) == (503, "rewritten")
         assert server.process.poll() is None
+
+
+def test_without_an_index_the_folder_of_the_environment_is_served(facts: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RETRIEVER_DATA_PATH", str(facts))
+    assert parse_options([], description="").indexes == {"words": facts / "words"}
+    monkeypatch.setenv("RETRIEVER_DATA_PATH", str(tmp_path))
+    with pytest.raises(RetrieverError, match=r"RETRIEVER_DATA_PATH=.* holds no index folder; .*retriever\.convert"):
+        parse_options([], description="")
+    monkeypatch.delenv("RETRIEVER_DATA_PATH")
+    with pytest.raises(RetrieverError, match="no --index NAME=FOLDER, and RETRIEVER_DATA_PATH is not set"):
+        parse_options([], description="")

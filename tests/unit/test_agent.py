@@ -11,7 +11,7 @@ import pytest
 import dgpo
 from dgpo import Agent, Answer
 from dgpo.ask.asker import QuestionError
-from dgpo.config.load import ConfigError
+from dgpo.errors import ConfigError
 from tests.unit.fake_model import ChatTokenizer, FakeModel
 from tests.unit.scripted import RecordingSearch
 from tests.unit.stubs import make_model

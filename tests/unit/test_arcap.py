@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dgpo.agent.trajectory import SearchRecord, Trajectory, read_trajectories
-from dgpo.data.rows import DataError
 from dgpo.engines.episode_runner import PlannedEpisode
+from dgpo.errors import DataError
 from dgpo.evaluation.arcap import arcap, gold_observation, score_arcap
 from dgpo.evaluation.arcap_chart import DIMENSIONS, arcap_section
 from tests.unit.fake_model import FakeModel, fake_config, make_question, use_model

@@ -5,8 +5,9 @@ import os
 import pytest
 
 from dgpo import __version__
+from dgpo.errors import ConfigError, DataError
 from dgpo.files import atomic_path, atomic_write_text
-from dgpo.runs.artifacts import ManifestError, RunFolderExistsError, prepare_run_folder, read_manifest, write_manifest
+from dgpo.runs.artifacts import prepare_run_folder, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -46,12 +47,12 @@ def test_a_full_disk_is_told_with_the_name_and_leaves_the_old_file(tmp_path):
 
 
 def test_a_folder_without_a_manifest_is_of_an_unfinished_stage(tmp_path):
-    with pytest.raises(ManifestError, match=r"manifest.json is missing: the stage 'collect' did not finish there"):
+    with pytest.raises(DataError, match=r"manifest.json is missing: the stage 'collect' did not finish there"):
         read_manifest(tmp_path, stage="collect")
 
 
 def test_another_stages_folder_is_refused(collected):
-    with pytest.raises(ManifestError, match="made by stage 'collect', expected 'filter'"):
+    with pytest.raises(DataError, match="made by stage 'collect', expected 'filter'"):
         read_manifest(collected, stage="filter")
 
 
@@ -59,14 +60,14 @@ def test_another_stages_folder_is_refused(collected):
 def test_a_changed_file_is_refused(collected, change):
     file = collected / "part" / "episodes.jsonl"
     file.write_text("[]\n") if change == "edit" else file.unlink()
-    with pytest.raises(ManifestError, match=r"episodes.jsonl is missing or changed"):
+    with pytest.raises(DataError, match=r"episodes.jsonl is missing or changed"):
         read_manifest(collected, stage="collect")
 
 
 @pytest.mark.parametrize("text", ["{", json.dumps({"stage": "collect"}), "[]"])
 def test_what_is_no_manifest_is_refused(collected, text):
     (collected / "manifest.json").write_text(text)
-    with pytest.raises(ManifestError, match="is no manifest"):
+    with pytest.raises(DataError, match="is no manifest"):
         read_manifest(collected, stage="collect")
 
 
@@ -74,14 +75,14 @@ def test_a_run_folder_is_never_taken_in_silence(tmp_path):
     folder = prepare_run_folder(tmp_path / "runs" / "a", resume=False)
     assert prepare_run_folder(folder, resume=False) == folder, "an empty folder is free"
     (folder / "metrics.jsonl").touch()
-    with pytest.raises(RunFolderExistsError, match=r"runs/a exists: continue it with resume=true"):
+    with pytest.raises(ConfigError, match=r"runs/a exists: continue it with resume=true"):
         prepare_run_folder(folder, resume=False)
     assert prepare_run_folder(folder, resume=True) == folder
 
 
 def test_a_file_in_the_place_of_a_run_folder_is_refused(tmp_path):
     (tmp_path / "a").touch()
-    with pytest.raises(RunFolderExistsError):
+    with pytest.raises(ConfigError):
         prepare_run_folder(tmp_path / "a", resume=False)
 
 

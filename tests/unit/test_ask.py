@@ -23,7 +23,8 @@ from dgpo.ask.asker import Asker, QuestionError, ending, sources, unknown_words
 from dgpo.ask.terminal import TerminalTrace, answer_once, printable, prompt_loop
 from dgpo.ask.trace import Piece, TagStream
 from dgpo.ask.web import PageFacts, make_app
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
+from dgpo.errors import ConfigError
 from dgpo.runs.asking import write_asking
 from tests.unit.fake_model import ChatTokenizer, ShelfSearch
 from tests.unit.scripted import RecordingSearch, ScriptedPolicy

@@ -3,7 +3,8 @@ import asyncio
 import pytest
 
 from dgpo.agent.episode import Generation
-from dgpo.engines.bounded_policy import BoundedPolicy, EngineLostError
+from dgpo.engines.bounded_policy import BoundedPolicy
+from dgpo.errors import DgpoError
 
 TURN = {"max_tokens": 1, "stop": (), "seed": None, "request_id": "1"}
 
@@ -31,12 +32,12 @@ async def test_a_turn_in_time_is_passed_on():
 
 
 async def test_an_engine_that_hangs_is_given_up():
-    with pytest.raises(EngineLostError, match=r"turn_timeout_s=0\.1: it hangs.*resume=true"):
+    with pytest.raises(DgpoError, match=r"turn_timeout_s=0\.1: it hangs.*resume=true"):
         await BoundedPolicy(Scripted(60), turn_timeout_s=0.1).generate([7], **TURN)
 
 
 async def test_an_engine_that_died_is_told_by_name():
-    with pytest.raises(EngineLostError, match=r"the engine died \(EngineDeadError\).*resume=true"):
+    with pytest.raises(DgpoError, match=r"the engine died \(EngineDeadError\).*resume=true"):
         await BoundedPolicy(Scripted(EngineDeadError()), turn_timeout_s=5).generate([7], **TURN)
 
 

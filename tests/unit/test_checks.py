@@ -7,9 +7,9 @@ import pytest
 
 from dgpo.__main__ import main
 from dgpo.checks import check_collect, check_distill, check_test, check_train
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
 from dgpo.data.rows import write_rows
-from dgpo.runs.artifacts import RunFolderExistsError
+from dgpo.errors import ConfigError
 from tests.unit.stubs import healthy_server, make_model, make_row
 
 
@@ -204,7 +204,7 @@ def test_an_unknown_platform_and_loss_are_refused(config):
 def test_a_stage_folder_that_exists_needs_resume(config, tmp_path, check, stage):
     (tmp_path / "run" / stage).mkdir()
     (tmp_path / "run" / stage / "file").touch()
-    refused(check, config, "resume=true", error=RunFolderExistsError)
+    refused(check, config, "resume=true", error=ConfigError)
     config.resume = True
     check(config)
 

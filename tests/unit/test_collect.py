@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dgpo.coldstart.collect import collect
-from dgpo.config.load import ConfigError
 from dgpo.data.rows import write_rows
+from dgpo.errors import ConfigError
 from tests.unit.fake_model import ChatTokenizer, FakeModel, fake_config, make_question, use_model
 
 SHELF = {"x": ['"X"\nx']}

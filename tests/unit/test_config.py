@@ -7,7 +7,6 @@ from dgpo.algorithms.selective_kl import TEACHER_FORMS
 from dgpo.config.load import (
     CONFIG_DIR,
     GROUPS,
-    ConfigError,
     changed_settings,
     config_keys,
     group_choices,
@@ -17,6 +16,7 @@ from dgpo.config.load import (
 )
 from dgpo.config.methods import teacher_coef
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 
 PRESETS = [(group, choice) for group in GROUPS for choice in group_choices(group)]
 LEFT_TO_THE_USER = {"h200x8xN": ["hardware.num_nodes=2"]}

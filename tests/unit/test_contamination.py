@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config, ContaminationConfig
 from dgpo.data.contamination import Overlap, check_rows, contamination, find_overlaps, markdown, table
 from dgpo.data.questions import Question, question_rows
 from dgpo.data.rows import write_rows
+from dgpo.errors import ConfigError
 
 
 def rows(*questions, source="own", split="test"):

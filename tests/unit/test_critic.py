@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
+from dgpo.errors import ConfigError
 from dgpo.hardware.checks import check_attention
 from dgpo.rl.train import own_critic
 from dgpo.tinyworld.models import ModelSize, make_model, save_model

@@ -14,13 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES
 from dgpo.coldstart.distill import LOSSES_WITHOUT_TEACHER, distill
-from dgpo.coldstart.errors import DivergedError
 from dgpo.coldstart.examples import StepBatches, TrainingExample, collate, split_held_out
 from dgpo.coldstart.train import train_on_examples
 from dgpo.coldstart.trainer import DistillationTrainer
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import DistillConfig, HardwareConfig
-from dgpo.runs.artifacts import RunFolderExistsError
+from dgpo.errors import ConfigError, DgpoError
 from dgpo.tinyworld.models import save_model
 from tests.distill_stage import EXAMPLES, tiny_model, tiny_tokenizer, write_stage
 
@@ -278,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tokenizer, tmp_path):
     model = tiny_model(tokenizer, 0)
     model.model.norm.weight.data[0] = math.nan
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(DivergedError, match=r"step 1: loss nan.*distill.learning_rate"):
+    with pytest.raises(DgpoError, match=r"step 1: loss nan.*distill.learning_rate"):
         run(tokenizer, tmp_path, model=model, max_steps=2)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name], equal_nan=True, rtol=0, atol=0)
@@ -382,7 +380,7 @@ def test_a_finished_stage_is_neither_repeated_nor_overwritten(tokenizer, tmp_pat
     config = write_stage(tmp_path, ["distill.max_steps=2"])
     folder = distill(config)
     written = (folder / "model" / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(RunFolderExistsError, match="resume=true"):
+    with pytest.raises(ConfigError, match="resume=true"):
         distill(config)
     assert distill(replace(config, resume=True)) == folder
     assert "finished already" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import pytest
 
 from dgpo.checks import check_distill
-from dgpo.config.load import ConfigError
+from dgpo.errors import ConfigError
 from tests.distill_stage import write_stage
 
 

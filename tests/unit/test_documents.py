@@ -2,10 +2,9 @@ import json
 
 import pytest
 
-from dgpo.config.load import ConfigError
 from dgpo.data.documents import Document, passages, read_documents
 from dgpo.data.lines import BadLines
-from dgpo.data.rows import DataError
+from dgpo.errors import ConfigError, DataError
 
 
 def texts(rows):

@@ -7,11 +7,10 @@ import pytest
 from huggingface_hub import constants
 
 from dgpo.__main__ import main
-from dgpo.config.load import ConfigError
 from dgpo.config.schema import Config
 from dgpo.data.benchmarks import PINS
 from dgpo.data.download import download
-from dgpo.data.hub import DownloadError
+from dgpo.errors import ConfigError, DgpoError
 from tests.unit.hub_server import serving
 
 ALL = ("corpus", "index", "train")
@@ -120,9 +119,7 @@ def test_a_stopped_download_goes_on_in_the_next_run(hub, tmp_path, monkeypatch, 
     hub.cuts = cuts
     # The server stays away after the cut, until the second run.
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: setattr(hub, "refused", True))
-    with pytest.raises(
-        DownloadError, match=rf"broke off after {broken_at:,} of .* bytes .*: run the same command again"
-    ):
+    with pytest.raises(DgpoError, match=rf"broke off after {broken_at:,} of .* bytes .*: run the same command again"):
         run(hub, tmp_path)
     assert files(tmp_path) == ["index/e5_Flat.index.partial", "index/e5_Flat.index.partial.json"]
     hub.refused, hub.ranges = False, []
@@ -133,7 +130,7 @@ def test_a_stopped_download_goes_on_in_the_next_run(hub, tmp_path, monkeypatch, 
 
 def test_a_wrong_checksum_removes_that_part_and_keeps_those_before(hub, tmp_path):
     hub.served = {"part_ab": b"x" * 9_500}
-    with pytest.raises(DownloadError, match=r"part_ab of .* has another checksum than the hub names"):
+    with pytest.raises(DgpoError, match=r"part_ab of .* has another checksum than the hub names"):
         run(hub, tmp_path)
     assert (tmp_path / "index" / "e5_Flat.index.partial").read_bytes() == INDEX["part_aa"]
     hub.served, hub.ranges = {}, []
@@ -144,15 +141,15 @@ def test_a_wrong_checksum_removes_that_part_and_keeps_those_before(hub, tmp_path
 
 def test_a_part_that_went_bad_on_disk_is_found_when_the_download_goes_on(hub, tmp_path):
     hub.served = {"part_ab": b"x" * 9_500}
-    with pytest.raises(DownloadError):
+    with pytest.raises(DgpoError):
         run(hub, tmp_path)
     (tmp_path / "index" / "e5_Flat.index.partial").write_bytes(b"y" * 25_000)
-    with pytest.raises(DownloadError, match=r"part_aa of .* has another checksum"):
+    with pytest.raises(DgpoError, match=r"part_aa of .* has another checksum"):
         run(hub, tmp_path)
 
 
 def test_space_is_checked_first_with_the_numbers(hub, tmp_path):
-    with pytest.raises(DownloadError) as caught:
+    with pytest.raises(DgpoError) as caught:
         run(hub, tmp_path, ["index", "train"], free_bytes=lambda folder: 20_000)
     assert str(caught.value) == (
         f"the download needs 35.0 kB more (e5_Flat.index 34.5 kB, train.parquet 0.5 kB), but {tmp_path} has 20.0 kB "
@@ -164,10 +161,10 @@ def test_space_is_checked_first_with_the_numbers(hub, tmp_path):
 
 def test_bytes_that_are_there_need_no_space(hub, tmp_path):
     hub.served = {"part_ab": b"x" * 9_500}
-    with pytest.raises(DownloadError):
+    with pytest.raises(DgpoError):
         run(hub, tmp_path)
     hub.served = {}
-    with pytest.raises(DownloadError, match=r"needs 9\.5 kB more \(e5_Flat.index 9\.5 kB\)"):
+    with pytest.raises(DgpoError, match=r"needs 9\.5 kB more \(e5_Flat.index 9\.5 kB\)"):
         run(hub, tmp_path, free_bytes=lambda folder: 9_499)
     run(hub, tmp_path, free_bytes=lambda folder: 9_500)
 
@@ -177,9 +174,7 @@ def test_a_disk_that_fills_up_on_the_way_keeps_what_came(hub, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
-    with pytest.raises(
-        DownloadError, match=r"the disk is full: .*e5_Flat.index.partial has 0 of 34,500 bytes; make space"
-    ):
+    with pytest.raises(DgpoError, match=r"the disk is full: .*e5_Flat.index.partial has 0 of 34,500 bytes; make space"):
         run(hub, tmp_path)
 
 
@@ -206,13 +201,13 @@ def test_a_commit_can_be_pinned(hub, tmp_path):
 def test_an_endpoint_that_is_down_is_named(tmp_path):
     with serving() as server:
         url = server.url
-    with pytest.raises(DownloadError, match=rf"{url} does not answer .*: try again, or set download.endpoint"):
+    with pytest.raises(DgpoError, match=rf"{url} does not answer .*: try again, or set download.endpoint"):
         download(settings(url, tmp_path))
 
 
 def test_a_partial_file_is_never_completed_with_other_bytes(hub, tmp_path):
     hub.served = {"part_ab": b"x" * 9_500}
-    with pytest.raises(DownloadError):
+    with pytest.raises(DgpoError):
         run(hub, tmp_path)
     before = hub.data_sets["PeterJinGo/wiki-18-e5-index"][0]
     hub.add("PeterJinGo/wiki-18-e5-index", {**INDEX, "part_aa": b"z" * 25_000})
@@ -222,7 +217,7 @@ def test_a_partial_file_is_never_completed_with_other_bytes(hub, tmp_path):
 
 def test_a_mirror_of_the_same_bytes_may_finish_a_download(hub, tmp_path):
     hub.served = {"part_ab": b"x" * 9_500}
-    with pytest.raises(DownloadError):
+    with pytest.raises(DgpoError):
         run(hub, tmp_path)
     hub.served = {}
     hub.add("me/mirror", INDEX)
@@ -246,11 +241,11 @@ def test_a_file_that_was_there_before_is_adopted_if_it_is_the_right_one(hub, tmp
 
 def test_two_downloads_of_one_file_do_not_mix(hub, tmp_path):
     hub.served = {"part_ab": b"x" * 9_500}
-    with pytest.raises(DownloadError):
+    with pytest.raises(DgpoError):
         run(hub, tmp_path)
     with (tmp_path / "index" / "e5_Flat.index.partial").open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(DownloadError, match=r"another process is downloading .*e5_Flat.index.partial"):
+        with pytest.raises(DgpoError, match=r"another process is downloading .*e5_Flat.index.partial"):
             run(hub, tmp_path)
 
 

@@ -1,8 +1,9 @@
 import pytest
 
-from dgpo.agent.episode import EmptyEpisodeError, Generation, GenerationAbortedError, run_episode
+from dgpo.agent.episode import Generation, run_episode
 from dgpo.agent.protocol import INVALID_ACTION_TEXT, render_observation, render_passages
 from dgpo.agent.search import SearchRefusedError
+from dgpo.errors import DgpoError
 from tests.unit.scripted import (
     EOS_ID,
     PASSAGES,
@@ -224,7 +225,7 @@ async def test_a_turn_without_tokens_is_invalid_and_leaves_no_observation_at_the
 
 
 async def test_an_episode_without_any_token_is_refused():
-    with pytest.raises(EmptyEpisodeError, match=r"'e1'.*no token in 2 turns"):
+    with pytest.raises(DgpoError, match=r"'e1'.*no token in 2 turns"):
         await play(["", ""], limits=make_limits(max_turns=1))
 
 
@@ -233,7 +234,7 @@ async def test_an_aborted_turn_is_not_graded_as_the_policys_fault():
         async def generate(self, token_ids, **options):
             return Generation([1], [-1.0], "abort")
 
-    with pytest.raises(GenerationAbortedError, match="turn 0"):
+    with pytest.raises(DgpoError, match="turn 0"):
         await run_episode(
             episode_id="e1",
             prompt_ids=PROMPT_IDS,

@@ -9,9 +9,9 @@ import pytest
 
 from dgpo.agent.episode import Generation
 from dgpo.agent.trajectory import read_trajectories
-from dgpo.config.load import ConfigError, load_config
-from dgpo.data.rows import DataError
-from dgpo.engines.episode_runner import SearchOutageError, forget_episodes, plan_episodes, play_episodes
+from dgpo.config.load import load_config
+from dgpo.engines.episode_runner import forget_episodes, plan_episodes, play_episodes
+from dgpo.errors import ConfigError, DataError, DgpoError
 from tests.unit.scripted import PASSAGES, ByteTokenizer
 
 
@@ -148,7 +148,7 @@ def test_episodes_without_a_record_of_their_settings_are_not_used(config, tmp_pa
 
 def test_a_dead_retriever_stops_the_run_with_a_way_to_go_on(config, tmp_path):
     config.retriever.url = "http://127.0.0.1:9"
-    with pytest.raises(SearchOutageError, match="resume=true"):
+    with pytest.raises(DgpoError, match="resume=true"):
         play(config, tmp_path / "t.jsonl", SearchOnceThenAnswer())
     assert (tmp_path / "t.jsonl.partial").read_text() == ""
 
@@ -183,5 +183,5 @@ def test_a_backend_without_an_answer_counts_like_a_server_that_is_down(config, t
     )
     monkeypatch.syspath_prepend(tmp_path)
     config.retriever.backend = "users_down:Down"
-    with pytest.raises(SearchOutageError, match=r"lost a search at users_down:Down"):
+    with pytest.raises(DgpoError, match=r"lost a search at users_down:Down"):
         play(config, tmp_path / "t.jsonl", SearchOnceThenAnswer())

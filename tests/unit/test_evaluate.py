@@ -10,10 +10,10 @@ import pytest
 
 from dgpo.__main__ import main
 from dgpo.agent.trajectory import read_trajectories
-from dgpo.config.load import ConfigError
 from dgpo.data.rows import write_rows
 from dgpo.engines import episode_runner
 from dgpo.engines.play import load_tokenizer
+from dgpo.errors import ConfigError
 from dgpo.evaluation.compare import compare_runs
 from dgpo.evaluation.evaluate import evaluate
 from dgpo.evaluation.report import write_report

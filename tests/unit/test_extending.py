@@ -9,8 +9,9 @@ import torch
 from dgpo.algorithms.advantages import ALGORITHMS
 from dgpo.algorithms.selective_kl import GATES, TEACHER_FORMS, compute_gate
 from dgpo.checks.values import check_values
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
 from dgpo.config.methods import rl_conflict, support_table, teacher_coef
+from dgpo.errors import ConfigError
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dgpo.agent.plugins import ExtensionError, check_search, load_object, load_reward, make_search, open_search
+from dgpo.agent.plugins import check_search, load_object, load_reward, make_search, open_search
 from dgpo.agent.scoring import episode_reward, episode_scores
 from dgpo.agent.search import SearchClient, SearchRefusedError
 from dgpo.agent.trajectory import SearchRecord, Trajectory, Turn
 from dgpo.config.schema import RetrieverConfig
+from dgpo.errors import ConfigError
 from examples.format_reward import reward as format_reward
 from examples.jsonl_search import JsonlSearch
 
@@ -75,7 +76,7 @@ def rewarded(reward, trajectory, golds=("Lima",)):
     ],
 )
 def test_a_wrong_name_says_what_is_wrong_with_it(path, message):
-    with pytest.raises(ExtensionError) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_object(path, key="train.reward")
     assert f"train.reward={path}: " in str(caught.value)
     assert message in str(caught.value)
@@ -83,13 +84,13 @@ def test_a_wrong_name_says_what_is_wrong_with_it(path, message):
 
 def test_a_module_that_fails_when_imported_is_named_with_its_error(module):
     name = module("1 / 0")
-    with pytest.raises(ExtensionError, match="failed with ZeroDivisionError: division by zero"):
+    with pytest.raises(ConfigError, match="failed with ZeroDivisionError: division by zero"):
         load_object(f"{name}:reward", key="train.reward")
 
 
 def test_a_reward_with_other_arguments_is_refused(module):
     name = module("def reward(answer): ...")
-    with pytest.raises(ExtensionError, match=r"expected a function \(trajectory, golds, scores\)"):
+    with pytest.raises(ConfigError, match=r"expected a function \(trajectory, golds, scores\)"):
         load_reward(f"{name}:reward")
 
 
@@ -107,7 +108,7 @@ def test_a_reward_with_other_arguments_is_refused(module):
 )
 def test_a_backend_that_cannot_search_is_refused_before_one_is_made(module, text, message):
     name = module(text)
-    with pytest.raises(ExtensionError, match=r"retriever\.backend=users_") as caught:
+    with pytest.raises(ConfigError, match=r"retriever\.backend=users_") as caught:
         check_search(RetrieverConfig(backend=f"{name}:Mine"))
     assert message in str(caught.value)
 

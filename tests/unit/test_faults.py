@@ -6,9 +6,9 @@ import pytest
 import ray
 
 from dgpo.config.load import load_config
-from dgpo.rl.train import TrainingFailedError, _after_fault
-from dgpo.runs.faults import FAILURE, DiskFullError, forget_failure, told_by_name, write_failure
-from dgpo.runs.stops import FaultError, RunStoppedError
+from dgpo.errors import FaultError, RunStoppedError
+from dgpo.rl.train import _after_fault
+from dgpo.runs.faults import FAILURE, forget_failure, told_by_name, write_failure
 
 
 def raised_in_ray(error):
@@ -33,7 +33,7 @@ def test_the_trainers_own_stop_is_passed_on(tmp_path):
 )
 def test_a_full_disk_is_told(tmp_path, error):
     message = r"for want of space \(.* MB are free now\): make room, then resume=true"
-    with pytest.raises(DiskFullError, match=message), told_by_name(tmp_path):
+    with pytest.raises(RunStoppedError, match=message), told_by_name(tmp_path):
         raise raised_in_ray(error)
 
 
@@ -63,7 +63,7 @@ def test_a_run_is_restarted_as_often_as_it_may_be(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "its last line" in told
     assert "vLLM server 0 died. There is no checkpoint yet; restart 1 of 1" in told
-    with pytest.raises(TrainingFailedError, match=r"vLLM server 0 died.*resume=true continues"):
+    with pytest.raises(RunStoppedError, match=r"vLLM server 0 died.*resume=true continues"):
         _after_fault(config, tmp_path, fault, num_faults=2)
 
 
@@ -71,14 +71,14 @@ def test_what_is_saved_is_told(tmp_path):
     for step in (2, 12):
         (tmp_path / "checkpoints" / f"global_step_{step}").mkdir(parents=True)
         (tmp_path / "checkpoints" / f"global_step_{step}" / "manifest.json").touch()
-    with pytest.raises(TrainingFailedError, match="The last checkpoint is of step 12; resume=true"):
+    with pytest.raises(RunStoppedError, match="The last checkpoint is of step 12; resume=true"):
         _after_fault(load_config(["hardware=cpu", "train.max_restarts=0"]), tmp_path, FaultError("x"), num_faults=1)
 
 
 def test_the_record_of_a_failure_has_the_dead_processs_last_lines(tmp_path):
     try:
-        raise TrainingFailedError("all of it") from FaultError("the cause", ["its last line"])
-    except TrainingFailedError as error:
+        raise RunStoppedError("all of it") from FaultError("the cause", ["its last line"])
+    except RunStoppedError as error:
         write_failure(tmp_path, error)
     record = json.loads((tmp_path / FAILURE).read_text())
     assert (record["kind"], record["message"], record["log"]) == ("FaultError", "all of it", ["its last line"])

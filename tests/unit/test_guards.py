@@ -3,8 +3,8 @@ import pickle
 import pytest
 import torch
 
+from dgpo.errors import CollapseError, NonFiniteError
 from dgpo.runs.guards import SOURCES, check_finite
-from dgpo.runs.stops import CollapseError, NonFiniteError
 
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
 IDS = ["one", "two", "three"]

@@ -6,12 +6,12 @@ import os
 import pytest
 import torch
 
-from dgpo.config.load import ConfigError
 from dgpo.config.model_files import check_model_folder, safetensors_header
 from dgpo.data.contamination import markdown
+from dgpo.errors import ConfigError, DataError
 from dgpo.evaluation.compare import Table, to_markdown
 from dgpo.models.model_folders import weights_dtype
-from dgpo.models.shards import ShardError, load_shards
+from dgpo.models.shards import load_shards
 from dgpo.rl.rank_checkpoints import load_rank
 from dgpo.runs.run_state import begin_from
 from tests.unit.stubs import make_model
@@ -44,7 +44,7 @@ def test_a_pickle_planted_in_a_runs_own_checkpoint_is_not_run_on_resume(tmp_path
     for each in ("model", "optim", "extra_state"):
         content = {"w": torch.zeros(2), **({"x": Plant(tmp_path / "stolen")} if each == kind else {})}
         torch.save(content, tmp_path / "actor" / f"{each}_world_size_1_rank_0.pt")
-    with pytest.raises(ShardError, match="holds more than tensors and plain values"):
+    with pytest.raises(DataError, match="holds more than tensors and plain values"):
         load_rank(Engine(), str(tmp_path / "actor"))
     assert not (tmp_path / "stolen").exists()
 
@@ -53,7 +53,7 @@ def test_a_pickle_planted_in_the_trainers_own_state_is_not_run_on_resume(tmp_pat
     checkpoint = tmp_path / "global_step_2"
     checkpoint.mkdir()
     torch.save({"rng": Plant(tmp_path / "stolen"), "kl_coef": None, "record": None}, checkpoint / "driver.pt")
-    with pytest.raises(ShardError, match="holds more than tensors and plain values"):
+    with pytest.raises(DataError, match="holds more than tensors and plain values"):
         begin_from(tmp_path / "metrics.jsonl", checkpoint)
     assert not (tmp_path / "stolen").exists()
 

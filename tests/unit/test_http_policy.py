@@ -12,9 +12,9 @@ from dgpo.agent.protocol import STOP_STRINGS
 from dgpo.agent.trajectory import read_trajectories
 from dgpo.coldstart.collect import COLLECT_STOP_STRINGS
 from dgpo.config.load import load_config
-from dgpo.engines.bounded_policy import EngineLostError
 from dgpo.engines.episode_runner import plan_episodes, play_episodes
 from dgpo.engines.http_policy import HttpPolicy
+from dgpo.errors import DgpoError
 from tests.unit.fake_model import ChatTokenizer, FakeModel, make_question
 from tests.unit.scripted import EOS_ID, RecordingSearch, make_limits
 
@@ -113,7 +113,7 @@ async def test_what_is_busy_is_asked_again_and_everything_is_counted():
     ("failures", "message"), [([503] * 9, "did not answer 3 times"), ([400], "refuses the teacher's turn")]
 )
 async def test_a_server_that_stays_away_or_refuses_stops_the_run_with_a_way_to_go_on(failures, message):
-    with pytest.raises(EngineLostError, match=message):
+    with pytest.raises(DgpoError, match=message):
         await play(Server(*failures), max_retries=2)
 
 
@@ -150,7 +150,7 @@ async def test_a_killed_server_loses_no_finished_episode_and_resuming_plays_the_
             return await super().complete(request)
 
     first, second = Dies(), Server()
-    with pytest.raises(EngineLostError):
+    with pytest.raises(DgpoError):
         await collect(first, path, config, rows)
     kept = [json.loads(line)["episode_id"] for line in (tmp_path / "trajectories.jsonl.partial").open()]
     assert 0 < len(kept) < 8

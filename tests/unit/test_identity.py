@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
+from dgpo.errors import ConfigError, DataError
 from dgpo.runs import identity
-from dgpo.runs.artifacts import ManifestError, write_manifest
+from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import seal
 from dgpo.runs.identity import file_identity, model_identity, retriever_identity
 from tests.unit.stubs import healthy_server, make_model, make_row
@@ -88,7 +89,7 @@ def test_weights_that_changed_inside_a_sealed_folder_are_refused_though_size_and
     sealed_by(model)
     model_identity(str(model))  # remembered
     swap_weights(model)
-    with pytest.raises(ManifestError, match=r"model\.safetensors has changed since .*manifest\.json was written"):
+    with pytest.raises(DataError, match=r"model\.safetensors has changed since .*manifest\.json was written"):
         model_identity(str(model))
 
 

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dgpo.__main__ import main
-from dgpo.config.load import ConfigError
 from dgpo.config.model_files import check_model_folder
+from dgpo.errors import ConfigError, DataError
 from dgpo.models.lora import merge_adapters
-from dgpo.models.shards import ShardError, load_shards, shard_paths
+from dgpo.models.shards import load_shards, shard_paths
 from dgpo.tinyworld.models import ModelSize, make_model, save_model
 from tests.distill_stage import tiny_model, tiny_tokenizer
 
@@ -207,7 +207,7 @@ def test_adapters_are_added_to_their_weights(tmp_path):
 
 
 def test_the_readers_refuse_what_is_not_there(tmp_path):
-    with pytest.raises(ShardError, match="found none"):
+    with pytest.raises(DataError, match="found none"):
         shard_paths(tmp_path)
-    with pytest.raises(ShardError, match="no whole file"):
+    with pytest.raises(DataError, match="no whole file"):
         load_shards([tmp_path / "model_world_size_1_rank_0.pt"])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
+from dgpo.errors import ConfigError
 from dgpo.hardware import machine
 from dgpo.hardware.machine import Machine, VisibleGpu, check_machine, memory_limit, visible_gpus
 
@@ -127,7 +128,7 @@ def test_without_a_gpu_a_command_says_so_before_it_looks_at_anything_else(comman
 
 
 def test_it_says_so_within_two_seconds():
-    """Of CPU time, so that a busy machine is no regression."""
+    """In CPU time, so that a busy machine is no regression."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "dgpo", "train", "pair=qwen3b_05b"]
     environment = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}

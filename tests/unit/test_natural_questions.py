@@ -3,11 +3,10 @@ import json
 
 import pytest
 
-from dgpo.config.load import ConfigError
 from dgpo.data.lines import BadLines
 from dgpo.data.natural_questions import join_long_answers, long_answer
 from dgpo.data.questions import Question
-from dgpo.data.rows import DataError
+from dgpo.errors import ConfigError, DataError
 
 # Tokens 0-13. The paragraph with the answer is 6-13 (end exclusive).
 TEXT = "Email - wikipedia <H1> Email </H1> <P> Email was sent in 1971 ( ARPANET ) . </P>"

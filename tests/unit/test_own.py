@@ -8,11 +8,12 @@ import pytest
 
 from dgpo.__main__ import main
 from dgpo.agent.trajectory import SearchRecord, Trajectory, write_trajectories
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
 from dgpo.data.documents import Document, read_html
 from dgpo.data.own import answering_titles, prepare_own, split_by_document
 from dgpo.data.questions import Question
-from dgpo.data.rows import DataError, read_rows, row_question
+from dgpo.data.rows import read_rows, row_question
+from dgpo.errors import ConfigError, DataError
 from dgpo.pipeline import own as pipeline
 from dgpo.runs.asking import read_asking
 

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 from dgpo.__main__ import main
+from dgpo.errors import ConfigError
 from dgpo.runs import owner
-from dgpo.runs.artifacts import RunFolderExistsError
 from dgpo.runs.owner import owned, refuse_if_owned
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
+from dgpo.errors import ConfigError
 from dgpo.runs import owner
 owner.BEAT_S = 0.05
 folder = Path(sys.argv[1])
@@ -28,7 +29,7 @@ try:
     with owner.owned(folder):
         print("in", flush=True)
         time.sleep(float(sys.argv[2]))
-except owner.RunFolderExistsError as error:
+except ConfigError as error:
     print(error, flush=True)
 """
 
@@ -67,10 +68,10 @@ def elsewhere(folder):
 
 def test_a_second_command_is_refused_and_told_who_the_first_is(folder, holder):
     expected = rf"{folder} is in use by `dgpo .*` on {socket.gethostname()} \(process {holder.pid}, since 20"
-    with pytest.raises(RunFolderExistsError, match=expected) as error, owned(folder):
+    with pytest.raises(ConfigError, match=expected) as error, owned(folder):
         pass
     assert "\n" not in str(error.value)
-    with pytest.raises(RunFolderExistsError, match="is in use by"):
+    with pytest.raises(ConfigError, match="is in use by"):
         refuse_if_owned(folder)
     assert holder.poll() is None
     assert claims(folder) == ["train.owner.1"]
@@ -124,7 +125,7 @@ def test_a_zombie_is_dead(folder):
 
 def test_a_living_owner_on_another_machine_is_known_by_its_beat(folder, holder):
     elsewhere(folder)
-    with pytest.raises(RunFolderExistsError, match=r"is in use by .* on n7"), owned(folder):
+    with pytest.raises(ConfigError, match=r"is in use by .* on n7"), owned(folder):
         pass
 
 
@@ -172,7 +173,7 @@ def test_whoever_looked_too_early_does_not_win_over_one_that_is_there(folder, ho
     dead = [] if seen else [{"pid": 1}]
     monkeypatch.setattr(owner, "_claims", lambda folder: seen.pop() if seen else claims_now(folder))
     monkeypatch.setattr(owner, "_wait_until_dead", lambda *of: dead.pop() if dead else wait(*of))
-    with pytest.raises(RunFolderExistsError, match="is in use by"), owned(folder):
+    with pytest.raises(ConfigError, match="is in use by"), owned(folder):
         pass
     assert path.read_text() == said
     assert claims(folder) == ["train.owner.1"]

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.config.load import ConfigError, group_choices, load_config
+from dgpo.config.load import group_choices, load_config
+from dgpo.errors import ConfigError
 from dgpo.evaluation.evaluate import evaluate
 from dgpo.evaluation.paper import EXACT_MATCH, LABELS, ROWS, RULES, SETS, UNTRAINED, paper_value
 from dgpo.hardware.gpu_hours import PAPER_GPU_HOURS, gpu_hours_range, paper_gpu_hours
@@ -250,7 +251,7 @@ def test_a_folder_made_with_other_overrides_is_refused(tmp_path, capsys):
     assert 'was made with other settings (train.num_steps was "5", now "6")' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("table", ["main", "pairs", "figures"])
+@pytest.mark.parametrize("table", ["main", "pairs", "arcap", "figures"])
 def test_a_dry_run_prints_the_plan_and_all_that_is_missing_once(no_hub, tmp_path, capsys, table):
     overrides = [f"table={table}", f"run_dir={tmp_path / 'tables'}", "data=prepared", "prepare.out=/nowhere"]
     assert main(["reproduce", *overrides, "retriever.url=http://127.0.0.1:9", "dry_run=true"]) == 2
@@ -276,7 +277,8 @@ def test_the_methods_page_is_what_the_presets_say():
 def test_a_stopped_pipeline_takes_its_stages_with_it(tmp_path):
     """SIGTERM to the driver: the stage that it runs, in a process group of its own, ends as well."""
     script = (
-        "from dgpo.pipeline.processes import Stages, stopped_by_sigterm\n"
+        "from dgpo.pipeline.processes import Stages\n"
+        "from dgpo.runs.stopping import stopped_by_sigterm\n"
         "from pathlib import Path\n"
         f"with stopped_by_sigterm():\n    Stages(Path({str(tmp_path)!r})).run(nap=['sh', '-c', 'echo $$; sleep 60'])\n"
     )

@@ -3,14 +3,15 @@ import json
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
 from dgpo.config.schema import Config, PrepareConfig
 from dgpo.data.benchmarks import BENCHMARKS, Benchmark
 from dgpo.data.prepare import prepare, split_questions
 from dgpo.data.questions import Question
-from dgpo.data.rows import DataError, read_rows, row_gold_passages, row_id
+from dgpo.data.rows import read_rows, row_gold_passages, row_id
+from dgpo.errors import ConfigError, DataError
 from dgpo.metrics.exact_match import normalize_answer
-from dgpo.runs.artifacts import RunFolderExistsError, read_manifest
+from dgpo.runs.artifacts import read_manifest
 from retriever.corpus import Corpus
 from tests.unit.test_natural_questions import simplified
 from tests.unit.test_questions import HOTPOT, MUSIQUE, TWO_WIKI, write
@@ -132,7 +133,7 @@ def test_a_bad_line_leaves_nothing_and_a_few_may_be_allowed(folder):
 
 def test_a_folder_that_is_there_is_replaced_only_when_told(folder):
     out = run(folder, test_sets=["nq"])
-    with pytest.raises(RunFolderExistsError, match=r"prepare.overwrite=true"):
+    with pytest.raises(ConfigError, match=r"prepare.overwrite=true"):
         run(folder)
     (folder / "flashrag" / "popqa" / "test.jsonl").unlink()
     with pytest.raises(DataError):

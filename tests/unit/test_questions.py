@@ -5,7 +5,8 @@ import pytest
 
 from dgpo.data.lines import BadLines
 from dgpo.data.questions import Question, evidence, question_key, question_rows, read_questions
-from dgpo.data.rows import DataError, row_gold_passages, row_golds, row_hops, row_id, row_question, validate_rows
+from dgpo.data.rows import row_gold_passages, row_golds, row_hops, row_id, row_question, validate_rows
+from dgpo.errors import DataError
 
 HOTPOT = {
     "id": "dev_0",

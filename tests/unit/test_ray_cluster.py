@@ -7,9 +7,10 @@ import types
 
 import pytest
 
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
 from dgpo.config.stages import with_absolute_paths
 from dgpo.engines.ray_cluster import connect, forget_token
+from dgpo.errors import ConfigError
 
 
 @pytest.fixture

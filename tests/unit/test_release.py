@@ -2,9 +2,10 @@
 
 import pytest
 
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
 from dgpo.config.release import with_positions
-from dgpo.data.rows import DataError, write_rows
+from dgpo.data.rows import write_rows
+from dgpo.errors import ConfigError, DataError
 from dgpo.evaluation.stage import read_test_sets
 from tests.unit.fake_model import make_question
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.runs.artifacts import RunFolderExistsError, write_manifest
+from dgpo.errors import ConfigError
+from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.replacing import check_target
 
 
@@ -26,7 +27,7 @@ def test_what_is_not_there_or_empty_or_our_own_may_be_replaced(tmp_path):
     for name in ("absent", "empty"):
         check(tmp_path / name, replace=False)
     check(made(tmp_path / "own"))
-    with pytest.raises(RunFolderExistsError, match=r"own exists: choose another prepare\.out"):
+    with pytest.raises(ConfigError, match=r"own exists: choose another prepare\.out"):
         check(tmp_path / "own", replace=False)
 
 
@@ -46,7 +47,7 @@ def test_what_is_not_there_or_empty_or_our_own_may_be_replaced(tmp_path):
 )
 def test_whatever_else_is_there_stays(tmp_path, plant, reason):
     plant(tmp_path / "out")
-    with pytest.raises(RunFolderExistsError) as caught:
+    with pytest.raises(ConfigError) as caught:
         check(tmp_path / "out")
     assert f"is not replaced: {reason}; move it away" in str(caught.value)
 
@@ -56,7 +57,7 @@ def test_a_folder_that_is_or_holds_the_source_stays(tmp_path, source):
     out = made(tmp_path / "out")
     (tmp_path / "alias").symlink_to(out)
     for inputs in ((out / source,), (None, tmp_path / "alias" / source)):
-        with pytest.raises(RunFolderExistsError, match=r"prepare\.out=.*out holds what is read"):
+        with pytest.raises(ConfigError, match=r"prepare\.out=.*out holds what is read"):
             check(out, inputs=inputs)
 
 
@@ -85,7 +86,7 @@ def test_the_tiny_world_is_not_built_over_something_else(tmp_path):
 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.parquet").write_text("a user's")
-    with pytest.raises(RunFolderExistsError, match="choose another --out"):
+    with pytest.raises(ConfigError, match="choose another --out"):
         build_world(tmp_path, WorldSettings(seed=1))
     assert (tmp_path / "data" / "train.parquet").read_text() == "a user's"
 

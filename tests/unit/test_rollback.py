@@ -3,6 +3,7 @@
 import pytest
 
 from dgpo.config.load import load_config
+from dgpo.errors import CollapseError
 from dgpo.runs.checkpoints import checkpoint_steps, seal
 from dgpo.runs.rollback import (
     after_rollbacks,
@@ -13,7 +14,6 @@ from dgpo.runs.rollback import (
     read_events,
     roll_back,
 )
-from dgpo.runs.stops import CollapseError
 
 
 @pytest.fixture

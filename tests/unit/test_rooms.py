@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Each line may import from the lines above it, and nothing else; rooms of one line do not know each other.
 ORDER = """
 __init__
-files
+errors files
 algorithms metrics
 config
 agent

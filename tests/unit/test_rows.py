@@ -3,7 +3,6 @@ import copy
 import pytest
 
 from dgpo.data.rows import (
-    DataError,
     check_ids,
     read_rows,
     row_gold_passages,
@@ -14,6 +13,7 @@ from dgpo.data.rows import (
     validate_rows,
     write_rows,
 )
+from dgpo.errors import DataError
 
 ROW = {
     "data_source": "nq",

@@ -5,8 +5,9 @@ from dataclasses import asdict
 
 import pytest
 
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
 from dgpo.config.schema import Config
+from dgpo.errors import ConfigError
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.settings import MAY_CHANGE, differences, fixed_settings, flat, is_finished, record_or_check
 

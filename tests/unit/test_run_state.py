@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from dgpo.errors import RunStoppedError
 from dgpo.runs.checkpoints import checkpoint_steps, damage, file_entries
-from dgpo.runs.run_state import CheckpointNotSavedError, append_record, begin_from, prune, save_whole
+from dgpo.runs.run_state import append_record, begin_from, prune, save_whole
 
 
 def write_ranks(target):
@@ -102,7 +103,7 @@ def test_what_cannot_be_written_leaves_the_checkpoint_before_it(tmp_path):
         write_ranks(target)
         raise OSError(28, "No space left on device", "model.pt")
 
-    with pytest.raises(CheckpointNotSavedError) as error:
+    with pytest.raises(RunStoppedError) as error:
         save(tmp_path, 4, write=full_disk)
     assert "after step 4 could not be written ([Errno 28] No space left on device: 'model.pt')" in str(error.value)
     assert "the one after step 2 is whole" in str(error.value)
@@ -116,7 +117,7 @@ def test_parts_that_only_another_node_sees_are_told(tmp_path):
     def elsewhere(target):
         return [*write_ranks(target), {"actor/model_rank_2.pt": {"size": 1, "sha256": ""}}]
 
-    with pytest.raises(CheckpointNotSavedError, match=r"model_rank_2.pt.*a file system that all nodes share"):
+    with pytest.raises(RunStoppedError, match=r"model_rank_2.pt.*a file system that all nodes share"):
         save(tmp_path, 4, write=elsewhere)
 
 

@@ -9,7 +9,6 @@ from aiohttp.test_utils import TestServer
 
 from dgpo.agent.search import (
     MAX_RETRY_AFTER_S,
-    RetrieverUnavailableError,
     SearchClient,
     SearchFailedError,
     SearchRefusedError,
@@ -19,6 +18,7 @@ from dgpo.agent.search import (
     read_token,
     split_urls,
 )
+from dgpo.errors import ConfigError
 from dgpo.slurm.ready import retrievers_ready
 
 DOCUMENT = {"id": "0", "contents": '"Lyon"\nLyon is a city in France.'}
@@ -418,24 +418,24 @@ async def test_a_server_that_tells_no_corpora_is_healthy():
 
 async def test_every_server_must_be_healthy_and_ready():
     async with probed(corpora={}) as good, probed(corpora={}, ready=503) as loading, probed(health=500) as sick:
-        with pytest.raises(RetrieverUnavailableError, match=r"is not ready \(loading wiki: 0 of 1"):
+        with pytest.raises(ConfigError, match=r"is not ready \(loading wiki: 0 of 1"):
             await check(good, loading)
-        with pytest.raises(RetrieverUnavailableError, match="answers /health with HTTP 500"):
+        with pytest.raises(ConfigError, match="answers /health with HTTP 500"):
             await check(good, sick)
-        with pytest.raises(RetrieverUnavailableError, match=r"no retrieval server answers at http://127\.0\.0\.1:9"):
+        with pytest.raises(ConfigError, match=r"no retrieval server answers at http://127\.0\.0\.1:9"):
             await check(good, "http://127.0.0.1:9", timeout_s=1)
 
 
 async def test_a_missing_token_is_named_before_the_first_search():
     async with probed(corpora={"a": {}}, token="s3cret") as url:
-        with pytest.raises(RetrieverUnavailableError, match=r"set retriever\.token_file"):
+        with pytest.raises(ConfigError, match=r"set retriever\.token_file"):
             await check(url)
         assert await check(url, token="s3cret") == {"corpora": {"a": {}}}
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "not a url"])
 def test_no_server_is_one_line_that_names_the_way_out(url):
-    with pytest.raises(RetrieverUnavailableError, match=r"start one with `python -m retriever.serve`") as caught:
+    with pytest.raises(ConfigError, match=r"start one with `python -m retriever.serve`") as caught:
         check_health(url, timeout_s=1)
     assert url in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -475,7 +475,7 @@ async def test_a_server_that_only_searches_is_healthy_when_it_finds():
 )
 async def test_a_server_that_only_searches_is_refused_when_it_cannot(status, answer, message):
     async with searching_only(status, answer) as url:
-        with pytest.raises(RetrieverUnavailableError, match=message) as refusal:
+        with pytest.raises(ConfigError, match=message) as refusal:
             await check(url)
     assert "\n" not in str(refusal.value)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpo.config.load import ConfigError
+from dgpo.errors import ConfigError
 from dgpo.slurm.__main__ import describe, main
 from dgpo.slurm.options import parse_options, seconds
 from dgpo.slurm.render import render, submission

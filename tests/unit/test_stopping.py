@@ -7,14 +7,8 @@ import signal
 import pytest
 
 from dgpo.__main__ import main
-from dgpo.runs.stopping import (
-    StoppedOnRequestError,
-    StopRequested,
-    cancelled_on_request,
-    filed_on_request,
-    raised_on_request,
-    stop_requested,
-)
+from dgpo.errors import StoppedOnRequestError, StopRequested
+from dgpo.runs.stopping import cancelled_on_request, filed_on_request, raised_on_request, stop_requested
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -80,6 +74,6 @@ def test_a_command_that_stopped_on_request_exits_with_75(stop, monkeypatch, caps
     def stopped(_):
         raise stop
 
-    monkeypatch.setitem(main.__globals__["COMMANDS"], "train", (stopped, ""))
+    monkeypatch.setattr("dgpo.rl.train.train", stopped)
     assert main(["train"]) == 75
     assert str(stop) in capsys.readouterr().err

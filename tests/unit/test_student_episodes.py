@@ -3,10 +3,10 @@
 import pytest
 
 from dgpo.agent.trajectory import Trajectory
-from dgpo.coldstart.errors import CheckpointMismatchError
 from dgpo.coldstart.examples import TrainingExample
 from dgpo.coldstart.student_episodes import StudentEpisodes
 from dgpo.config.load import load_config
+from dgpo.errors import ConfigError
 
 TEACHERS = [TrainingExample([question], [99], [1], f"world{question}") for question in range(4)]
 NUM_STEPS = 20
@@ -100,11 +100,11 @@ def test_a_checkpoint_holds_what_later_steps_depend_on(tmp_path):
 
 
 def test_buffers_of_another_number_of_ranks_are_refused(tmp_path):
-    """Of fewer, one rank would have none; of more, some would be lost in silence."""
+    """With fewer, one rank would have none; with more, some would be lost in silence."""
     with make(tmp_path, threshold=0.5) as one, make(tmp_path, threshold=0.5, rank=1, num_ranks=2) as two:
         one.save_state(tmp_path)
-        with pytest.raises(CheckpointMismatchError, match=r"written by 1 ranks.*cannot go on with 2"):
+        with pytest.raises(ConfigError, match=r"written by 1 ranks.*cannot go on with 2"):
             two.load_state(tmp_path)
         two.save_state(tmp_path)
-        with pytest.raises(CheckpointMismatchError, match=r"written by 2 ranks.*cannot go on with 1"):
+        with pytest.raises(ConfigError, match=r"written by 2 ranks.*cannot go on with 1"):
             one.load_state(tmp_path)

@@ -8,8 +8,9 @@ import torch
 
 from dgpo.checks.models import check_teacher
 from dgpo.coldstart.train import train_on_examples
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
 from dgpo.config.model_files import tokenizer_difference
+from dgpo.errors import ConfigError
 from tests.distill_stage import tiny_model, varied_examples
 from tests.unit.stubs import make_model
 from tests.unit.tokenizer_kinds import CONSTANT_DATE, TODAYS_DATE, llama_like

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from dgpo.config.load import ConfigError, load_config
+from dgpo.config.load import load_config
 from dgpo.data.rows import write_rows
+from dgpo.errors import ConfigError
 from dgpo.rl import train as module
 from dgpo.rl.train import train
-from dgpo.runs.artifacts import RunFolderExistsError, write_manifest
+from dgpo.runs.artifacts import write_manifest
 from tests.unit.stubs import make_model, make_row
 
 
@@ -135,7 +136,7 @@ def test_resuming_a_run_that_is_alive_is_refused_before_its_processes_are_looked
 
     def start_another(*_):
         killed.clear()
-        with pytest.raises(RunFolderExistsError, match="is in use by"):
+        with pytest.raises(ConfigError, match="is in use by"):
             train(begun)
         assert killed == []
 

@@ -11,7 +11,7 @@ from dgpo.agent.protocol import INVALID_ACTION_TEXT
 from dgpo.coldstart.transcripts import REASONS, read_transcripts
 from dgpo.config.schema import EpisodeConfig
 from dgpo.data.lines import BadLines
-from dgpo.data.rows import DataError
+from dgpo.errors import DataError
 from tests.unit.fake_model import ChatTokenizer
 from tests.unit.scripted import EOS_ID
 
