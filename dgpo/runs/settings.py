@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dgpo.agent.protocol import TEMPLATE_VARIABLES
 from dgpo.config.schema import Config
 from dgpo.errors import ConfigError
 from dgpo.files import atomic_write_text
@@ -81,6 +82,7 @@ def episode_settings(
         "temperature": temperature,
         "stop": list(stop),
         "retriever": retriever,
+        "template": TEMPLATE_VARIABLES,
         **fixed_settings(config, "episode", "hardware.engine.dtype"),
     }
 

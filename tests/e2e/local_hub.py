@@ -207,23 +207,27 @@ def write_encoder(folder: Path) -> Path:
     return folder
 
 
+def texts() -> list[str]:
+    """What tokenizers are learned from: everything that an episode holds."""
+    from dgpo.agent.protocol import INVALID_ACTION_TEXT, build_messages
+    from dgpo.coldstart.oracle import FIRST_THOUGHTS
+
+    prompts = [build_messages(question)[0]["content"] for town in TOWNS for question, _ in town.questions()]
+    tags = "<think> </think>\n<search> </search> <answer> Doc 1"
+    return prompts + [*CONTENTS, *FIRST_THOUGHTS, INVALID_ACTION_TEXT, tags] * 4
+
+
 def qwen_tokenizer() -> Any:
     """Byte-level BPE with Qwen's splitting rules and its names for turns, learned from our own texts."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
-    from dgpo.agent.protocol import INVALID_ACTION_TEXT, build_messages
-    from dgpo.coldstart.oracle import FIRST_THOUGHTS
-
     pieces = Qwen2Tokenizer()._tokenizer.pre_tokenizer
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pieces
-    texts = [build_messages(question)[0]["content"] for town in TOWNS for question, _ in town.questions()]
-    tags = "<think> </think>\n<search> </search> <answer> Doc 1"
-    texts += [*CONTENTS, *FIRST_THOUGHTS, INVALID_ACTION_TEXT, tags] * 4
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts(), trainer)
     learned = json.loads(tokenizer.to_str())["model"]
     qwen = Qwen2Tokenizer(
         vocab=learned["vocab"],
