@@ -23,8 +23,8 @@ INVALID_ACTION_TEXT = (
     "want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
 )
 STOP_STRINGS = ("</search>", "</answer>")
-# What chat templates read besides the messages. Llama's inserts today's date: prompts would change overnight. Qwen3's, told
-# not to think, writes an empty thought of its own, where the policy is to write its own.
+# What chat templates read besides the messages. Llama's inserts today's date: prompts would change overnight. Qwen3's,
+# told not to think, writes an empty thought, where the policy is to write its own.
 TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024", "enable_thinking": True}
 
 ActionKind = Literal["search", "answer", "invalid"]

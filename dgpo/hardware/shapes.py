@@ -1,4 +1,4 @@
-"""The shape of a causal language model of the Llama family (Llama, Qwen2, Qwen3, Mistral, Gemma 3), and what follows from it."""
+"""The shape of a causal language model (Llama, Qwen2, Qwen3, Mistral, Gemma 3), and what follows from it."""
 
 from __future__ import annotations
 

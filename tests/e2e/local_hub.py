@@ -40,11 +40,11 @@ SEAS = ("Amber Sea", "Copper Bay", "Long Sound", "Northern Gulf")
 MAYORS = """
 Ruth Ines Karl Odette Piet Salome Tomas Ursula Viktor Wanda Yannick Zelda Anselm Berta Clovis Dagny
 """.split()  # noqa: SIM905
-FAMILIES = ("Calder", "Benning", "Ostrow", "Hallam", "Vance", "Merrit", "Lund", "Sorel")
+SURNAMES = ("Calder", "Benning", "Ostrow", "Hallam", "Vance", "Merrit", "Lund", "Sorel")
 POSITIONS, VOCABULARY = 2048, 900
 PADDED_VOCABULARY = 1024  # rows of the embedding, more than there are tokens, as Qwen's have
 NUM_LEARNED = 20  # questions that the models know, the first of the training set
-TEACHER_STEPS, STUDENT_STEPS = 60, 15
+TEACHER_STEPS, STUDENT_STEPS = 70, 12
 MOST_TEXTS_OF_A_NAME = 7
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -81,7 +81,7 @@ class Town:
 
 
 TOWNS = [
-    Town(name, RIVERS[i], SEAS[i % 4], f"{MAYORS[i]} {FAMILIES[i % 8]}", str(1203 + 37 * i))
+    Town(name, RIVERS[i], SEAS[i % 4], f"{MAYORS[i]} {SURNAMES[i % 8]}", str(1203 + 37 * i))
     for i, name in enumerate(NAMES)
 ]
 PASSAGES = [town.passage for town in TOWNS] + [town.river_passage for town in TOWNS]
@@ -326,7 +326,7 @@ def write_models(folder: Path, encoder: Path) -> None:
         ("Qwen/Qwen2.5-3B-Instruct", 1, 3),
     ):
         recipe = DistillConfig(
-            loss="seqkd", batch_size=8, max_steps=steps, learning_rate=3e-3, warmup_ratio=0.1, held_out_share=0.0
+            loss="seqkd", batch_size=4, max_steps=steps, learning_rate=3e-3, warmup_ratio=0.1, held_out_share=0.0
         )
         train_on_examples(
             make_qwen(tokenizer, seed=seed),

@@ -25,10 +25,8 @@ from tests.e2e.local_hub import CHAT_TEMPLATE, POSITIONS, VOCABULARY, qwen_token
 from tests.unit.tokenizer_kinds import HEADERS, TODAYS_DATE
 
 # Qwen3's, told not to think, begins the answer with an empty thought.
-THINKING_TEMPLATE = CHAT_TEMPLATE.replace(
-    "assistant\n{% endif %}",
-    "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
-)
+NO_THOUGHT = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+THINKING_TEMPLATE = CHAT_TEMPLATE.removesuffix("{% endif %}") + NO_THOUGHT + "{% endif %}"
 GEMMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}\n{{ message['content'] }}"
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"

@@ -89,6 +89,7 @@ def test_a_family_goes_through_every_stage(name: str, served: tuple[Path, str], 
 
 def record(name: str, seconds: dict[str, float], *, kept: int) -> None:
     found = {
+        "kind": FAMILIES[name].kind,
         "stages": list(seconds),
         "rl_steps": STEPS,
         "episodes_learned": kept,
@@ -98,4 +99,4 @@ def record(name: str, seconds: dict[str, float], *, kept: int) -> None:
     }
     path = ROOT / "runs" / "families" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({name: found}, indent=1) + "\n")
+    path.write_text(json.dumps({name: found}, indent=1, ensure_ascii=False) + "\n")
