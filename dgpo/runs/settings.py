@@ -169,7 +169,7 @@ def _below(key: str, names: Sequence[str]) -> bool:
 
 
 def _defaults(now: Mapping[str, Any]) -> dict[str, Any]:
-    known = flat(json.loads(json.dumps(asdict(Config()))))
+    known = flat({**json.loads(json.dumps(asdict(Config()))), "template": TEMPLATE_VARIABLES})
     return {key: known[key] for key in now if key in known}
 
 

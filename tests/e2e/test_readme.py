@@ -45,7 +45,7 @@ OVERRIDES = [
 TYPED, PIXI, SLURM = BLOCKS
 INSTALL = re.compile(r"bash scripts/install\.sh (gpu|cpu|retriever|retriever-gpu)")
 SERVER = ["python", "-m", "retriever.serve"]
-READY = "curl --silent --fail http://node0:8000/ready"
+READY = "python -c \"import urllib.request as u; u.urlopen('http://node0:8000/ready')\""
 
 
 def words_of(line: str) -> list[str]:
