@@ -20,7 +20,7 @@ CHECKOUT = ("configs", "dgpo", "examples", "pixi.toml", "requirements", "retriev
 HUB_PORT = 8088
 ADDRESS = "10.0.0.1"  # of node0
 START_S = 120
-LINE_S = 600
+LINE_S = 900
 
 PIXI = f"""#!/bin/bash
 exec {sys.executable} -m tests.e2e.pixi "$@"
