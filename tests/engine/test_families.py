@@ -55,7 +55,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
 
 def stage(name: str, *overrides: str) -> float:
     started = time.monotonic()
-    result = run_command("-m", "dgpo", name, *overrides)
+    result = run_command("-m", "dgpo", name, *overrides, timeout_s=900)
     assert result.returncode == 0, f"{name}: {(result.stdout + result.stderr)[-4000:]}"
     return round(time.monotonic() - started, 1)
 
