@@ -1,11 +1,14 @@
-"""Fills the generated tables of docs/methods.md from the presets and the rules that the checks use.
+"""Fills the generated tables: of docs/methods.md from the presets and the rules that the checks use, of the README from
+what tests/engine/test_families.py recorded.
 
-python scripts/docs.py            writes
-python scripts/docs.py --check    fails where the page is not up to date
+python scripts/docs.py                             writes
+python scripts/docs.py --families runs/families    takes new records of that test first
+python scripts/docs.py --check                     fails where a page is not up to date
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -16,7 +19,8 @@ from dgpo.config.methods import ALGORITHMS, GATES, TEACHER_FORMS, support_table,
 from dgpo.config.schema import Config
 from dgpo.evaluation.paper import BASELINES, EXACT_MATCH, LABELS, MAIN_PAIR, ROWS, RULES
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
+ROOT = Path(__file__).resolve().parents[1]
+FAMILIES = ROOT / "tests" / "golden" / "families.json"  # what the test recorded, by family
 WHERE = {
     "dgpo_grpo": "fig. 6",
     "kd_gkd": "fig. 6",
@@ -27,20 +31,59 @@ WHERE = {
 
 
 def main() -> int:
-    text = PAGE.read_text()
-    for name, lines in (("presets", preset_table()), ("support", rule_table())):
-        block = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not block.search(text):
-            raise SystemExit(f"{PAGE} has no block {name!r}: restore its `<!-- generated: {name} -->` line")
-        body = "\n".join(lines).replace("\\", r"\\")
-        text = block.sub(rf"\g<1>{body}\n\g<2>", text)
-    if "--check" in sys.argv[1:]:
-        if text != PAGE.read_text():
-            print(f"{PAGE.name} is not up to date: run `python scripts/docs.py`", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(text)
+    options = sys.argv[1:]
+    if options[:1] == ["--families"]:
+        take_records(Path(options[1]))
+    pages = {
+        ROOT / "docs" / "methods.md": {"presets": preset_table(), "support": rule_table()},
+        ROOT / "README.md": {"families": family_table()},
+    }
+    stale = []
+    for page, tables in pages.items():
+        text = page.read_text()
+        for name, lines in tables.items():
+            text = filled(text, name, lines, page)
+        if text != page.read_text():
+            stale.append(page.name)
+            if "--check" not in options:
+                page.write_text(text)
+    if stale and "--check" in options:
+        print(f"{', '.join(stale)} not up to date: run `python scripts/docs.py`", file=sys.stderr)
+        return 1
     return 0
+
+
+def filled(text: str, name: str, lines: Sequence[str], page: Path) -> str:
+    """The page with the lines in its block of that name."""
+    block = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not block.search(text):
+        raise SystemExit(f"{page} has no block {name!r}: restore its `<!-- generated: {name} -->` line")
+    body = "\n".join(lines).replace("\\", r"\\")
+    return block.sub(rf"\g<1>{body}\n\g<2>", text)
+
+
+def take_records(folder: Path) -> None:
+    """Records of a run of the test replace those of the same families."""
+    records = json.loads(FAMILIES.read_text())
+    for file in sorted(folder.glob("*.json")):
+        records |= json.loads(file.read_text())
+    FAMILIES.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+
+
+def family_table() -> list[str]:
+    """One line per family that went through every stage."""
+    head = ("family", "what is its own", "stages", "with", "on")
+    rows = [
+        (
+            name,
+            record["kind"],
+            ", ".join(record["stages"]).replace("train", f"train ({record['rl_steps']} steps)"),
+            ", ".join(f"{package} {version}" for package, version in record["versions"].items()),
+            record["date"],
+        )
+        for name, record in json.loads(FAMILIES.read_text()).items()
+    ]
+    return _table(head, rows)
 
 
 def preset_table() -> list[str]:

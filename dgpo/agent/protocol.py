@@ -23,7 +23,9 @@ INVALID_ACTION_TEXT = (
     "want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
 )
 STOP_STRINGS = ("</search>", "</answer>")
-TEMPLATE_DATE = "26 Jul 2024"  # Llama's template inserts today's date: prompts would change overnight
+# What chat templates read besides the messages. Llama's inserts today's date: prompts would change overnight. Qwen3's,
+# told not to think, writes an empty thought, where the policy is to write its own.
+TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024", "enable_thinking": True}
 
 ActionKind = Literal["search", "answer", "invalid"]
 _ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
@@ -90,6 +92,6 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list
         messages: `[{"role", "content"}]`, as `build_messages` makes them.
     """
     ids = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, date_string=TEMPLATE_DATE
+        list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **TEMPLATE_VARIABLES
     )
     return list(ids)

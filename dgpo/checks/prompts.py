@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dgpo.agent.protocol import TEMPLATE_DATE, build_messages, encode_prompt
+from dgpo.agent.protocol import TEMPLATE_VARIABLES, build_messages, encode_prompt
 from dgpo.config.model_files import chat_template, model_file, read_json
 from dgpo.config.schema import Config, ModelConfig
 from dgpo.errors import ConfigError
@@ -120,7 +120,7 @@ def _renderer(model: str, key: str, name: str) -> Callable[[Messages], str]:
             [list(messages)],
             chat_template=template,
             add_generation_prompt=True,
-            date_string=TEMPLATE_DATE,
+            **TEMPLATE_VARIABLES,
             **special,
         )
         return str(rendered[0])

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dgpo.agent.protocol import TEMPLATE_DATE
+from dgpo.agent.protocol import TEMPLATE_VARIABLES
 from dgpo.agent.search import read_token
 from dgpo.agent.trajectory import Trajectory, write_trajectories
 from dgpo.checks import check_collect
@@ -192,7 +192,7 @@ def _served_teacher(config: Config, planned: Sequence[PlannedEpisode], tokenizer
 def prompt_text(tokenizer: Any, row: Mapping[str, Any]) -> str:
     """The prompt as text, without the token that a server puts before every text by itself."""
     text = tokenizer.apply_chat_template(
-        list(row["prompt"]), add_generation_prompt=True, tokenize=False, date_string=TEMPLATE_DATE
+        list(row["prompt"]), add_generation_prompt=True, tokenize=False, **TEMPLATE_VARIABLES
     )
     begun = tokenizer.encode("", add_special_tokens=True)[:1]
     return text.removeprefix(tokenizer.decode(begun, skip_special_tokens=False)) if begun else text

@@ -26,6 +26,7 @@ GROUPS = ("world", "hardware", "recipe", "data", "pair", "experiment")
 FREE_MAPPINGS = free_mappings()
 NUM_NODES = "SLURM_NNODES"  # read by configs/hardware/h200x8xN.yaml
 READ_BY_CONFIGS = (NUM_NODES, "DATA_ROOT")
+OVERRIDES_FILE = "DGPO_OVERRIDES"  # names a file of overrides, one a line, of every command that starts from that shell
 SHORT = {"dry_run": "dry_run.enabled", "collect.from": "collect.source"}  # no field can be called `from`
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
@@ -36,11 +37,29 @@ OmegaConf.register_new_resolver("cores", lambda ranks: max(1, len(os.sched_getaf
 def load_config(overrides: Sequence[str] = ()) -> Config:
     """Composes `configs/config.yaml` with Hydra overrides such as `world=tiny train.num_steps=20`.
 
+    The lines of the file that `DGPO_OVERRIDES` names come before them, so that what is given here wins.
+
     Raises:
         ConfigError: unknown key (with the nearest valid one), wrong type, unknown group choice, or a number out of its
-            range.
+            range; no such file.
     """
-    return copy.deepcopy(_compose(tuple(_plan_for(overrides)), tuple(map(os.environ.get, READ_BY_CONFIGS))))
+    return _composed([*_from_file(), *_plan_for(overrides)])
+
+
+def _composed(overrides: Sequence[str]) -> Config:
+    return copy.deepcopy(_compose(tuple(overrides), tuple(map(os.environ.get, READ_BY_CONFIGS))))
+
+
+def _from_file() -> list[str]:
+    """The overrides of the user's file, in the long spelling; blank lines and those that begin with # are none."""
+    path = os.environ.get(OVERRIDES_FILE)
+    if not path:
+        return []
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    except OSError as error:
+        raise ConfigError(f"{OVERRIDES_FILE}={path} cannot be read ({error.strerror}): correct or unset it") from None
+    return _spelt([line for line in lines if line and not line.startswith("#")])
 
 
 @lru_cache(maxsize=256)  # half a second each, and a plan of the paper's tables asks for the same ones again and again
@@ -93,7 +112,7 @@ def chosen(group: str, overrides: Sequence[str]) -> str | None:
 
 def changed_settings(config: Config) -> list[str]:
     """`key=value` of each leaf that differs from what no override at all gives."""
-    default = dict(_leaves(asdict(load_config())))
+    default = dict(_leaves(asdict(_composed(()))))
     return [f"{key}={value}" for key, value in _leaves(asdict(config)) if default.get(key, MISSING) != value]
 
 
@@ -127,8 +146,8 @@ def to_yaml(config: Config) -> str:
 
 
 def _plan_for(overrides: Sequence[str]) -> list[str]:
-    """`dry_run=true` as the key that it stands for, and the hardware group that `dry_run.assume` names."""
-    spelt = [next((o.replace(a, key, 1) for a, key in SHORT.items() if o.startswith(f"{a}=")), o) for o in overrides]
+    """The long spelling, and the hardware group that `dry_run.assume` names."""
+    spelt = _spelt(overrides)
     world, pair = chosen("world", spelt), chosen("pair", spelt)
     if world == "tiny" and pair is not None:
         raise ConfigError(
@@ -142,6 +161,11 @@ def _plan_for(overrides: Sequence[str]) -> list[str]:
     if hardware not in (None, assumed):
         raise ConfigError(f"dry_run.assume={assumed} with hardware={hardware}: the plan is for one of them")
     return [*spelt, f"hardware={assumed}"]
+
+
+def _spelt(overrides: Sequence[str]) -> list[str]:
+    """`dry_run=true` and its like as the key that they stand for."""
+    return [next((o.replace(a, key, 1) for a, key in SHORT.items() if o.startswith(f"{a}=")), o) for o in overrides]
 
 
 def _explain(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The shape of a causal language model of the Llama family (Llama, Qwen2, Qwen3, Mistral), and what follows from it."""
+"""The shape of a causal language model (Llama, Qwen2, Qwen3, Mistral, Gemma 3), and what follows from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dgpo.config.stages import is_planned
 from dgpo.errors import ConfigError
 from dgpo.hardware.known_models import KNOWN_MODELS
 
-FAMILY = ("llama", "qwen2", "qwen3", "mistral")
+FAMILY = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class ModelShape:
     vocab: int
     tied: bool  # the output matrix is the embedding
     qkv_bias: bool = False  # Qwen2
-    qk_norm: bool = False  # Qwen3
+    qk_norm: bool = False  # Qwen3, Gemma 3
+    norms: int = 2  # of a layer; Gemma 3 also normalises what attention and MLP return
 
     @property
     def query_size(self) -> int:
@@ -48,10 +49,10 @@ class ModelShape:
 
     @property
     def layer(self) -> int:
-        """Parameters of one decoder layer: four projections of attention, three of the MLP, two norms."""
+        """Parameters of one decoder layer: four projections of attention, three of the MLP, norms."""
         attention = self.hidden * (2 * self.query_size + 2 * self.kv_size)
         bias = (self.query_size + 2 * self.kv_size) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
-        return attention + bias + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        return attention + bias + 3 * self.hidden * self.intermediate + self.norms * self.hidden
 
     @property
     def body(self) -> int:
@@ -93,9 +94,10 @@ def shape_from_config(settings: Mapping[str, Any]) -> ModelShape | None:
         head_dim=settings.get("head_dim") or settings["hidden_size"] // heads,
         intermediate=settings["intermediate_size"],
         vocab=settings["vocab_size"],
-        tied=bool(settings.get("tie_word_embeddings", False)),
+        tied=bool(settings.get("tie_word_embeddings", kind == "gemma3_text")),
         qkv_bias=kind == "qwen2" or bool(settings.get("attention_bias", False)),
-        qk_norm=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "gemma3_text"),
+        norms=4 if kind == "gemma3_text" else 2,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from dgpo.agent.protocol import SEARCH_R1_PROMPT, TEMPLATE_DATE
+from dgpo.agent.protocol import SEARCH_R1_PROMPT, TEMPLATE_VARIABLES
 from dgpo.algorithms.advantages import ALGORITHMS
 from dgpo.algorithms.selective_kl import GATES, TEACHER_FORMS
 from dgpo.data.rows import read_rows, row_question
@@ -198,7 +198,7 @@ model = AutoModelForCausalLM.from_pretrained(name)
 prompt = {json.dumps(_prompt_template(config))}
 messages = [{{"role": "user", "content": prompt.replace("{{question}}", "who wrote the song that opened the film?")}}]
 inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, date_string="{TEMPLATE_DATE}"
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **{TEMPLATE_VARIABLES}
 )
 output = model.generate(**inputs, tokenizer=tokenizer, max_new_tokens={episode["max_turn_tokens"]})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))

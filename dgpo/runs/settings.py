@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dgpo.agent.protocol import TEMPLATE_VARIABLES
 from dgpo.config.schema import Config
 from dgpo.errors import ConfigError
 from dgpo.files import atomic_write_text
@@ -81,6 +82,7 @@ def episode_settings(
         "temperature": temperature,
         "stop": list(stop),
         "retriever": retriever,
+        "template": TEMPLATE_VARIABLES,
         **fixed_settings(config, "episode", "hardware.engine.dtype"),
     }
 
@@ -188,7 +190,7 @@ def _below(key: str, names: Sequence[str]) -> bool:
 
 
 def _defaults(now: Mapping[str, Any]) -> dict[str, Any]:
-    known = flat(json.loads(json.dumps(asdict(Config()))))
+    known = flat({**json.loads(json.dumps(asdict(Config()))), "template": TEMPLATE_VARIABLES})
     return {key: known[key] for key in now if key in known}
 
 

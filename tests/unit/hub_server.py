@@ -1,4 +1,7 @@
-"""A small server of the hub's layout: what `huggingface_hub` asks for to download data sets and to upload models."""
+"""A small server of the hub's layout: what `huggingface_hub` asks for to download data sets and models, and to upload.
+
+python -m tests.unit.hub_server FOLDER PORT     serves FOLDER/{datasets,models}/<owner>/<name>/...
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -26,14 +31,14 @@ class HubServer(ThreadingHTTPServer):
         with_sizes: whether the listing has sizes and checksums; some mirrors' have not.
         served: content that is sent instead, by file name.
         ranges: the `Range` header of every download, "" without one.
-        models: name -> file name -> content, of what was uploaded.
+        models: name -> file name -> content, of what was uploaded, and what can be downloaded.
         token: that uploads must bring; None: whoever.
         objects: LFS content by SHA-256.
         failures: uploads of content answered with 500 from now on.
     """
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.data_sets: dict[str, tuple[str, dict[str, bytes]]] = {}
         self.cuts: list[int] = []
         self.refused = False
@@ -54,6 +59,23 @@ class HubServer(ThreadingHTTPServer):
         commit = hashlib.sha1(repr((repo, files)).encode()).hexdigest()
         self.data_sets[repo] = (commit, files)
         return commit
+
+    def add_folder(self, folder: Path) -> None:
+        """Adds what lies in `{datasets,models}/<owner>/<name>/`."""
+        for root in sorted(folder.glob("*/*/*")):
+            repo = "/".join(root.parts[-2:])
+            files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+            if root.parts[-3] == "datasets":
+                self.add(repo, files)
+            else:
+                self.models[repo] = files
+
+    def repository(self, kind: str, repo: str) -> tuple[str, dict[str, bytes]]:
+        """(commit, files)."""
+        if kind == "datasets":
+            return self.data_sets[repo]
+        files = self.models[repo]
+        return hashlib.sha1(repr((repo, sorted(files))).encode()).hexdigest(), files
 
 
 @contextmanager
@@ -140,35 +162,53 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(chunks)
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def _json(self, status: int, data: dict[str, Any]) -> None:
+    def _json(self, status: int, data: Any) -> None:
         self._send(status, {"Content-Type": "application/json"}, json.dumps(data).encode())
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/revision/(.+)", path):
-            self._listing(*match.groups())
-        elif match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._resolve(*match.groups())
-        elif path.startswith("/content/"):
-            self._content(path.removeprefix("/content/"))
+        if match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            self._listing(match[1], match[2], match[3] or "main")
+        elif match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", path):
+            self._tree(*match.groups())
+        elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._resolve("datasets" if match[1] else "models", *match.groups()[1:])
+        elif match := re.fullmatch(r"/content/(\w+)/([^/]+/[^/]+)/(.+)", path):
+            content = self.server.repository(match[1], match[2])[1][match[3]]
+            self._bytes(self.server.served.get(match[3], content), {})
         else:
-            self._send(404)
+            self._send(200 if path == "/" else 404)
 
-    def _found(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        if repo not in self.server.data_sets:
+    def _found(self, kind: str, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        if repo not in (self.server.data_sets if kind == "datasets" else self.server.models):
             self._send(404, {"X-Error-Code": "RepoNotFound"})
             return None
-        commit, files = self.server.data_sets[repo]
+        commit, files = self.server.repository(kind, repo)
         if revision not in ("main", commit):
             self._send(404, {"X-Error-Code": "RevisionNotFound"})
             return None
         return commit, files
 
-    def _listing(self, repo: str, revision: str) -> None:
-        if found := self._found(repo, revision):
+    def _listing(self, kind: str, repo: str, revision: str) -> None:
+        if found := self._found(kind, repo, revision):
             commit, files = found
             siblings = [self._sibling(name, content) for name, content in files.items()]
             self._send(200, {}, json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode())
+
+    def _tree(self, kind: str, repo: str, revision: str, below: str) -> None:
+        if not (found := self._found(kind, repo, revision)):
+            return
+        entries = []
+        for name, content in found[1].items():
+            if name.startswith(f"{below}/" if below else ""):
+                entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": git_sha1(content)}
+                digest = hashlib.sha256(content).hexdigest()
+                large = {"lfs": {"oid": digest, "size": len(content), "pointerSize": 130}}
+                entries.append({**entry, **(large if len(content) >= LARGE else {})})
+        if entries:
+            self._json(200, entries)
+        else:
+            self._send(404, {"X-Error-Code": "EntryNotFound"})
 
     def _sibling(self, name: str, content: bytes) -> dict[str, object]:
         if not self.server.with_sizes:
@@ -181,26 +221,23 @@ class _Handler(BaseHTTPRequestHandler):
             **({"lfs": lfs} if len(content) >= LARGE else {}),
         }
 
-    def _resolve(self, repo: str, revision: str, name: str) -> None:
-        if not (found := self._found(repo, revision)):
+    def _resolve(self, kind: str, repo: str, revision: str, name: str) -> None:
+        if not (found := self._found(kind, repo, revision)):
             return
         commit, files = found
-        content = files[name]
-        if len(content) >= LARGE:  # the etag of the linked file; its content lies on another host
+        content = files.get(name)
+        if content is None:
+            self._send(404, {"X-Repo-Commit": commit, "X-Error-Code": "EntryNotFound"})
+        elif len(content) >= LARGE:  # the etag of the linked file; its content lies on another host
             linked = {
                 "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
                 "X-Linked-Size": str(len(content)),
-                "Location": f"{self.server.url.replace('127.0.0.1', 'localhost')}/content/{repo}/{name}",
+                "Location": f"{self.server.url.replace('127.0.0.1', 'localhost')}/content/{kind}/{repo}/{name}",
                 "ETag": f'"{git_sha1(b"pointer")}"',
             }
             self._send(302, {"X-Repo-Commit": commit, **linked})
         else:
             self._bytes(content, {"X-Repo-Commit": commit, "ETag": f'"{git_sha1(content)}"'})
-
-    def _content(self, path: str) -> None:
-        namespace, name, file = path.split("/", 2)
-        content = self.server.data_sets[f"{namespace}/{name}"][1][file]
-        self._bytes(self.server.served.get(file, content), {})
 
     def _bytes(self, content: bytes, headers: dict[str, str]) -> None:
         if self.command == "GET":
@@ -237,3 +274,10 @@ def _mode(file: dict[str, Any]) -> str:
 
 def git_sha1(content: bytes) -> str:
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
+if __name__ == "__main__":
+    hub = HubServer(int(sys.argv[2]))
+    hub.add_folder(Path(sys.argv[1]))
+    print("ready", flush=True)
+    hub.serve_forever()

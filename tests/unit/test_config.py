@@ -198,6 +198,25 @@ def test_an_assumption_that_makes_no_sense_is_refused(overrides, message):
     assert message in str(caught.value)
 
 
+def test_a_file_of_overrides_comes_before_what_is_typed(tmp_path, monkeypatch):
+    file = tmp_path / "site.txt"
+    file.write_text("# of this cluster\nhardware=cpu\n\ntrain.num_steps=7\ntrain.batch_size=32\n")
+    monkeypatch.setenv("DGPO_OVERRIDES", str(file))
+    config = load_config(["train.num_steps=9"])
+    assert (config.hardware.platform, config.train.num_steps, config.train.batch_size) == ("cpu", 9, 32)
+    assert load_config(["dry_run.assume=h200x8"]).hardware.gpu == "h200"
+    assert "train.batch_size=32" in changed_settings(config)
+
+
+def test_a_file_of_overrides_that_is_not_there_or_wrong_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("DGPO_OVERRIDES", str(tmp_path / "site.txt"))
+    with pytest.raises(ConfigError, match=r"DGPO_OVERRIDES=.*site\.txt cannot be read"):
+        load_config()
+    (tmp_path / "site.txt").write_text("train.num_step=7\n")
+    with pytest.raises(ConfigError, match=r"did you mean train\.num_steps"):
+        load_config()
+
+
 def test_free_mappings_take_any_key():
     config = load_config(["test.models.mine=runs/a/train/model", "data.test_files.nq=nq.parquet"])
     assert config.test.models == {"mine": "runs/a/train/model"}

@@ -73,6 +73,9 @@ def test_biases_and_query_norms_are_counted():
     assert shape_from_config({"model_type": "llama", **sizes}) == TINY
     assert shape_from_config({"model_type": "qwen2", **sizes}).layer == 152 + 4 + 2 + 2
     assert shape_from_config({"model_type": "qwen3", **sizes}).layer == 152 + 2 + 2
+    gemma = shape_from_config({"model_type": "gemma3_text", **sizes})
+    assert gemma.layer == 152 + 2 + 2 + 2 * 4
+    assert gemma.tied
     assert shape_from_config({"model_type": "mamba", **sizes}) is None
     assert shape_from_config({"max_position_embeddings": 8192}) is None
 

@@ -41,7 +41,7 @@ def test_pixi_offers_the_promised_tasks():
 @pytest.mark.parametrize("name", ["retriever", "retriever-gpu"])
 def test_the_retrievers_environments_offer_only_what_their_packages_can_do(name):
     modules = {shlex.split(TASKS[task]["cmd"])[2] for task in environment_tasks(name) - {"install"}}
-    assert modules == {"retriever.serve", "retriever.build"}
+    assert modules == {"retriever.serve", "retriever.build", "retriever.convert"}
 
 
 def test_cuda_environments_are_refused_where_the_driver_is_too_old():

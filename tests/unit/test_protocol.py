@@ -67,7 +67,7 @@ def test_a_template_without_a_question_is_refused():
         build_messages("who?", "Answer.")
 
 
-def test_prompts_are_encoded_with_a_fixed_date_and_room_for_the_policy():
+def test_prompts_are_encoded_with_a_fixed_date_thoughts_and_room_for_the_policy():
     class ChatTokenizer:
         def apply_chat_template(self, messages, **options):
             self.messages, self.options = messages, options
@@ -82,6 +82,7 @@ def test_prompts_are_encoded_with_a_fixed_date_and_room_for_the_policy():
         "tokenize": True,
         "return_dict": False,
         "date_string": "26 Jul 2024",
+        "enable_thinking": True,
     }
 
 
