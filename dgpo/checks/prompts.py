@@ -8,7 +8,7 @@ from typing import Any
 from dgpo.agent.protocol import TEMPLATE_VARIABLES, build_messages, encode_prompt
 from dgpo.config.model_files import chat_template, model_file, read_json
 from dgpo.config.schema import Config, ModelConfig
-from dgpo.errors import ConfigError
+from dgpo.errors import ConfigError, one_line
 
 Messages = Sequence[Mapping[str, str]]
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -77,7 +77,7 @@ class PromptReader:
             try:
                 text = self._render(messages)
             except Exception as error:  # a template is a program of its author's
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
                 raise ConfigError(
                     f"{self.name}: its chat template fails on {where} ({type(error).__name__}: {reason}); correct the "
                     "template, or the roles of the prompt"
@@ -137,7 +137,7 @@ def _of_transformers(
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ConfigError(f"{name}: its tokenizer cannot be loaded ({reason}); save it beside the weights") from None
 
     def render(messages: Messages) -> str:

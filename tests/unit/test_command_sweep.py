@@ -34,7 +34,7 @@ from tests.unit.stubs import healthy_server, make_model, make_row
 from tests.unit.test_ranges import NUMBERS, leaves
 
 ROOT = Path(__file__).parents[2]
-DRAWN, DRAWN_SLOWLY = 12, 150  # cases of each property
+DRAWN, DRAWN_SLOWLY = 12, 60  # cases of each property
 STAGES = ("collect", "distill", "train", "test", "arcap")
 COMPOSING = sorted(set(COMMANDS) - {"own", "import", "compare", "doctor"})  # their words are overrides
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
