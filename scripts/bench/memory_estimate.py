@@ -6,7 +6,7 @@ Fails when an estimate is further than 15% from its measurement, or an exact one
 
 Models of the Llama family, small enough to run, are measured with real tensors: what a forward pass keeps for its
 backward pass (`saved_tensors_hooks`), and the most bytes of tensors that live at once in a training micro-batch with
-FSDP2 on one rank, veRL's log-probs and entropy, and an AdamW step. The paper's models are counted on torch's meta
+FSDP2 on one rank, log-probs and entropies in chunks, and an AdamW step. The paper's models are counted on torch's meta
 device, and their updates on 8 ranks with tensors that have sizes but no values (torch's FakeTensorMode, and its process
 group of that kind): a model of any size, the very operations, no memory. KV-cache bytes are vLLM's own.
 """
@@ -32,8 +32,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dgpo.algorithms.chunked_head import ENTROPY, LOG_PROB, token_terms
 from dgpo.config.load import load_config
-from dgpo.config.schema import Config
+from dgpo.config.schema import Config, TrainConfig
 from dgpo.hardware.budget import Models, rl_budget
 from dgpo.hardware.known_models import KNOWN_MODELS
 from dgpo.hardware.memory import Precision, kv_bytes_per_token, saved_activations
@@ -231,7 +232,7 @@ class process_group:
 
 
 def training_peak(batch: MicroBatch) -> int:
-    """The most bytes of live tensors: FSDP2 as veRL applies it, its log-probs and entropy, backward, AdamW.
+    """The most bytes of live tensors: FSDP2 as veRL applies it, log-probs and entropies, backward, AdamW.
 
     Of the second step, in which the moments exist already, with two micro-batches, of which one finds gradients.
     """
@@ -241,14 +242,14 @@ def training_peak(batch: MicroBatch) -> int:
     if batch.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     dtype = getattr(torch, batch.dtype)
+    ids = torch.randint(0, batch.vocab, (1, batch.tokens))
+    read_in_chunks(model, ids.roll(-1, 1)[0])
     shard(model, init_device_mesh("cpu", (1,)), dtype)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
-    ids = torch.randint(0, batch.vocab, (1, batch.tokens))
-    labels = ids.roll(-1, 1)[0]
 
     def micro_batch() -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = policy_loss(model(input_ids=ids, use_cache=False).logits[0], labels)
+            loss = policy_loss(model(input_ids=ids, use_cache=False).logits)
         loss.backward()
 
     def step() -> None:
@@ -281,21 +282,19 @@ def shard(model: PreTrainedModel, mesh: Any, dtype: torch.dtype) -> None:
         fully_shard(module, **settings)
 
 
-def policy_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """veRL's uncompiled entropy and log-probs of sampled tokens, [T, V] -> a scalar."""
-    from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
+def read_in_chunks(model: PreTrainedModel, targets: torch.Tensor) -> None:
+    """The output layer as `dgpo.platforms.token_engine` has it, of all tokens."""
+    head = model.get_output_embeddings()
 
-    entropy = entropy_from_logits(logits)
-    log_probs = logprobs_from_logits(logits=logits, labels=labels, inplace_backward=False)
-    return -log_probs.float().mean() - 0.001 * entropy.float().mean()
+    def terms(hidden: torch.Tensor) -> torch.Tensor:
+        chunk = TrainConfig().chunk_tokens
+        return token_terms(hidden[0], head=head.weight, targets=targets, temperature=1.0, chunk_size=chunk)
+
+    head.forward = terms
 
 
-def whole_policy_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The same with log-probs of all rows at once: veRL goes row by row, which takes fake tensors minutes."""
-    from verl.utils.torch_functional import entropy_from_logits
-
-    log_probs = logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(-1)
-    return -log_probs.float().mean() - 0.001 * entropy_from_logits(logits).float().mean()
+def policy_loss(terms: torch.Tensor) -> torch.Tensor:
+    return -terms[:, LOG_PROB].mean() - 0.001 * terms[:, ENTROPY].mean()
 
 
 @dataclass(frozen=True)
@@ -325,9 +324,11 @@ class ShardedUpdate:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = make_model(_shape(self.name), kind="qwen2", dtype=torch.float32, auto=auto)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            ids, positions = torch.zeros(1, self.tokens, dtype=torch.int64), torch.arange(self.tokens)[None]
+            if self.role == "actor":
+                read_in_chunks(model, ids[0])
             shard(model, mesh, torch.bfloat16)
             moments = [torch.zeros_like(p._local_tensor) for p in model.parameters() for _ in range(2)]
-            ids, positions = torch.zeros(1, self.tokens, dtype=torch.int64), torch.arange(self.tokens)[None]
             live = LiveBytes()
             live.watch(list(model.parameters()), moments)
             with live:
@@ -335,9 +336,8 @@ class ShardedUpdate:
                     with torch.autocast("cpu", torch.bfloat16):
                         # Without a mask, as packed sequences go to flash attention.
                         output = model(input_ids=ids, position_ids=positions, attention_mask={"full_attention": None})
-                        logits = output.logits[0]
-                        loss = whole_policy_loss(logits, ids[0]) if self.role == "actor" else logits.mean()
-                    del output, logits
+                        loss = policy_loss(output.logits) if self.role == "actor" else output.logits.mean()
+                    del output
                     loss.backward()
         return live.peak
 

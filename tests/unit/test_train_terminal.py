@@ -1,3 +1,6 @@
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+from dgpo.engines.ray_cluster import _listen
 from dgpo.rl.terminal import divert, step_line
 
 RECORD = {"step": 3, "episode/em": 0.4375, "teacher/kl_all": 0.1234, "timing_s/step": 4.06}
@@ -27,3 +30,16 @@ def test_the_terminal_gets_steps_and_alarms_and_the_log_all(tmp_path, capsys):
     assert len(log) == 5
     assert log[0] == "(TaskRunner 7) {'trainer': 1}"
     assert log[3] == "(ray 8) Loading safetensors"
+
+
+def test_a_listener_takes_the_place_of_rays_printing(capsys):
+    """Ray 2.60 has no public way: a release that renames its handler or its dispatcher is seen here."""
+    global_worker_stdstream_dispatcher.add_handler("ray_print_logs", lambda _: print("printed by Ray"))
+    heard = []
+    _listen(heard.append)
+    try:
+        global_worker_stdstream_dispatcher.emit({"lines": ["x"]})
+    finally:
+        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    assert heard == [{"lines": ["x"]}]
+    assert "printed by Ray" not in capsys.readouterr().out
