@@ -12,7 +12,6 @@ from dgpo.config.help import describe
 from dgpo.config.load import load_config
 from dgpo.config.release import with_positions
 from dgpo.errors import exit_code
-from dgpo.runs.stopping import raised_on_request, stopped_by_sigterm
 
 USAGE = """usage: python -m dgpo COMMAND [key=value ...]
 
@@ -89,7 +88,7 @@ COMMANDS = {
     ),
     "reproduce": Command(
         "dgpo.pipeline.reproduce:reproduce",
-        "a table of the paper (table=main|ablation|pairs): plans, runs what is missing",
+        "a table of the paper, or figures: plans, runs what is missing; seeds=[1,2,3] for means and contrasts",
         takes_config=False,
     ),
     "ask": Command(
@@ -143,6 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: Sequence[str]) -> None:
+    from dgpo.runs.stopping import raised_on_request, stopped_by_sigterm
+
     command = COMMANDS[name]
     given = load_config(with_positions(name, arguments)) if command.takes_config else arguments
     module, _, function = command.work.partition(":")

@@ -84,6 +84,16 @@ class StopRequested(BaseException):
     exit_code = StoppedOnRequestError.exit_code
 
 
+def one_line(error: object) -> str:
+    """The whole text of an error, in one line."""
+    return " ".join(str(error).split())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def exit_code(name: str, work: Callable[[], object], *, resumes: bool = False) -> int:
     """Runs a command; whatever it raises is told in words.
 
@@ -117,4 +127,4 @@ def exit_code(name: str, work: Callable[[], object], *, resumes: bool = False) -
 
 
 def _tell(name: str, what: object) -> None:
-    print(f"{name}: {' '.join(str(what).split())}", file=sys.stderr)
+    print(f"{name}: {one_line(what)}", file=sys.stderr)

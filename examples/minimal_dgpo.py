@@ -32,7 +32,7 @@ from dgpo.agent.protocol import STOP_STRINGS, encode_prompt
 from dgpo.agent.trajectory import Trajectory
 from dgpo.algorithms.advantages import generalised_advantages
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES, LossSettings
-from dgpo.algorithms.exact_kl import exact_reverse_kl
+from dgpo.algorithms.divergences import reverse_kl
 from dgpo.algorithms.reduce import divide, masked_mean
 from dgpo.algorithms.selective_kl import compute_gate, subtract_teacher_kl
 from dgpo.config.load import load_config
@@ -87,7 +87,7 @@ class TorchPolicy:
 
 async def play(policy: TorchPolicy, rows: list[dict], search: JsonlSearch, stop: Sequence[str]) -> list[Trajectory]:
     """One episode per question, by the loop that all of the framework uses."""
-    limits = EpisodeLimits(**{k: v for k, v in vars(EPISODE).items() if k in EpisodeLimits.__annotations__})
+    limits = EpisodeLimits.of(EPISODE)
     episodes = (
         run_episode(
             episode_id=f"{index}/{row['extra_info']['id']}",
@@ -182,12 +182,10 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 def teacher_loss(logits: Tensor, batch: Batch, gate: Tensor, teacher: nn.Module) -> Tensor:
     """sum(gate * I(y_t) * KL(student || teacher)) / policy tokens: the term's `exact` form, over the vocabulary."""
-    rows = torch.nonzero((batch.mask * gate[:, None]).flatten())[:, 0]
+    at = (batch.mask * gate[:, None]).bool()
     with torch.no_grad():
-        hidden = teacher.model(batch.ids).last_hidden_state[:, :-1].flatten(0, 1)[rows]
-    head, chunk = teacher.lm_head.weight, TRAIN.teacher_term.chunk_tokens
-    kl = exact_reverse_kl(logits.flatten(0, 1), rows=rows, teacher_hidden=hidden, teacher_head=head, chunk_size=chunk)
-    return divide(kl.sum(), batch.mask.sum())
+        teacher_logits = teacher(batch.ids).logits[:, :-1][at]
+    return divide(reverse_kl(logits[at], teacher_logits).sum(), batch.mask.sum())
 
 
 def losses(

@@ -39,7 +39,7 @@ class Metrics:
             self.leniencies.labels(kind)  # from 0 on
         self.unsearchable = Counter(
             "retriever_unsearchable_queries",
-            "Queries whose vector is not finite: answered with no passages, or 500 where a request has no others.",
+            "Queries whose vector is not finite: their requests got 500.",
             registry=registry,
         )
         self._batch_queries = Histogram(

@@ -221,8 +221,14 @@ class Service:
                     self.metrics.unsearchable.inc()
                     continue
                 self._cache.put((name, query, parsed.topk), hits, value_bytes=HIT_BYTES * len(hits.rows))
-        if known and all(hits is UNSEARCHABLE for hits in known.values()):
-            raise RequestError(500, "the encoder gives no query of this request a finite vector (NaN or infinite)")
+        failed = [number for number, query in enumerate(parsed.queries) if known.get(query) is UNSEARCHABLE]
+        if failed:  # an empty list would say that there is nothing to find
+            also = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+            raise RequestError(
+                500,
+                f"the encoder gives queries[{failed[0]}]{also} no finite vector (NaN or infinite): send the others "
+                "without it",
+            )
         return [known.get(query, NOTHING) for query in parsed.queries]
 
     def _submit(self, job: SearchJob) -> asyncio.Future[list[Hits]]:

@@ -36,16 +36,17 @@ def import_corpus(sources: Path | Sequence[Path], destination: Path) -> np.ndarr
     Raises:
         RetrieverError: the first row that is not a document, by file and row.
     """
+    files = [sources] if isinstance(sources, Path) else sources
     starts, position = array("q", [0]), 0  # 8 bytes a row, not the 40 of a list of integers
     with open(destination, "wb") as file:
-        for source in [sources] if isinstance(sources, Path) else sources:
+        for source in files:
             for row, line in enumerate(read_lines(source)):
                 line = _checked(line.rstrip(b"\r\n"), source, row) + b"\n"
                 file.write(line)
                 position += len(line)
                 starts.append(position)
     if position == 0:
-        raise RetrieverError(f"{sources} is empty; expected rows like {EXPECTED_ROW}")
+        raise RetrieverError(f"{', '.join(map(str, files))} is empty; expected rows like {EXPECTED_ROW}")
     return np.frombuffer(starts, dtype=np.int64)
 
 

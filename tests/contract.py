@@ -72,7 +72,8 @@ VERL = {
         "called by dgpo/rl/worker.py": "TrainingWorker.__init__ TrainingWorker.infer_batch TrainingWorker.set_loss_fn",
     },
     "workers/engine/fsdp/transformer_impl.py": {
-        "calls dgpo/rl/exact_loss.py": "FSDPEngineWithLMHead.prepare_model_outputs",
+        "overridden by dgpo/platforms/token_engine.py": "FSDPEngineWithLMHead.prepare_model_inputs "
+        "FSDPEngineWithLMHead.prepare_model_outputs FSDPEngine._gather_and_unpad_packed",
         "overridden by dgpo/platforms/cpu/engines.py": "FSDPEngine._build_fsdp_module FSDPEngine._build_module",
         "called by dgpo/rl/rank_checkpoints.py": "FSDPEngine.load_checkpoint",
     },

@@ -20,7 +20,8 @@ from dgpo.agent.protocol import (
 from dgpo.agent.search import SearchFailedError
 from dgpo.agent.seeds import derive_seed
 from dgpo.agent.trajectory import SearchRecord, Status, Trajectory, Turn
-from dgpo.errors import DgpoError
+from dgpo.config.schema import EpisodeConfig
+from dgpo.errors import ConfigError, DgpoError
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class EpisodeLimits:
     topk: int
     max_passage_tokens: int
     max_query_chars: int
+
+    @classmethod
+    def of(cls, episode: EpisodeConfig) -> EpisodeLimits:
+        return cls(**{limit.name: getattr(episode, limit.name) for limit in fields(cls)})
 
     def __post_init__(self) -> None:
         for limit in fields(self):
@@ -289,7 +294,7 @@ async def _execute_search(
     """Searches with the query cut to its limit, and cuts the passages that come back to theirs."""
     sent = query[: limits.max_query_chars].rstrip()
     started = time.perf_counter()
-    found = await search.search(sent, topk=limits.topk, corpus=corpus)
+    found = _checked(await search.search(sent, topk=limits.topk, corpus=corpus))
     latency_s = time.perf_counter() - started
     documents = [cut_passage(document, tokenizer, limits.max_passage_tokens) for document in found]
     return SearchRecord(
@@ -300,6 +305,22 @@ async def _execute_search(
         query_cut=sent != query,
         latency_s=latency_s,
     )
+
+
+def _checked(found: Any) -> list[dict[str, Any]]:
+    """What a search returned, which may be anyone's, against the contract of `Search`."""
+    if not isinstance(found, list):
+        raise ConfigError(
+            f"the search returned {repr(found)[:100]}, expected a list of documents: correct retriever.backend "
+            "(docs/extending.md)"
+        )
+    for document in found:
+        if not (isinstance(document, dict) and isinstance(document.get("contents"), str)):
+            raise ConfigError(
+                f"the search returned a document {repr(document)[:100]}, expected {{'id': .., 'contents': text}}: "
+                "correct retriever.backend (docs/extending.md)"
+            )
+    return found
 
 
 def cut_passage(document: dict[str, Any], tokenizer: Tokenizer, max_tokens: int) -> dict[str, Any]:

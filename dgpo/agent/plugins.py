@@ -54,6 +54,8 @@ def load_reward(path: str) -> Reward:
         ConfigError: it cannot be found, or does not take (trajectory, golds, scores).
     """
     reward = load_object(path, key="train.reward")
+    if inspect.iscoroutinefunction(reward):
+        raise ConfigError(f"train.reward={path}: expected a plain function, it is async")
     try:
         inspect.signature(reward).bind(None, None, None)
     except TypeError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import SupportsFloat
 
 from dgpo.agent.plugins import Reward
 from dgpo.agent.trajectory import Trajectory
+from dgpo.errors import ConfigError
 from dgpo.metrics.exact_match import exact_match, f1_score
 from dgpo.metrics.hits import answer_in_passages
 from dgpo.metrics.repetition import num_repeated_tokens
@@ -48,10 +50,18 @@ def episode_reward(
 
     Without a reward function it is exact match, which has no parts. A function may return one number, or named parts
     whose sum is the reward.
+
+    Raises:
+        ConfigError: it returned something else.
     """
     if reward is None:
         return scores["em"], {}
     value = reward(trajectory, golds, scores)
     parts = value if isinstance(value, Mapping) else {"total": value}
+    if not parts or not all(isinstance(part, SupportsFloat) for part in parts.values()):
+        raise ConfigError(
+            f"train.reward returned {repr(value)[:100]}, expected a number, or a mapping of names to numbers "
+            "(docs/extending.md)"
+        )
     named = {f"reward_{name}": float(part) for name, part in parts.items()}
     return sum(named.values()), named

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 
@@ -247,21 +247,30 @@ class SearchClient:
 def split_urls(url: str) -> list[str]:
     """The servers of `retriever.url`; raises `ConfigError` when it names none."""
     urls = [one.strip().rstrip("/") for one in url.split(",") if one.strip()]
-    if not urls:
+    if not urls or not all(is_address(one) for one in urls):
         raise ConfigError(f"retriever.url is {url!r}; expected http://host:port, or several separated by commas")
     return urls
 
 
-def read_token(path: str | None) -> str | None:
-    """The token in a file (`retriever.token_file`), or None; raises `ConfigError` for a file without one."""
+def is_address(url: str) -> bool:
+    """Whether it is `http://host`, with or without port and path."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, brackets that are no address
+        return False
+
+
+def read_token(path: str | None, *, key: str = "retriever.token_file") -> str | None:
+    """The token in the file that `key` names, or None; raises `ConfigError` for a file without one."""
     if path is None:
         return None
     try:
         token = Path(path).read_text().strip()
-    except OSError as error:
-        raise ConfigError(f"retriever.token_file={path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: no text
+        raise ConfigError(f"{key}={path} cannot be read: {getattr(error, 'strerror', error)}") from None
     if not token:
-        raise ConfigError(f"retriever.token_file={path} is empty; expected the token of the retrieval server")
+        raise ConfigError(f"{key}={path} is empty; expected the server's token")
     return token
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dgpo.agent.protocol import ActionKind
-from dgpo.files import atomic_path
+from dgpo.files import json_line, write_jsonl
 
 Status = Literal["answered", "no_answer", "overflow", "search_failed"]
 Origin = Literal["sampled", "text"]
@@ -81,7 +81,7 @@ class Trajectory:
 
     def to_json(self) -> str:
         """One line of JSON."""
-        return json.dumps(vars(self), default=vars, ensure_ascii=False)
+        return json_line(self)
 
     @classmethod
     def from_json(cls, line: str) -> Trajectory:
@@ -94,12 +94,7 @@ class Trajectory:
 
 def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> int:
     """Writes one JSON line per episode, the file whole or not at all. Returns how many."""
-    count = 0
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for trajectory in trajectories:
-            file.write(trajectory.to_json() + "\n")
-            count += 1
-    return count
+    return write_jsonl(path, trajectories)
 
 
 def read_trajectories(path: str | Path) -> Iterator[Trajectory]:

@@ -1,4 +1,4 @@
-"""Cold-start losses by their published names. A new one is an entry in `DISTILLATION_LOSSES`.
+"""Cold-start losses by their published names: a new one is an entry in `DISTILLATION_LOSSES`.
 
 Each gives per-token values from the logits of the positions that predict a policy token: no mask and no reduction
 inside. `dgpo.algorithms.fused_linear` turns them into a scalar without holding all logits at once.
@@ -6,15 +6,15 @@ inside. `dgpo.algorithms.fused_linear` turns them into a scalar without holding 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
+if TYPE_CHECKING:  # the names of the losses are checked in processes that have no use for torch
+    import torch
 
-from dgpo.algorithms import divergences
-from dgpo.algorithms.divergences import cross_entropy
-
-TokenLoss = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+TokenLoss: TypeAlias = "Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]"
 """(student logits [n, V], teacher logits [n, V'] or None, targets [n]) -> values [n], in nats."""
 
 
@@ -45,10 +45,12 @@ class DistillationLoss:
     """A divergence of student and teacher, mixed with the cross-entropy; or the cross-entropy alone.
 
     Attributes:
-        divergence: (student logits, teacher logits, settings) -> values, or None for the cross-entropy alone.
+        divergence: the name of a function of `dgpo.algorithms.divergences`, or None for the cross-entropy alone.
+        settings: its arguments besides the logits -> the fields of `LossSettings` that they are.
     """
 
-    divergence: Callable[[torch.Tensor, torch.Tensor, LossSettings], torch.Tensor] | None
+    divergence: str | None
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def needs_teacher(self) -> bool:
@@ -60,36 +62,36 @@ class DistillationLoss:
         CE is over the student's whole vocabulary, D over what the two share. The returned function raises ValueError
         when it needs a teacher's logits and gets None.
         """
-        divergence, ratio = self.divergence, settings.kl_ratio
+        from dgpo.algorithms import divergences
+
+        ratio = settings.kl_ratio
+        numbers = {argument: getattr(settings, name) for argument, name in self.settings.items()}
+        divergence = partial(getattr(divergences, self.divergence), **numbers) if self.divergence else None
 
         def values(
             student_logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor
         ) -> torch.Tensor:
             if divergence is None:
-                return cross_entropy(student_logits, targets)
+                return divergences.cross_entropy(student_logits, targets)
             if teacher_logits is None:
                 raise ValueError("this loss needs a teacher: set teacher.path, or choose distill.loss=seqkd")
-            loss = ratio * divergence(student_logits, teacher_logits, settings)
+            loss = ratio * divergence(student_logits, teacher_logits)
             if ratio == 1:  # the paper's choice, which needs no second pass over the vocabulary
                 return loss
-            return loss + (1 - ratio) * cross_entropy(student_logits, targets)
+            return loss + (1 - ratio) * divergences.cross_entropy(student_logits, targets)
 
         return values
 
 
-_FORWARD = DistillationLoss(lambda student, teacher, _: divergences.forward_kl(student, teacher))
-_SKEW = DistillationLoss(lambda student, teacher, s: divergences.skew_forward_kl(student, teacher, skew=s.skew))
-
-DISTILLATION_LOSSES: dict[str, DistillationLoss] = {
-    "kd": _FORWARD,  # Hinton et al. 2015, Sanh et al. 2019; DGPO's phase 1
+DISTILLATION_LOSSES = {
+    "kd": DistillationLoss("forward_kl"),  # Hinton et al. 2015, Sanh et al. 2019; DGPO's phase 1
     "seqkd": DistillationLoss(None),  # Kim & Rush 2016, on the teacher's episodes: the paper's SFT baseline
-    "distillm": _SKEW,  # Ko et al. 2024; its student-generated episodes are the trainer's part
-    "taid": DistillationLoss(lambda student, teacher, s: divergences.taid(student, teacher, t=s.taid_t)),
-    "forward_kl": _FORWARD,
-    "reverse_kl": DistillationLoss(lambda student, teacher, _: divergences.reverse_kl(student, teacher)),
-    "jsd": DistillationLoss(lambda student, teacher, s: divergences.generalised_jsd(student, teacher, beta=s.jsd_beta)),
-    "skew_kl": _SKEW,
-    "skew_reverse_kl": DistillationLoss(
-        lambda student, teacher, s: divergences.skew_reverse_kl(student, teacher, skew=s.skew)
-    ),
+    # Ko et al. 2024; its student-generated episodes are the trainer's part
+    "distillm": DistillationLoss("skew_forward_kl", {"skew": "skew"}),
+    "taid": DistillationLoss("taid", {"t": "taid_t"}),
+    "forward_kl": DistillationLoss("forward_kl"),
+    "reverse_kl": DistillationLoss("reverse_kl"),
+    "jsd": DistillationLoss("generalised_jsd", {"beta": "jsd_beta"}),
+    "skew_kl": DistillationLoss("skew_forward_kl", {"skew": "skew"}),
+    "skew_reverse_kl": DistillationLoss("skew_reverse_kl", {"skew": "skew"}),
 }

@@ -68,11 +68,6 @@ def generalised_jsd(student_logits: torch.Tensor, teacher_logits: torch.Tensor, 
     return mixture_divergence(student_logits, teacher_logits, teacher_weight=beta, teacher_share=beta)
 
 
-def jensen_shannon(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """(KL(q || m) + KL(p || m)) / 2, with m = (q + p) / 2: symmetric, at most log 2."""
-    return generalised_jsd(student_logits, teacher_logits, beta=0.5)
-
-
 def skew_forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, skew: float) -> torch.Tensor:
     """KL(q || lambda q + (1 - lambda) p): the student is mixed with `skew` = lambda of the teacher.
 

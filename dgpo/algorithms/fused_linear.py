@@ -80,14 +80,14 @@ class _FusedLinearLoss(torch.autograd.Function):
         grads = [torch.zeros_like(tensor) if want else None for tensor, want in zip(inputs, wanted, strict=True)]
         grad_hidden, grad_head, grad_bias = grads
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        compute_dtype = _compute_dtype(hidden)
-        head, bias = head.to(compute_dtype), None if bias is None else bias.to(compute_dtype)
+        dtype = compute_dtype(hidden)
+        head, bias = head.to(dtype), None if bias is None else bias.to(dtype)
         if teacher_head is not None:
-            teacher_head = teacher_head.to(_compute_dtype(teacher_hidden))
+            teacher_head = teacher_head.to(compute_dtype(teacher_hidden))
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), chunk_size):
                 part = slice(start, start + chunk_size)
-                states = hidden[part].to(compute_dtype)
+                states = hidden[part].to(dtype)
                 logits = F.linear(states, head, bias)
                 teacher_logits = None
                 if teacher_hidden is not None:
@@ -97,7 +97,7 @@ class _FusedLinearLoss(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[part] = logits @ head
                 if grad_head is not None:
-                    _add_product(grad_head, logits.T, states)
+                    add_product(grad_head, logits.T, states)
                 if grad_bias is not None:
                     grad_bias += logits.sum(0)
                 del logits  # before the next chunk's are made
@@ -142,7 +142,7 @@ def _sum_values(
     return torch.stack(sums).sum()
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """total += left @ right, in place, without a second matrix of its size."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
@@ -151,7 +151,8 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total[start : start + _ROWS_AT_ONCE] += left[start : start + _ROWS_AT_ONCE] @ right
 
 
-def _compute_dtype(states: torch.Tensor) -> torch.dtype:
+def compute_dtype(states: torch.Tensor) -> torch.dtype:
+    """In which products of these states run: autocast's type, or their own."""
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 

@@ -20,17 +20,26 @@ class Gate:
 
     Attributes:
         episodes: how a sentence names them.
-        choose: (correct [B], name -> [B] of every score of an episode) -> [B], 1 or true where the term applies.
+        choose: (correct [B], name -> [B] of every score of an episode, `coin` among them: a seeded number in [0, 1) of
+            its own) -> [B], 1 or true where the term applies.
     """
 
     episodes: str
     choose: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
 
 
+def draw_as_many_as_failed(correct: torch.Tensor, scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[B] 1 on the episodes with the smallest coins, as many as there are wrong ones: chance in the gate's place."""
+    chosen = correct.new_zeros(correct.shape)
+    chosen[scores["coin"].argsort()[: int((correct < 0.5).sum())]] = 1
+    return chosen
+
+
 GATES = {
     # DGPO. Correctness, not the reward: a format reward must not switch the teacher off.
     "failed": Gate("the episodes that it got wrong", lambda correct, _: correct < 0.5),
     "all": Gate("every episode", lambda correct, _: correct.new_ones(correct.shape)),  # "w/o selective KL"
+    "random": Gate("as many episodes as it got wrong, drawn by coin", draw_as_many_as_failed),  # a control
     "none": Gate("no episode", lambda correct, _: correct.new_zeros(correct.shape)),  # no teacher is loaded
 }
 
@@ -66,8 +75,8 @@ def subtract_teacher_kl(
     """r_t = score_t - beta * gate * I(y_t) * (log p_student(y_t) - log p_teacher(y_t)).
 
     The sampled-token (k1) estimate of KL(student || teacher), with the token mask I(y_t). Its full-vocabulary
-    counterpart, as a loss, is `dgpo.algorithms.exact_kl`. What it is subtracted from makes the difference between two
-    forms of the term:
+    counterpart, as a loss, is in `dgpo.algorithms.chunked_head`. What it is subtracted from makes the difference
+    between two forms of the term:
 
     - From the task's scores, before GAE (`reward`, the paper's): later tokens' terms add up in a token's advantage.
     - From the advantages, after their estimator and its whitening (`token`; as in on-policy distillation by policy

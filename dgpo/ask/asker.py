@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from dgpo.agent.episode import EpisodeLimits, Policy, Search, run_episode
@@ -36,9 +35,7 @@ class Asker:
 
     def __init__(self, config: Config, *, policy: Policy, tokenizer: Any, search: Search) -> None:
         self.config, self.policy, self.tokenizer, self.search = config, policy, tokenizer, search
-        limits = asdict(config.episode)
-        self.max_prompt_tokens = limits.pop("max_prompt_tokens")
-        self.limits = EpisodeLimits(**limits)
+        self.limits = EpisodeLimits.of(config.episode)
         self.mode = MODES[config.ask.mode]
         self.spells_words = len(tokenizer) < SMALL_VOCABULARY if hasattr(tokenizer, "__len__") else False
         self._numbers = itertools.count()
@@ -113,10 +110,10 @@ class Asker:
         ids = encode_prompt(
             self.tokenizer, build_messages(question, self.config.ask.prompt or self.mode.template or SEARCH_R1_PROMPT)
         )
-        if len(ids) > self.max_prompt_tokens:
+        if len(ids) > self.config.episode.max_prompt_tokens:
             raise QuestionError(
                 f"the question is too long: its prompt has {len(ids)} tokens, more than episode.max_prompt_tokens="
-                f"{self.max_prompt_tokens}: shorten it"
+                f"{self.config.episode.max_prompt_tokens}: shorten it"
             )
         return ids
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dgpo.checks.models import check_lengths, check_model
+from dgpo.checks.prompts import PromptReader
 from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_values
 from dgpo.config.schema import Config
@@ -24,8 +25,7 @@ def check_ask(config: Config) -> None:
         )
     check_model(config, ask.model, key="ask.model", notes=[])
     check_lengths(config, "ask.model", ask.model)
+    PromptReader(ask.model, key="ask.model", trust_remote_code=config.student.trust_remote_code).check_template()
     if ask.prompt is not None and "{question}" not in ask.prompt:
         raise ConfigError(f"ask.prompt={ask.prompt!r} has no place for the question: add {{question}} to it")
-    if ask.temperature < 0:
-        raise ConfigError(f"ask.temperature={ask.temperature}: expected 0 (greedy) or more")
     check_retriever(config, [{"extra_info": {"corpus": ask.corpus}}], [])

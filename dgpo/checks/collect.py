@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import urllib.request
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from dgpo.agent.search import read_token
+from dgpo.agent.search import is_address, open_direct, read_token
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model
+from dgpo.checks.prompts import check_prompts
 from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_values
 from dgpo.config.schema import Config
@@ -37,6 +37,10 @@ def check_collect(config: Config) -> list[str]:
     rows = check_rows(config, config.data.collect_file, key="data.collect_file", notes=notes, named=True)
     if check_model(config, model, key=key, notes=notes):
         check_lengths(config, key, model)
+        loaded_as = config.teacher if key == "teacher.path" else config.student
+        check_prompts(
+            config, model, rows, key=key, source=f"data.collect_file={config.data.collect_file}", loaded_as=loaded_as
+        )
     if config.teacher.url and config.collect.source == "teacher":
         served_model(config)
     if config.collect.samples_per_question > 1 and config.collect.temperature <= 0:
@@ -55,16 +59,15 @@ def served_model(config: Config) -> str:
         ConfigError: no address, or a server that does not answer, or lists no model.
     """
     url = config.teacher.url or ""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    if not is_address(url):
         raise ConfigError(f"teacher.url={url}: expected an address such as http://127.0.0.1:8000/v1")
     if config.teacher.url_model:
         return config.teacher.url_model
-    key = read_token(config.teacher.url_key_file)
+    key = read_token(config.teacher.url_key_file, key="teacher.url_key_file")
     address = f"{url.rstrip('/').removesuffix('/v1')}/v1/models"
     request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(request, timeout=SERVER_TIMEOUT_S) as response:
+        with open_direct(request, SERVER_TIMEOUT_S) as response:
             return str(json.load(response)["data"][0]["id"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(

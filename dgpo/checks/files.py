@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from dgpo.runs.owner import refuse_if_owned
 
 def check_stage_folder(config: Config, stage: str) -> None:
     folder = Path(config.run_dir) / stage
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ConfigError(
+            f"run_dir={config.run_dir}: {there} is no folder that can be written to; choose another run_dir"
+        )
     refuse_if_owned(folder)
     if not config.resume and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} exists: continue it with resume=true, or choose another run_dir")

@@ -91,7 +91,7 @@ def _make_the_same_ids(config: Config, student: str, teacher: str) -> bool:
 
 def check_lengths(config: Config, key: str, model: str | None) -> None:
     episode = config.episode
-    total = episode.max_prompt_tokens + episode.max_response_tokens
+    total = episode.max_tokens
     positions = max_positions(model or "", key=key)
     if positions is not None and total > positions:
         raise ConfigError(

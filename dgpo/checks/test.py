@@ -8,6 +8,7 @@ from typing import Any
 from dgpo.agent.modes import MODES
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model
+from dgpo.checks.prompts import PromptReader
 from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_values, nearest
 from dgpo.config.schema import Config
@@ -33,12 +34,21 @@ def check_test(config: Config, stage: str = "test") -> list[str]:
     _check_test_values(config)
     if stage == "arcap" and set(config.test.modes.values()) - {"agent"}:
         raise ConfigError(f"test.modes={config.test.modes}: ARCap is of agents, a baseline searches once or never")
+    readers: dict[str, PromptReader] = {}
+    trust = config.student.trust_remote_code
     for name, path in config.test.models.items():
         if check_model(config, path, key=f"test.models.{name}", notes=notes):
             check_lengths(config, f"test.models.{name}", path)
+            readers[name] = PromptReader(path, key=f"test.models.{name}", trust_remote_code=trust)
+            readers[name].check_template()
     rows: list[dict[str, Any]] = []
     for name in config.test.sets or config.data.test_files:
-        rows += _check_test_set(config, name, notes)[: config.test.max_questions]
+        chosen = _check_test_set(config, name, notes)[: config.test.max_questions]
+        source = f"data.test_files.{name}={config.data.test_files[name]}"
+        for model, reader in readers.items():
+            if config.test.modes.get(model, "agent") == "agent":  # others build prompts of their own
+                reader.check_lengths(chosen, source=source, limit=config.episode.max_prompt_tokens)
+        rows += chosen
     if rows and config.test.compat == "upstream" and len(rows) < config.test.upstream_batch_size:
         raise ConfigError(
             f"test.compat=upstream drops the last batch when it is not full, and {len(rows)} questions fill none of "
@@ -67,10 +77,6 @@ def _check_test_values(config: Config) -> None:
     for logger in test.loggers:
         if logger not in LOGGERS:
             raise ConfigError(f"test.loggers: unknown logger {logger!r}: {nearest(logger, LOGGERS)}")
-    if test.max_questions is not None and test.max_questions < 1:
-        raise ConfigError(f"test.max_questions={test.max_questions}: expected at least 1, or null for all")
-    if test.temperature is not None and test.temperature < 0:
-        raise ConfigError(f"test.temperature={test.temperature}: expected 0 (greedy) or more")
     if test.samples > 1 and test.temperature == 0:
         raise ConfigError(
             f"test.samples={test.samples} with test.temperature=0 plays the same episode again: set a temperature "

@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
+import importlib.util
+import netrc
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 
 from dgpo.agent.plugins import load_reward
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model, check_teacher
+from dgpo.checks.prompts import check_prompts
 from dgpo.checks.search import check_retriever
-from dgpo.checks.values import check_optimizer, check_values
-from dgpo.config.methods import rl_conflict
+from dgpo.checks.values import check_betas, check_values, nearest
+from dgpo.config.methods import has_teacher, rl_conflict
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
 from dgpo.errors import ConfigError
 from dgpo.hardware.checks import check_engine, check_training
 from dgpo.hardware.machine import check_start
 
+LOGGERS = {  # of veRL's `Tracking` -> the package of each
+    "console": None,
+    "file": None,
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "trackio": "trackio",
+    "clearml": "clearml",
+    "vemlp_wandb": "volcengine_ml_platform",
+}
 REPLACED = {  # raw key of veRL -> what to do
     "algorithm.adv_estimator": "set train.algorithm, or add an entry to ALGORITHMS (docs/extending.md)",
     "algorithm.use_pf_ppo": "add an entry to ALGORITHMS (docs/extending.md)",
     "trainer.total_epochs": "set train.num_steps",
     "trainer.v1.trainer_mode": "the synchronous trainer is the only one",
+    "actor_rollout_ref.model.lora_rank": "RL trains all weights, and the critic of PPO has no adapters; "
+    "distill.lora_rank is the cold start's (docs/hardware.md)",
     "trainer.v1.sync.parameter_sync_step": "the engine gets new weights after every step",
     "actor_rollout_ref.rollout.agent.agent_loop_manager_class": "episodes are those of dgpo/rl/agent_loop.py",
 }
@@ -32,10 +54,10 @@ def check_train(config: Config) -> list[str]:
     check_values(config, "hardware", "episode", "train")
     check_start(config, "train")
     check_stage_folder(config, "train")
-    _check_stability(config)
     _check_updates(config)
     if config.train.reward:
         load_reward(config.train.reward)
+    _check_loggers(config.train.loggers)
     _check_raw_keys(config)
     conflict = rl_conflict(config)
     if conflict:
@@ -47,58 +69,85 @@ def check_train(config: Config) -> list[str]:
             f"data.train_file={config.data.train_file} has {len(rows)} questions, fewer than "
             f"train.batch_size={train.batch_size}: lower train.batch_size or add questions"
         )
+    validation = []
     if config.data.validation_file:
-        rows += check_rows(config, config.data.validation_file, key="data.validation_file", notes=notes)
+        validation = check_rows(config, config.data.validation_file, key="data.validation_file", notes=notes)
     key, student = initial_model(config, "train")
     there = check_model(config, student, key=key, notes=notes)
     if there:
         check_lengths(config, key, student)
-    if train.teacher_term.gate != "none":
+        for name, found in (("train_file", rows), ("validation_file", validation)):
+            source = f"data.{name}={getattr(config.data, name)}"
+            check_prompts(config, student, found, key=key, source=source, loaded_as=config.student)
+    if has_teacher(config, "train"):
         check_teacher(config, key, student if there else None, notes)
     check_engine(config)
     check_training(config)
-    check_retriever(config, rows, notes)
+    check_retriever(config, [*rows, *validation], notes)
     return notes
 
 
+def _check_loggers(loggers: Sequence[str]) -> None:
+    for logger in loggers:
+        if logger not in LOGGERS:
+            raise ConfigError(f"train.loggers: unknown logger {logger!r}: {nearest(logger, LOGGERS)}")
+        module = LOGGERS[logger]
+        if module and importlib.util.find_spec(module) is None:
+            raise ConfigError(f"train.loggers={list(loggers)}: {module} is not installed: install it, or leave it out")
+    if "wandb" in loggers and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        _check_wandb_login()
+
+
+def _check_wandb_login() -> None:
+    """Without a key it would ask for one on a terminal that a trainer does not have."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        logins = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        logins = {}
+    if not os.environ.get("WANDB_API_KEY") and host not in logins:
+        raise ConfigError(
+            f"train.loggers has wandb, and there is no key for {host}: run `wandb login`, set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline"
+        )
+
+
 def _check_raw_keys(config: Config) -> None:
-    """Keys of veRL that its own loop would read, and ours does not."""
+    """Keys that veRL does not have, and those that its own loop would read, and ours does not."""
     verl = OmegaConf.create({})
     for key, value in config.hardware.verl.items():
         OmegaConf.update(verl, key, value, force_add=True)
     for key, instead in REPLACED.items():
         if OmegaConf.select(verl, key) is not None:
-            raise ConfigError(f"hardware.verl.{key} is read by nothing here: {instead}")
+            raise ConfigError(f"hardware.verl.{key} cannot be set: {instead}")
+    if len(verl):
+        _check_known(verl, _verl_tree(), "")
+
+
+def _verl_tree() -> DictConfig:
+    """veRL's own configuration, read without importing veRL."""
+    found = importlib.util.find_spec("verl")
+    folder = Path((found.submodule_search_locations or [""])[0] if found else "") / "trainer" / "config"
+    with initialize_config_dir(config_dir=str(folder), version_base=None):
+        return compose("ppo_trainer")
+
+
+def _check_known(given: DictConfig, known: DictConfig, prefix: str) -> None:
+    """What veRL leaves empty takes any key: arguments that it passes on."""
+    for name in map(str, given):
+        if name not in known:
+            raise ConfigError(f"hardware.verl.{prefix}{name}: veRL has no such key: {nearest(name, map(str, known))}")
+        inside, there = given._get_node(name), known._get_node(name)
+        if isinstance(inside, DictConfig) and isinstance(there, DictConfig) and len(there):
+            _check_known(inside, there, f"{prefix}{name}.")
 
 
 def _check_updates(config: Config) -> None:
     train = config.train
-    check_optimizer("train", train.adam_betas, train.weight_decay)
-    for name in ("actor_warmup_steps", "critic_warmup_steps"):
-        if getattr(train, name) < 0:
-            raise ConfigError(f"train.{name}={getattr(train, name)}: expected 0 or more")
+    check_betas("train.adam_betas", train.adam_betas)
     for step in train.keep_steps:
-        if step < 1 or (step < train.num_steps and (train.save_every < 1 or step % train.save_every)):
+        if step < train.num_steps and (train.save_every < 1 or step % train.save_every):
             raise ConfigError(
                 f"train.keep_steps={train.keep_steps}: step {step} is not saved with train.save_every="
                 f"{train.save_every}: choose multiples of it"
             )
-    if train.dual_clip is not None and train.dual_clip <= 1:
-        raise ConfigError(f"train.dual_clip={train.dual_clip}: expected more than 1, or null for no cap")
-
-
-def _check_stability(config: Config) -> None:
-    stability = config.train.stability
-    for name in ("patience", "window"):
-        if getattr(stability, name) < 1:
-            raise ConfigError(f"train.stability.{name}={getattr(stability, name)}: expected at least 1")
-    for name in ("max_entropy_ratio", "max_kl_ratio", "max_grad_norm_ratio"):
-        if getattr(stability, name) <= 1:
-            raise ConfigError(
-                f"train.stability.{name}={getattr(stability, name)}: expected more than 1, times a healthy value"
-            )
-    if not 0 < stability.rollback_learning_rate_scale <= 1:
-        raise ConfigError(
-            f"train.stability.rollback_learning_rate_scale={stability.rollback_learning_rate_scale}: expected a share "
-            "above 0 and at most 1"
-        )

@@ -1,4 +1,4 @@
-"""Values that no stage can use: unknown choices, numbers that must be positive, an episode that cannot be played."""
+"""Values that no stage can use: unknown choices, numbers out of range, an episode that cannot be played."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from dgpo.agent.modes import MODES
-from dgpo.config.methods import ALGORITHMS, GATES, INIT_KL_FORMS, TEACHER_FORMS
+from dgpo.config.load import check_numbers
+from dgpo.config.methods import ALGORITHMS, DISTILLATION_LOSSES, GATES, INIT_KL_FORMS, TEACHER_FORMS
 from dgpo.config.schema import Config
 from dgpo.config.stages import STAGES
 from dgpo.errors import ConfigError
@@ -16,45 +17,24 @@ CHOICES: dict[str, Collection[str]] = {
     "hardware.platform": ("cuda", "cpu"),
     "hardware.dtype": ("bfloat16", "float32", "float16"),
     "hardware.offload": ("none", "idle", "full"),
+    "hardware.attention": ("flash_attention_2", "sdpa", "eager"),
+    "hardware.engine.dtype": ("bfloat16", "float32", "float16"),
     "collect.source": ("teacher", "oracle", "transcripts"),
     "train.algorithm": ALGORITHMS,
     "train.init_kl_form": INIT_KL_FORMS,
     "train.teacher_term.form": TEACHER_FORMS,
     "train.teacher_term.gate": GATES,
     "train.stability.action": ("warn", "stop", "rollback"),
-    "distill.loss": (
-        "kd",
-        "seqkd",
-        "distillm",
-        "taid",
-        "forward_kl",
-        "reverse_kl",
-        "jsd",
-        "skew_kl",
-        "skew_reverse_kl",
-    ),
+    "distill.loss": DISTILLATION_LOSSES,
     "distill.sharding": ("none", "full"),
     "distill.demonstrations": tuple(MODES),
     "distill.student_episodes.watched": ("cross_entropy", "loss"),
     "test.compat": ("none", "upstream"),
 }
-POSITIVE = {  # section -> the keys whose values must be above 0
-    "hardware": "num_nodes gpus_per_node micro_batch_size ulysses_size weight_bucket_mb num_agent_workers "
-    "num_storage_units",
-    "episode": "max_turns max_turn_tokens max_prompt_tokens max_response_tokens min_turn_tokens topk "
-    "max_passage_tokens max_query_chars",
-    "collect": "samples_per_question",
-    "distill": "epochs batch_size learning_rate chunk_tokens evaluations_per_epoch",
-    "train": "num_steps batch_size mini_batch_size samples_per_question temperature actor_learning_rate "
-    "critic_learning_rate",
-    "test": "samples upstream_batch_size",
-    "retriever": "timeout_s max_concurrency max_queries_per_request",
-}
 
 
 def check_values(config: Config, *sections: str) -> None:
-    if "episode" in sections:  # episodes search
-        sections = (*sections, "retriever")
+    check_numbers(config)
     unknown = [stage for stage in config.stages if stage not in STAGES]
     if unknown or len(set(config.stages)) < len(config.stages):
         raise ConfigError(f"stages={config.stages}: expected each of {', '.join(STAGES)} at most once")
@@ -65,24 +45,13 @@ def check_values(config: Config, *sections: str) -> None:
             value = getattr(value, name)
         if section in sections and value not in choices:
             raise ConfigError(f"{key}={value}: expected one of {', '.join(choices)}")
-    for section in sections:
-        for name in POSITIVE[section].split():
-            value = getattr(getattr(config, section), name)
-            if value <= 0:
-                raise ConfigError(f"{section}.{name}={value}: expected more than 0")
-    if "train" in sections and (within := config.train.reuse_log_probs_within) is not None and within <= 0:
-        raise ConfigError(
-            f"train.reuse_log_probs_within={within}: expected more than 0 nats, or null to compute the log-probs always"
-        )
     if "episode" in sections:
         _check_episode(config)
 
 
-def check_optimizer(section: str, betas: list[float], weight_decay: float) -> None:
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ConfigError(f"{section}.adam_betas={betas}: expected two numbers from 0 to below 1")
-    if weight_decay < 0:
-        raise ConfigError(f"{section}.weight_decay={weight_decay}: expected 0 or more")
+def check_betas(key: str, betas: list[float]) -> None:
+    if len(betas) != 2:
+        raise ConfigError(f"{key}={betas}: expected two numbers")
 
 
 def _check_episode(config: Config) -> None:

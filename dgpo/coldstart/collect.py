@@ -174,7 +174,7 @@ def _served_teacher(config: Config, planned: Sequence[PlannedEpisode], tokenizer
     """The teacher behind `teacher.url`, with prompts in its own chat template where `teacher.path` has one."""
     teacher = config.teacher
     theirs = load_tokenizer(teacher.path, trust_remote_code=teacher.trust_remote_code) if teacher.path else tokenizer
-    key = read_token(teacher.url_key_file)
+    key = read_token(teacher.url_key_file, key="teacher.url_key_file")
     return HttpPolicy(
         teacher.url or "",
         model=served_model(config),

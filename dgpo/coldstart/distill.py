@@ -19,6 +19,7 @@ from dgpo.agent.trajectory import Trajectory, read_trajectories
 from dgpo.checks import check_distill
 from dgpo.coldstart.ranks import run_on_ranks
 from dgpo.config.load import to_yaml
+from dgpo.config.methods import has_teacher
 from dgpo.config.schema import Config
 from dgpo.config.stages import collection, initial_model, stage_model
 from dgpo.data.rows import read_rows, row_id, row_question
@@ -29,8 +30,6 @@ from dgpo.runs.artifacts import prepare_run_folder, read_manifest, write_manifes
 from dgpo.runs.identity import file_identity, model_identity, retriever_identity
 from dgpo.runs.owner import owned
 from dgpo.runs.settings import fixed_settings, is_finished, record_or_check
-
-LOSSES_WITHOUT_TEACHER = ("seqkd",)
 
 
 def distill(config: Config) -> Path | None:
@@ -63,11 +62,10 @@ def distill(config: Config) -> Path | None:
 def distill_settings(config: Config) -> dict[str, Any]:
     """What the cold start depends on. Changes of `MAY_CHANGE` apart, its checkpoints are continued under no others."""
     episodes = collection(config) / "episodes.jsonl"
-    without_teacher = config.distill.loss in LOSSES_WITHOUT_TEACHER
     settings = {
         **fixed_settings(config, "distill", "hardware.dtype"),
         "weights at the start": model_identity(initial_model(config, "distill")[1]),
-        "weights of the teacher": None if without_teacher else model_identity(config.teacher.path or ""),
+        "weights of the teacher": model_identity(config.teacher.path or "") if has_teacher(config, "distill") else None,
         "episodes": file_identity(episodes),
     }
     if config.distill.demonstrations != "agent":  # prompts of their own
@@ -92,7 +90,7 @@ def _distill(config: Config, collected: Path, output: Path) -> None:
         stage="distill",
         inputs={
             "student": initial_model(config, "distill")[1],
-            "teacher": None if config.distill.loss in LOSSES_WITHOUT_TEACHER else config.teacher.path,
+            "teacher": config.teacher.path if has_teacher(config, "distill") else None,
             "episodes": str(collected / "episodes.jsonl"),
         },
         config=to_yaml(config),
@@ -119,6 +117,7 @@ def distill_rank(config: Config, *, rank: int = 0, num_ranks: int = 1) -> dict[s
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from dgpo.coldstart.adapters import add_adapters
     from dgpo.coldstart.examples import TrainingExample
     from dgpo.coldstart.student_episodes import StudentEpisodes
     from dgpo.coldstart.train import train_on_examples
@@ -134,6 +133,9 @@ def distill_rank(config: Config, *, rank: int = 0, num_ranks: int = 1) -> dict[s
         attn_implementation=hardware.attention,
         trust_remote_code=config.student.trust_remote_code,
     )
+    if settings.lora_rank:
+        dtype = getattr(torch, hardware.dtype)
+        model = add_adapters(model, rank=settings.lora_rank, dtype=dtype, seed=config.seed)
     with contextlib.ExitStack() as stack:
         student_episodes = None
         if settings.loss == "distillm":
@@ -144,7 +146,7 @@ def distill_rank(config: Config, *, rank: int = 0, num_ranks: int = 1) -> dict[s
             )
         return train_on_examples(
             model,
-            None if settings.loss in LOSSES_WITHOUT_TEACHER else _load_teacher(config, student, tokenizer),
+            _load_teacher(config, student, tokenizer) if has_teacher(config, "distill") else None,
             [TrainingExample.from_trajectory(episode) for episode in demonstrations(config, tokenizer)],
             tokenizer,
             checkpoint=output / "model",
@@ -202,7 +204,7 @@ def _load_teacher(config: Config, student: str, tokenizer: Any) -> Any:
 def _plan(config: Config) -> str:
     """What would run, in one sentence."""
     settings = config.distill
-    teacher = "the teacher's tokens" if settings.loss in LOSSES_WITHOUT_TEACHER else config.teacher.path
+    teacher = config.teacher.path if has_teacher(config, "distill") else "the teacher's tokens"
     length = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.epochs} epochs"
     return (
         f"{initial_model(config, 'distill')[1]} would learn from {teacher} by {settings.loss}, {length} of "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+from dgpo.files import append_jsonl, drop_records_after
 
 NUM_LINES = 8
 
@@ -44,18 +45,15 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A run that continues keeps the lines up to its checkpoint: it will write the later ones again."""
         if state.is_world_process_zero:
-            lines = self.path.read_text().splitlines() if state.global_step and self.path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+            drop_records_after(self.path, state.global_step or -1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs or not {"loss", "held_out_loss"} & logs.keys():
             return
         step = state.global_step
         line = {"step": step, **logs, "epoch": round(step / self.steps_per_epoch, 4)}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_jsonl(self.path, [line])
         if "held_out_loss" in logs:
             print(f"{self.name}: step {step}/{self.num_steps} held-out loss {logs['held_out_loss']:.3f}", flush=True)
         elif (step - self._printed) * NUM_LINES >= self.num_steps:

@@ -15,7 +15,7 @@ from typing import Any
 from dgpo.config.schema import Config
 from dgpo.config.stages import with_absolute_paths
 from dgpo.engines import ray_cluster
-from dgpo.errors import ConfigError, DgpoError
+from dgpo.errors import ConfigError, DgpoError, one_line
 from dgpo.runs.stopping import filed_on_request
 
 RESOURCES_TIMEOUT_S = 60.0
@@ -41,7 +41,7 @@ def run_on_ranks(work: Callable[..., Any], config: Config, *, folder: Path) -> A
         DgpoError: the process of a rank died.
         Exception: what `work` raised, of the first rank that failed; the others are ended.
     """
-    num_ranks = config.hardware.num_nodes * config.hardware.gpus_per_node
+    num_ranks = config.hardware.num_gpus
     if num_ranks == 1:
         if config.hardware.platform != "cpu":
             os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Hugging Face's Trainer would take all that it sees
@@ -94,7 +94,7 @@ def _run(work: Callable[..., Any], config: Config, num_ranks: int) -> Any:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayActorError as error:
-        raise DgpoError(f"a rank died ({' '.join(str(error).split())}); resume=true continues") from error
+        raise DgpoError(f"a rank died ({one_line(error)}); resume=true continues") from error
     finally:
         for actor in ranks:
             ray.kill(actor)

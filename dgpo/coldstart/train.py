@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES
+from dgpo.coldstart.adapters import merged
 from dgpo.coldstart.examples import TrainingExample, num_micro_batches, split_held_out
 from dgpo.coldstart.metrics import MetricsFile
 from dgpo.coldstart.student_episodes import StudentEpisodes
@@ -129,7 +130,7 @@ def train_on_examples(
         )
     trainer.loss_in_head.remove()
     _save_result(trainer, tokenizer, checkpoint)
-    if watched and checkpoints is not None and trainer.is_world_process_zero():
+    if watched and checkpoints is not None and not settings.lora_rank and trainer.is_world_process_zero():
         _keep_last(trainer, checkpoint, checkpoints)
     if checkpoints is not None and trainer.is_world_process_zero():
         shutil.rmtree(checkpoints)
@@ -174,7 +175,7 @@ def _training_arguments(
     evaluate_first: bool,
 ) -> TrainingArguments:
     on_cpu = hardware.platform == "cpu"
-    num_ranks = hardware.num_nodes * hardware.gpus_per_node
+    num_ranks = hardware.num_gpus
     per_rank = math.ceil(settings.batch_size / num_ranks)
     micro_batch_size = min(settings.micro_batch_size or hardware.micro_batch_size, per_rank)
     sharding: Mapping[str, Any] = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}}
@@ -220,6 +221,8 @@ def _training_arguments(
 def _save_result(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a folder that vLLM serves as a search agent: its generation config carries the stop strings."""
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.settings.lora_rank:
+        model = merged(model)
     # Whole on rank 0, also of a sharded model: every rank takes part.
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else {}
     for name in model.all_tied_weights_keys:

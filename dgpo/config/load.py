@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict
@@ -14,23 +13,17 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dgpo.config.overrides import free_mappings, readable
+from dgpo.config.ranges import number_problems
 from dgpo.config.schema import Config
-from dgpo.errors import ConfigError
+from dgpo.errors import ConfigError, one_line
 
 GROUPS = ("world", "hardware", "recipe", "data", "pair", "experiment")
-# The user names the keys of these.
-FREE_MAPPINGS = (
-    "data.test_files.",
-    "test.models.",
-    "test.modes.",
-    "hardware.env.",
-    "hardware.verl.",
-    "retriever.backend_options.",
-)
+FREE_MAPPINGS = free_mappings()
 NUM_NODES = "SLURM_NNODES"  # read by configs/hardware/h200x8xN.yaml
 READ_BY_CONFIGS = (NUM_NODES, "DATA_ROOT")
 OVERRIDES_FILE = "DGPO_OVERRIDES"  # names a file of overrides, one a line, of every command that starts from that shell
@@ -47,7 +40,8 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
     The lines of the file that `DGPO_OVERRIDES` names come before them, so that what is given here wins.
 
     Raises:
-        ConfigError: unknown key (with the nearest valid one), wrong type, or unknown group choice; no such file.
+        ConfigError: unknown key (with the nearest valid one), wrong type, unknown group choice, or a number out of its
+            range; no such file.
     """
     return _composed([*_from_file(), *_plan_for(overrides)])
 
@@ -72,14 +66,24 @@ def _from_file() -> list[str]:
 def _compose(overrides: tuple[str, ...], environment: tuple[str | None, ...]) -> Config:
     """The configuration of these overrides; `environment`, what the files read of it, is part of the key alone."""
     ConfigStore.instance().store(name="schema", node=Config)
+    choices = {group: group_choices(group) for group in GROUPS}
+    hydra_overrides = readable(overrides, choices, {key: short for short, key in SHORT.items()})
     try:
         with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
-            composed = compose(config_name="config", overrides=[_may_add(override) for override in overrides])
+            composed = compose(config_name="config", overrides=hydra_overrides)
         # Plain values merged once more into the schema: `+key=value` gets past Hydra's own check.
         plain = OmegaConf.to_container(composed, resolve=True)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[return-value]
+        config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, overrides)) from error
+        raise ConfigError(_explain(error)) from error
+    check_numbers(config)
+    return config
+
+
+def check_numbers(config: Config) -> None:
+    """Raises `ConfigError` for the first number that is out of its range (`dgpo.config.ranges`)."""
+    for problem in number_problems(config):
+        raise ConfigError(problem)
 
 
 def config_keys(node: DictConfig | None = None, prefix: str = "") -> list[str]:
@@ -144,6 +148,11 @@ def to_yaml(config: Config) -> str:
 def _plan_for(overrides: Sequence[str]) -> list[str]:
     """The long spelling, and the hardware group that `dry_run.assume` names."""
     spelt = _spelt(overrides)
+    world, pair = chosen("world", spelt), chosen("pair", spelt)
+    if world == "tiny" and pair is not None:
+        raise ConfigError(
+            f"pair={pair} with world=tiny (quickstart's): that world has models of its own; leave one out"
+        )
     assumed, hardware = chosen("dry_run.assume", spelt), chosen("hardware", spelt)
     if assumed is None or assumed == "null":
         return spelt
@@ -159,26 +168,9 @@ def _spelt(overrides: Sequence[str]) -> list[str]:
     return [next((o.replace(a, key, 1) for a, key in SHORT.items() if o.startswith(f"{a}=")), o) for o in overrides]
 
 
-def _may_add(override: str) -> str:
-    """Hydra wants `++` before a key that no file names; in a free mapping every key is such a one."""
-    return f"++{override}" if override.startswith(FREE_MAPPINGS) else override
-
-
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    """One line from Hydra's chain of exceptions, with the nearest valid key where a key is unknown."""
-    text = " ".join(str(error).split())
-    cause = error.__cause__
-    if isinstance(error, ConfigCompositionException) and cause is not None:
-        text = f"{text} {' '.join(str(cause).split())}"
+def _explain(error: Exception) -> str:
+    """One line of what Hydra finds wrong with overrides that are each readable by themselves."""
+    text = one_line(f"{error} {error.__cause__ or ''}")
     if NUM_NODES in text:
         return "hardware.num_nodes is not set: add hardware.num_nodes=N (inside a SLURM job it is the job's)"
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        choices = group_choices(key)
-        if choices and value not in choices:
-            return f"unknown choice {override!r}: {key} is one of {', '.join(choices)}"
-        if key and key.rsplit(".", 1)[-1] in text and key not in (*config_keys(), *GROUPS):
-            near = difflib.get_close_matches(key, [*config_keys(), *GROUPS], n=1)
-            hint = f"did you mean {near[0]}?" if near else "`python -m dgpo train --help` lists the keys."
-            return f"unknown config key {key!r}: {hint}"
     return f"bad configuration: {text}"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dgpo.algorithms.advantages import ALGORITHMS, Algorithm
+from dgpo.algorithms.distillation import DISTILLATION_LOSSES
 from dgpo.algorithms.selective_kl import GATES, TEACHER_FORMS, TeacherForm, unchanged
 from dgpo.config.schema import Config, TeacherTermConfig
 
@@ -18,8 +19,14 @@ def algorithm_of(config: Config) -> Algorithm:
 
 def teacher_form(config: Config) -> TeacherForm | None:
     """None without a teacher."""
-    term = config.train.teacher_term
-    return None if term.gate == "none" else TEACHER_FORMS[term.form]
+    return TEACHER_FORMS[config.train.teacher_term.form] if has_teacher(config, "train") else None
+
+
+def has_teacher(config: Config, stage: str) -> bool:
+    """Whether the teacher is loaded in a stage that trains."""
+    if stage == "train":
+        return config.train.teacher_term.gate != "none"
+    return stage == "distill" and DISTILLATION_LOSSES[config.distill.loss].needs_teacher
 
 
 def has_exact_teacher(config: Config) -> bool:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dgpo.errors import ConfigError
+from dgpo.errors import ConfigError, first_line
 
 
 class HubUnreachableError(ConfigError):
@@ -57,7 +57,7 @@ def model_file(path: str, name: str, *, key: str) -> Path | None:
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"{key}={path}: the hub refuses it ({reason}); check the name and your login") from None
 
 
@@ -79,7 +79,7 @@ def hub_answers() -> bool:
         return False
     try:
         httpx.head(constants.ENDPOINT, timeout=PROBE_S)
-    except httpx.HTTPError:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError):  # the latter of proxies: nonsense, SOCKS
         return False
     return True
 
@@ -96,24 +96,34 @@ def check_model_folder(path: str | None, *, key: str) -> None:
     """Raises `ConfigError` unless `path` names a model: a folder with config.json and weights, or a hub name."""
     if not path:
         raise ConfigError(f"{key} is not set: name a Hugging Face model folder or a hub model")
-    if model_file(path, "config.json", key=key) is None:
+    file = model_file(path, "config.json", key=key)
+    if file is None:
         if any(Path(path).glob("**/model_world_size_*_rank_0.pt")):
             raise ConfigError(
                 f"{key}={path} is a checkpoint of FSDP shards: make a model folder of it with "
                 f"`python -m dgpo import checkpoint={path} out=FOLDER`, and name that"
             )
         raise ConfigError(f"{key}={path}: no config.json there; expected a Hugging Face model folder")
+    read_json(file, f"{key}={path}")
     if is_hub_name(path) and not hub_answers():
         use_cache_alone()
-    if Path(path).is_dir() and not _weight_files(Path(path)):
-        raise ConfigError(f"{key}={path}: no *.safetensors or *.bin weights there; save the model with save_pretrained")
     folder = Path(path)
+    if folder.is_dir() and not _weight_files(folder):
+        raise ConfigError(
+            f"{key}={path}: no *.safetensors or pytorch_model*.bin weights there; save the model with save_pretrained"
+        )
     for index in folder.glob("*.index.json"):
         names = _indexed(index)
         if names is None or any(not name or Path(name).name != name for name in names):
             raise ConfigError(
                 f"{key}={path}: {index.name} names other things than weight files in this folder; copy or save the "
                 "checkpoint again"
+            )
+        missing = sorted(name for name in names if not (folder / name).is_file())
+        if missing:
+            raise ConfigError(
+                f"{key}={path}: {index.name} names {missing[0]}, which is not there ({len(missing)} of {len(names)} "
+                "files are missing); copy or save the checkpoint again"
             )
     for file in folder.glob("*.safetensors"):
         header = safetensors_header(file)
@@ -162,8 +172,38 @@ def _indexed(index: Path) -> set[str] | None:
 def max_positions(path: str, *, key: str) -> int | None:
     """`max_position_embeddings` in tokens, or None where the configuration has none."""
     file = model_file(path, "config.json", key=key)
-    config = json.loads(file.read_text()) if file else {}
-    return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    config = read_json(file, f"{key}={path}") if file else {}
+    return config.get("max_position_embeddings") or (config.get("text_config") or {}).get("max_position_embeddings")
+
+
+def read_json(file: Path, name: str) -> dict[str, Any]:
+    """The object in a file of a model.
+
+    Args:
+        name: key and path of the model, for the message.
+
+    Raises:
+        ConfigError: it holds no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{name}: {file.name} is no JSON ({error}); copy or save the model again") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{name}: {file.name} holds no JSON object; copy or save the model again")
+    return content
+
+
+def chat_template(path: str, *, key: str) -> str | None:
+    """The text of the model's chat template, the one named `default` where it has several; None without one."""
+    file = model_file(path, "chat_template.jinja", key=key)
+    if file:
+        return file.read_text(encoding="utf-8")
+    settings_file = model_file(path, "tokenizer_config.json", key=key)
+    template = read_json(settings_file, f"{key}={path}").get("chat_template") if settings_file else None
+    if isinstance(template, list):
+        template = {each["name"]: each["template"] for each in template}.get("default")
+    return template
 
 
 def same_weights(one: str, other: str) -> bool:
@@ -202,28 +242,28 @@ def _describe_tokenizer(path: str, *, key: str) -> dict[str, Any]:
     file = model_file(path, "tokenizer.json", key=key)
     if file is None:
         raise ConfigError(f"{key}={path}: no tokenizer.json there; save its fast tokenizer beside the weights")
-    data = json.loads(file.read_text())
-    vocabulary = data["model"].get("vocab", {})
+    data = read_json(file, f"{key}={path}")
+    model = data.get("model") or {}
+    vocabulary = model.get("vocab", {})
     if isinstance(vocabulary, list):  # unigram models: [piece, score]
         vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
     added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
     settings_file = model_file(path, "tokenizer_config.json", key=key)
-    settings = json.loads(settings_file.read_text()) if settings_file else {}
+    settings = read_json(settings_file, f"{key}={path}") if settings_file else {}
     end = settings.get("eos_token")
-    template_file = None if settings.get("chat_template") else model_file(path, "chat_template.jinja", key=key)
-    template = template_file.read_text() if template_file else settings.get("chat_template")
+    template = chat_template(path, key=key)
     return {
         "vocabulary": {**vocabulary, **added},
         # Older files write a merge as "a b", newer ones as ["a", "b"].
-        "merges": [m if isinstance(m, str) else " ".join(m) for m in data["model"].get("merges", [])],
+        "merges": [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])],
         "splitting rules": (data.get("normalizer"), data.get("pre_tokenizer")),
         "end token": end.get("content") if isinstance(end, dict) else end,
-        "chat template": template.strip() if isinstance(template, str) else template,
+        "chat template": template.strip() if template else None,
     }
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def _digest(path: Path) -> str:

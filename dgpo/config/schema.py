@@ -125,7 +125,7 @@ class ContaminationConfig:
 
 @dataclass
 class EpisodeConfig:
-    """Rules of one episode (method.md section 1); lengths in tokens of the policy's tokenizer."""
+    """Rules of one episode; lengths in tokens of the policy's tokenizer."""
 
     max_turns: int = 4  # turns that may search; one last turn without search follows
     max_turn_tokens: int = 500  # of one turn of the policy
@@ -135,6 +135,11 @@ class EpisodeConfig:
     topk: int = 3  # passages of a search
     max_passage_tokens: int = 160  # of each passage that is shown
     max_query_chars: int = 1000  # E5 reads 256 tokens; longer queries are cut and counted
+
+    @property
+    def max_tokens(self) -> int:
+        """Of the longest episode, prompt and response."""
+        return self.max_prompt_tokens + self.max_response_tokens
 
 
 @dataclass
@@ -190,7 +195,6 @@ class HardwareConfig:
     remove_padding: bool = True  # sequence packing
     # activations are computed again in the backward pass: less memory, a third more work
     gradient_checkpointing: bool = True
-    compile: bool = True  # torch.compile of entropy and losses
     micro_batch_size: int = 8  # sequences per GPU and forward: of distillation; of RL without max_tokens_per_gpu
     max_tokens_per_gpu: int | None = 16384  # RL: tokens per GPU and forward, packed from whole episodes
     fsdp_size: int | None = None  # GPUs over which RL's weights and optimiser are sharded; None: all
@@ -210,6 +214,11 @@ class HardwareConfig:
     env: dict[str, str] = field(default_factory=lambda: {"VLLM_USE_V2_MODEL_RUNNER": "0"})
     verl: dict[str, Any] = field(default_factory=dict)  # raw veRL keys ("a.b.c": value), laid over everything else
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    @property
+    def num_gpus(self) -> int:
+        """All of them; ranks, where there are none."""
+        return self.num_nodes * self.gpus_per_node
 
 
 @dataclass
@@ -275,6 +284,9 @@ class DistillConfig:
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.98])  # AdamW's
     weight_decay: float = 0.0  # AdamW's; not of biases and norms
     chunk_tokens: int = 128  # policy tokens whose full-vocabulary logits exist at once
+    # Rank of LoRA adapters, which are trained in place of all weights and merged at the end; None: no adapters. They
+    # want about ten times the learning rate.
+    lora_rank: int | None = None
     sharding: str = "none"  # of the student over the GPUs: none (DDP) | full (FSDP2)
     held_out_share: float = 0.02  # of the questions, on which the loss is watched
     evaluate_every: int | None = None  # steps between held-out losses, each with a checkpoint
@@ -289,10 +301,9 @@ class TeacherTermConfig:
     # reward (the paper: sampled k1 inside the reward, before GAE) | token (sampled, on each token's own advantage) |
     # exact (full-vocabulary reverse KL, as a loss)
     form: str = "reward"
-    gate: str = "failed"  # failed | all | none: the episodes to which the term applies
+    gate: str = "failed"  # failed | all | none | random: the episodes to which the term applies
     coef: float | None = None  # None: the default of the form
     num_monitored: int = 8  # correct, and failed, episodes per step that the teacher scores for monitoring only
-    chunk_tokens: int = 512  # gated tokens whose teacher logits exist at once (`exact` form)
 
 
 @dataclass
@@ -379,6 +390,7 @@ class TrainConfig:
     # A seed of its own for every turn. None: on CPUs only, where it makes a run repeatable; on GPUs the numbers of an
     # engine depend on what else is in a batch, and each seed costs a kernel per token (docs/hardware.md)
     request_seeds: bool | None = None
+    chunk_tokens: int = 256  # policy tokens whose full-vocabulary logits exist at once
     generation_concurrency: int | None = None  # episodes in flight; 1 makes a CPU run repeatable to the last bit
     loggers: list[str] = field(default_factory=lambda: ["console"])  # veRL's names; metrics.jsonl is always written
     timeline: bool = False  # train/timeline.jsonl: when each part of every step and episode was (docs/performance.md)
@@ -451,7 +463,10 @@ class Config:
     # What the experiment consists of, in order. A stage whose `init` is not set starts from what the stage before it
     # wrote in this run_dir.
     stages: list[str] = field(default_factory=lambda: ["collect", "distill", "train"])
-    table: str = "main"  # of `reproduce`: main | ablation | pairs | arcap | figures | teacher_time
+    table: str = "main"  # of `reproduce`: main | ablation | contrasts | pairs | arcap | figures | teacher_time
+    seeds: list[int] = field(default_factory=list)  # of `reproduce`: the whole table with each of them, and contrasts
+    # Of `reproduce`, by row: overrides of that row alone, such as rows.dgpo=["train.actor_learning_rate=1e-3"]
+    rows: dict[str, list[str]] = field(default_factory=dict)
     seed: int = 1  # of questions' order, sampling and initial weights
     resume: bool = False  # go on where the stage stopped, with the same settings
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dgpo.config.load import check_numbers
 from dgpo.config.schema import Config, ContaminationConfig
 from dgpo.data.rows import read_rows, row_golds, row_id, row_question
 from dgpo.errors import ConfigError
@@ -117,11 +118,7 @@ def contamination(config: Config) -> dict[str, Any]:
         DataError: a file cannot be read.
     """
     settings, data = config.contamination, config.data
-    if settings.ngram < 1 or not 0 < settings.min_share <= 1:
-        raise ConfigError(
-            f"contamination.ngram={settings.ngram}, contamination.min_share={settings.min_share}: expected at least 1 "
-            "word, and a share above 0 and at most 1"
-        )
+    check_numbers(config)
     if not data.train_file and not data.test_files:
         raise ConfigError(
             "nothing to check: name data.train_file, and test sets, e.g. "

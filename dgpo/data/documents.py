@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -64,11 +63,8 @@ def passages(documents: list[Document], *, words: int, overlap: int) -> tuple[li
     Raises:
         ConfigError: an overlap that leaves no new words.
     """
-    if words < 1 or not 0 <= overlap < words:
-        raise ConfigError(
-            f"prepare.passage_words={words} and prepare.passage_overlap={overlap}: expected at least one word, and a "
-            "smaller overlap"
-        )
+    if overlap >= words:
+        raise ConfigError(f"prepare.passage_overlap={overlap}: expected less than prepare.passage_words={words}")
     rows: list[dict[str, str]] = []
     counts = {"documents": len(documents), "cut_documents": 0, "passages": 0, "words": 0}
     for document in documents:
@@ -81,11 +77,6 @@ def passages(documents: list[Document], *, words: int, overlap: int) -> tuple[li
             rows.append({"id": str(len(rows)), "contents": contents(document.title, text)})
     counts["passages"] = len(rows)
     return rows, counts
-
-
-def write_corpus(path: Path, rows: list[dict[str, str]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _from_folder(folder: Path, bad: BadLines) -> Iterator[Document]:

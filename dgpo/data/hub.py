@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dgpo.errors import ConfigError, DgpoError
+from dgpo.errors import ConfigError, DgpoError, first_line
 
 # What a model's repository may hold besides its weights in safetensors: the same in other forms.
 OTHER_FRAMEWORKS = ["*.onnx", "onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "original/*", "*.gguf", "*.pth"]
@@ -175,8 +175,8 @@ def fetch(source: HubRevision, part: HubFile, file: BinaryIO, *, present: int) -
             raise
         came = file.tell() - start
         raise DgpoError(
-            f"{part.name} of {source.repo} broke off after {came:,} of {part.size:,} bytes ({_reason(error)}): run the "
-            "same command again, it goes on from there"
+            f"{part.name} of {source.repo} broke off after {came:,} of {part.size:,} bytes ({first_line(error)}): run "
+            "the same command again, it goes on from there"
         ) from error
 
 
@@ -202,7 +202,7 @@ def fetch_model(repo: str, *, endpoint: str | None) -> str:
             f"{repo}: the hub has no such model, or hides it; correct the name, or log in (`hf auth login`)"
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        raise DgpoError(f"{repo} did not come ({_reason(error)}): run the same command again, it goes on") from error
+        raise DgpoError(f"{repo} did not come ({first_line(error)}): run the same command again, it goes on") from error
 
 
 def check(file: BinaryIO, part: HubFile, *, start: int, whole: Any) -> bool:
@@ -232,8 +232,4 @@ def verified_sha256(path: Path, parts: Sequence[HubFile]) -> str | None:
 
 
 def _no_answer(url: str, error: BaseException) -> DgpoError:
-    return DgpoError(f"{url} does not answer ({_reason(error)}): try again, or set download.endpoint")
-
-
-def _reason(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return DgpoError(f"{url} does not answer ({first_line(error)}): try again, or set download.endpoint")

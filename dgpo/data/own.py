@@ -13,11 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dgpo.config.schema import Config
-from dgpo.data.documents import JSON_SUFFIXES, QUESTIONS, Document, passages, read_documents, write_corpus
+from dgpo.data.documents import JSON_SUFFIXES, QUESTIONS, Document, passages, read_documents
 from dgpo.data.lines import BadLines
 from dgpo.data.questions import Question, question_rows, read_questions
 from dgpo.data.rows import write_rows
 from dgpo.errors import DataError
+from dgpo.files import write_jsonl
 from dgpo.metrics.exact_match import normalize_answer
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import writing
@@ -50,7 +51,7 @@ def prepare_own(source: Path, out: Path, *, config: Config) -> dict[str, int]:
         )
     counts |= {"questions": len(questions), "train": len(train), "held_out": len(held_out), "dropped": dropped}
     with writing(out) as folder:
-        write_corpus(folder / "corpus.jsonl", rows)
+        write_jsonl(folder / "corpus.jsonl", rows)
         if train:
             write_rows(folder / "train.parquet", question_rows(train, source=NAME, split="train", with_passages=True))
         for name, group in by_set(held_out).items():

@@ -13,15 +13,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dgpo.config.load import check_numbers
 from dgpo.config.schema import Config
 from dgpo.data.benchmarks import BENCHMARKS, check_names, load_benchmark
 from dgpo.data.contamination import find_overlaps
-from dgpo.data.documents import passages, read_documents, write_corpus
+from dgpo.data.documents import passages, read_documents
 from dgpo.data.lines import BadLines
 from dgpo.data.natural_questions import join_long_answers
 from dgpo.data.questions import SET_NAME, Question, question_rows, read_questions
 from dgpo.data.rows import row_id, row_question, write_rows
 from dgpo.errors import ConfigError, DataError
+from dgpo.files import write_jsonl
 from dgpo.metrics.exact_match import normalize_answer
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import writing
@@ -38,6 +40,7 @@ def prepare(config: Config) -> Path:
             not set, or it is not `prepare`'s own.
         DataError: a source that is missing, has unusable lines, or another size than published.
     """
+    check_numbers(config)
     settings = config.prepare
     out = Path(settings.out)
     own = settings.source is not None or settings.documents is not None
@@ -75,7 +78,7 @@ def prepare(config: Config) -> Path:
         if validation:
             write_rows(folder / "validation.parquet", validation)
         if corpus:
-            write_corpus(folder / "corpus.jsonl", corpus)
+            write_jsonl(folder / "corpus.jsonl", corpus)
         inputs = {name: getattr(settings, name) for name in ("source", "documents", "nq_annotations")}
         inputs |= {} if own else {"benchmarks": settings.benchmarks}
         inputs["unusable_lines"] = bad.reasons
@@ -128,8 +131,6 @@ def _own_questions(config: Config, bad: BadLines, counts: dict[str, Any]) -> tup
     settings = config.prepare
     if not SET_NAME.fullmatch(settings.name):
         raise ConfigError(f"prepare.name={settings.name!r}: expected small letters, digits, _ and -")
-    if not 0 <= settings.test_share <= 1:
-        raise ConfigError(f"prepare.test_share={settings.test_share}: expected a share between 0 and 1")
     if settings.source is None:
         return [], {}
     path = Path(settings.source)

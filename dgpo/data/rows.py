@@ -23,7 +23,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         DataError: no such file, no parquet, or a malformed row.
     """
     if not Path(path).is_file():
-        raise DataError(f"data file {str(path)!r} does not exist: prepare it, or correct its path")
+        reason = "is a folder, expected one parquet file" if Path(path).is_dir() else "does not exist"
+        raise DataError(f"data file {str(path)!r} {reason}: prepare it, or correct its path")
     try:
         columns = [name for name in pq.read_schema(path).names if name not in UNREAD_COLUMNS]
         rows = pq.read_table(path, columns=columns).to_pylist()
@@ -40,6 +41,17 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary)
+
+
+def trained_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What RL reads of a row. Other columns mean something to veRL, such as `agent_name`: which loop plays the row."""
+    info = row["extra_info"]
+    return {
+        "data_source": row["data_source"],
+        "prompt": [{"role": message["role"], "content": message["content"]} for message in row["prompt"]],
+        "reward_model": {"style": "rule", "ground_truth": {"target": row_golds(row)}},
+        "extra_info": {"index": info["index"], "id": info.get("id"), "corpus": info.get("corpus")},
+    }
 
 
 def validate_rows(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -115,7 +127,10 @@ def _problem(row: Mapping[str, Any]) -> str | None:
     prompt = row.get("prompt")
     if not (isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt)):
         return f"`prompt` is {prompt!r}, expected [{{'role': 'user', 'content': '...'}}]"
-    target = _field(_field(row.get("reward_model"), "ground_truth"), "target")
+    truth = _field(row.get("reward_model"), "ground_truth")
+    if not isinstance(truth, Mapping):
+        return f"`reward_model.ground_truth` is {str(truth)[:60]!r}, expected {{'target': [accepted answers]}}"
+    target = truth.get("target")
     if not (isinstance(target, list) and all(isinstance(gold, str) for gold in target)):
         return f"`reward_model.ground_truth.target` is {target!r}, expected a list of accepted answers"
     if not any(gold.strip() for gold in target):
@@ -136,4 +151,5 @@ def _field(value: object, name: str) -> Any:
 
 
 def _is_message(message: object) -> bool:
-    return isinstance(message, Mapping) and bool(message.get("role")) and bool(message.get("content"))
+    texts = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else ()
+    return bool(texts) and all(isinstance(text, str) and text for text in texts)

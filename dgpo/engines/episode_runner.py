@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dgpo.agent.modes import MODES, mode_messages
 from dgpo.agent.plugins import open_search
 from dgpo.agent.protocol import STOP_STRINGS, encode_prompt
 from dgpo.agent.seeds import derive_seed
-from dgpo.agent.trajectory import Trajectory, write_trajectories
+from dgpo.agent.trajectory import Trajectory, read_trajectories, write_trajectories
 from dgpo.config.schema import Config
 from dgpo.data.rows import row_golds, row_id, row_question
 from dgpo.engines.bounded_policy import BoundedPolicy
@@ -141,7 +141,7 @@ async def play_episodes(
     finished = {t.episode_id: t for t in partial.read()}
     pending = iter([episode for episode in planned if episode.episode_id not in finished])
     progress = _Progress(name, total=len(planned), done=len(finished))
-    limits = EpisodeLimits(**{k: v for k, v in asdict(config.episode).items() if k != "max_prompt_tokens"})
+    limits = EpisodeLimits.of(config.episode)
     num_failed = 0
     retriever = config.retriever
     bounded = BoundedPolicy(policy, turn_timeout_s=config.hardware.engine.turn_timeout_s)
@@ -233,9 +233,7 @@ class _Partial:
                 self.path.write_bytes(whole)
 
     def read(self) -> Iterator[Trajectory]:
-        with self.path.open(encoding="utf-8") as file:
-            for line in file:
-                yield Trajectory.from_json(line)
+        return read_trajectories(self.path)
 
     def append(self, trajectory: Trajectory) -> None:
         """Writes one line, whole or not at all; raises `OSError` with the file's name, on a full disk for example."""

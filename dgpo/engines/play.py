@@ -16,7 +16,7 @@ from dgpo.config.stages import absolute
 from dgpo.engines.episode_runner import PlannedEpisode, play_episodes
 from dgpo.engines.policy_pool import PolicyPool, num_engines
 from dgpo.engines.vllm_policy import VllmPolicy
-from dgpo.errors import ConfigError
+from dgpo.errors import ConfigError, one_line
 from dgpo.runs.identity import model_identity
 from dgpo.runs.stopping import cancelled_on_request
 
@@ -32,7 +32,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ConfigError(
             f"{path} has no tokenizer that loads ({reason}): save the model's tokenizer beside its weights"
         ) from error
@@ -51,7 +51,7 @@ def make_policy(
     return VllmPolicy(
         model,
         hardware=config.hardware,
-        max_model_len=config.episode.max_prompt_tokens + config.episode.max_response_tokens,
+        max_model_len=config.episode.max_tokens,
         temperature=temperature,
         seed=config.seed,
         trust_remote_code=trust_remote_code,

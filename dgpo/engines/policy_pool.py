@@ -16,7 +16,7 @@ from dgpo.agent.episode import Generation
 from dgpo.config.schema import HardwareConfig
 from dgpo.engines import ray_cluster
 from dgpo.engines.vllm_policy import VllmPolicy
-from dgpo.errors import DgpoError
+from dgpo.errors import DgpoError, one_line
 
 START_TIMEOUT_S = 3600.0  # of all engines; of waiting for the cluster's GPUs too
 STOP_TIMEOUT_S = 60.0
@@ -26,7 +26,7 @@ def num_engines(hardware: HardwareConfig) -> int:
     """How many engines the GPUs hold that are configured and, on one node, there; on CPUs, one per node."""
     if hardware.platform == "cpu":
         return hardware.num_nodes
-    num_gpus = hardware.num_nodes * hardware.gpus_per_node
+    num_gpus = hardware.num_gpus
     if hardware.num_nodes == 1:
         import torch
 
@@ -61,7 +61,7 @@ class PolicyPool:
                 await asyncio.gather(*(each.start.remote() for each in self._engines))
         except Exception as error:  # Ray wraps what the engine raised
             await self._stop()
-            reason = " ".join(str(error).split())[-500:] or f"the engines did not start within {START_TIMEOUT_S:g} s"
+            reason = one_line(error)[-500:] or f"the engines did not start within {START_TIMEOUT_S:g} s"
             raise DgpoError(reason) from error
         return self
 

@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def connect(
     object_store_gb: float | None = None,
     environment: Mapping[str, str] | None = None,
     log_to_driver: bool = True,
+    listener: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> None:
     """Starts or joins Ray. Workers on every node get `hardware.env`, whatever environment Ray was started in there.
 
@@ -49,6 +50,8 @@ def connect(
         token_folder: holds the token of a private Ray, which listens on ports that every user of the machine can reach.
         object_store_gb: of a private Ray; None: `hardware.object_store_gb`.
         environment: more variables for the workers; `hardware.env` wins.
+        log_to_driver: whether what workers print comes here.
+        listener: gets that, a batch of lines at a time, in place of the terminal.
 
     Raises:
         ConfigError: several nodes, but no cluster is named.
@@ -59,6 +62,8 @@ def connect(
     if hardware.platform == "cuda":
         for name in OTHER_MAKERS:
             os.environ.pop(name, None)
+    else:  # empty or NoDevFiles where GPUs are hidden or absent: Ray would count them, and ours are logical
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     shell = {name: os.environ[name] for name in (*DEFAULTS, *FORWARDED) if name in os.environ}
     variables = {**DEFAULTS, **WORKER_ENVIRONMENT, **shell, **(environment or {}), **hardware.env}
     runtime_env = {"env_vars": {name: str(value) for name, value in variables.items()}}
@@ -66,6 +71,7 @@ def connect(
         import ray
 
         ray.init(os.environ["RAY_ADDRESS"], runtime_env=runtime_env, log_to_driver=log_to_driver)
+        _listen(listener)
         return
     if hardware.num_nodes > 1:
         raise ConfigError(
@@ -85,6 +91,17 @@ def connect(
         runtime_env=runtime_env,
         log_to_driver=log_to_driver,
     )
+    _listen(listener)
+
+
+def _listen(listener: Callable[[Mapping[str, Any]], None] | None) -> None:
+    """Ray has no public way to take over its workers' output; the name is that of its own handler, which it removes."""
+    if listener is None:
+        return
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as streams
+
+    streams.remove_handler("ray_print_logs")
+    streams.add_handler("ray_print_logs", listener)
 
 
 def claim() -> None:

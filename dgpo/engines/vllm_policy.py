@@ -13,7 +13,7 @@ from dgpo.config.schema import HardwareConfig
 from dgpo.engines.environment import export_environment
 from dgpo.engines.turn_sampling import sampling_arguments
 from dgpo.engines.vllm_patches import run_in_process
-from dgpo.errors import DgpoError
+from dgpo.errors import DgpoError, one_line
 
 REAP_TIMEOUT_S = 5.0
 FIXED = "dgpo.engines.vllm_patches.FixedWeights"
@@ -87,7 +87,7 @@ class VllmPolicy:
         try:
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.engine_arguments()))
         except Exception as error:  # vLLM raises what its parts raise
-            reason = " ".join(str(error).split())[:500]
+            reason = one_line(error)[:500]
             raise DgpoError(
                 f"vLLM does not start with {self.model_path} ({type(error).__name__}: {reason}): check that it is a "
                 "complete checkpoint, and hardware.engine"

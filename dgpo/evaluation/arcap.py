@@ -105,6 +105,7 @@ def _arcap(
     }
     atomic_write_text(folder / "arcap.json", json.dumps(result, indent=1) + "\n")
     print_arcap(result, pair=find_pair(Path(config.run_dir)))
+    print(f"results in {folder / 'arcap.json'}; next: python -m dgpo report run_dir={config.run_dir}", flush=True)
 
 
 def _measure(

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.evaluation.browser import ModelEpisodes, embed_json, write_browser_data
-from dgpo.evaluation.curves import read_lines
 from dgpo.evaluation.results_section import model_of_interest
 from dgpo.evaluation.token_pieces import TokenPieces, find_tokenizer
+from dgpo.files import read_jsonl
 
 TRAINING_EPISODES = "train/episodes"  # step_N.jsonl and the tokenizer, written by dgpo.rl.episode_log
 IN_TRAINING = "in training"
@@ -60,13 +60,14 @@ def _tested(folder: Path, results: Mapping[str, Any]) -> list[ModelEpisodes]:
         place = folder / "test" / name
         recorded = place / "trajectories.jsonl"
         tokenizer = find_tokenizer(model["checkpoint"])
+        transcripts = read_jsonl(place / "transcripts.jsonl", growing=True)
         models.append(
             ModelEpisodes(
                 name,
-                scores=read_lines(place / "scores.jsonl"),
+                scores=read_jsonl(place / "scores.jsonl", growing=True),
                 files=[recorded] if recorded.exists() else [],
                 pieces=TokenPieces(tokenizer) if tokenizer else None,
-                transcripts={line["episode_id"]: line["segments"] for line in read_lines(place / "transcripts.jsonl")},
+                transcripts={line["episode_id"]: line["segments"] for line in transcripts},
             )
         )
     return models
@@ -78,7 +79,11 @@ def _in_training(folder: Path) -> tuple[list[ModelEpisodes], list[str]]:
     files = sorted(place.glob("step_*.jsonl"), key=lambda path: int(path.stem.partition("_")[2]))
     if not files:
         return [], []
-    scores = [{**record, "set": f"training, step {record['step']}"} for path in files for record in read_lines(path)]
+    scores = [
+        {**record, "set": f"training, step {record['step']}"}
+        for path in files
+        for record in read_jsonl(path, growing=True)
+    ]
     tokenizer = find_tokenizer(place)
     model = ModelEpisodes(IN_TRAINING, scores, files, TokenPieces(tokenizer) if tokenizer else None)
     return [model], list(dict.fromkeys(score["set"] for score in scores))

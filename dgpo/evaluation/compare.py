@@ -20,10 +20,10 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from dgpo.errors import ConfigError
-from dgpo.evaluation.curves import RunCurves, read_curves, read_lines, series
+from dgpo.evaluation.curves import RunCurves, read_curves, series
 from dgpo.evaluation.scores import Score, average_samples, group_by, mean_of_sets
 from dgpo.evaluation.stale import stale_models
-from dgpo.files import atomic_write_text
+from dgpo.files import atomic_write_text, read_jsonl
 from dgpo.metrics.intervals import paired_bootstrap
 from dgpo.metrics.mcnemar import mcnemar_exact
 from dgpo.runs.artifacts import MANIFEST
@@ -226,7 +226,7 @@ def _tests(a: Path, b: Path) -> Table:
 
 def _scores(folder: Path, model: str) -> list[Score]:
     """One record per question; the mean of its samples where there are several."""
-    return average_samples(read_lines(folder / "test" / model / "scores.jsonl"))
+    return average_samples(read_jsonl(folder / "test" / model / "scores.jsonl", growing=True))
 
 
 def match_scores(a: Sequence[Score], b: Sequence[Score]) -> tuple[tuple[list[Score], list[Score]], int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.evaluation.charts import line_chart
+from dgpo.files import read_jsonl
 
 Record = Mapping[str, Any]
 
@@ -53,9 +53,9 @@ def read_curves(folder: Path, name: str) -> RunCurves:
     )
     return RunCurves(
         name,
-        training=read_lines(folder / "train" / "metrics.jsonl"),
-        distillation=read_lines(distilled) if distilled else [],
-        alarms=read_lines(folder / "train" / "alarms.jsonl"),
+        training=read_jsonl(folder / "train" / "metrics.jsonl", growing=True),
+        distillation=read_jsonl(distilled, growing=True) if distilled else [],
+        alarms=read_jsonl(folder / "train" / "alarms.jsonl", growing=True),
     )
 
 
@@ -123,11 +123,3 @@ def _alarm_list(run: RunCurves, *, several: bool) -> str:
     )
     of_run = f" of {escape(run.name)}" if several else ""
     return f'<div class="alarms"><h3>Alarms{of_run}</h3><ul>{items}</ul></div>'
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a jsonl file; none where there is no file, and not the torn last line of a run in progress."""
-    if not path.exists():
-        return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.split("\n")] if whole else []

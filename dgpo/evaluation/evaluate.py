@@ -19,10 +19,9 @@ from dgpo.data.rows import row_golds, row_question
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
 from dgpo.evaluation import upstream
 from dgpo.evaluation.loggers import log_metrics
-from dgpo.evaluation.records import write_records
 from dgpo.evaluation.scores import Score, compare, release_metrics, score_episode, summarize_model
 from dgpo.evaluation.stage import Measured, Played, load_tokenizers, measure_model, read_test_sets, sampling_temperature
-from dgpo.files import atomic_write_text
+from dgpo.files import atomic_write_text, write_jsonl
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.runs.artifacts import prepare_run_folder
 from dgpo.runs.owner import owned
@@ -153,7 +152,7 @@ def _write_transcripts(folder: Path, played: Played, tokenizer: Any) -> None:
         if len(questions) < NUM_TRANSCRIPTS or episode.question_id in questions:
             questions.add(episode.question_id)
             transcripts.append(_transcript(episode, trajectory, tokenizer))
-    write_records(folder / "transcripts.jsonl", transcripts)
+    write_jsonl(folder / "transcripts.jsonl", transcripts)
 
 
 def _transcript(episode: PlannedEpisode, trajectory: Trajectory, tokenizer: Any) -> dict[str, Any]:

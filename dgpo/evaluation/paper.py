@@ -13,6 +13,7 @@ ROWS = {
         "untrained", "teacher", "ppo", "sft_ppo", "gkd", "seqkd", "kd", "distillm", "taid", "dgpo", *BASELINES,
     ),
     "ablation": ("dgpo", "no_cold_start", "uniform_kl", "no_teacher", "inverted", "dgpo_grpo", "kd_gkd", *BASELINES),
+    "contrasts": ("kd", "dgpo", "uniform_kl", "no_teacher"),
     "pairs": ("untrained", "teacher", "ppo", "kd", "dgpo", *BASELINES),
     "arcap": ("untrained", "teacher", "ppo", "kd", "dgpo"),
     "figures": ("ppo", "grpo", "dgpo", "dgpo_grpo", "no_cold_start", "gkd", "kd_gkd"),
@@ -34,6 +35,9 @@ RULES = {
     "dgpo_grpo": "before_collapse",
     "kd_gkd": "before_collapse",
 }
+# The primary contrasts of tables over several seeds; where "no difference" is a finding, how little it must be.
+CONTRASTS = (("dgpo", "kd"), ("dgpo", "uniform_kl"), ("dgpo", "no_teacher"))
+EQUIVALENCE_MARGINS = {("dgpo", "uniform_kl"): 0.02}
 MAIN_PAIR = "qwen3b_05b"
 LABELS = {
     "untrained": "student, untrained",

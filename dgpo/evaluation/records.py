@@ -1,21 +1,15 @@
-"""A stage's records of one model, one JSON line each, and whether an earlier run has finished them."""
+"""Whether an earlier run has finished what a stage measures of a model."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dgpo.files import atomic_write_text
+from dgpo.files import read_jsonl
 from dgpo.runs.artifacts import MANIFEST, read_manifest
 from dgpo.runs.settings import differences
-
-
-def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """One line each, the file whole or not at all."""
-    atomic_write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def finished_records(folder: Path, *, stage: str, settings: Mapping[str, Any]) -> list[dict[str, Any]] | None:
@@ -32,10 +26,4 @@ def finished_records(folder: Path, *, stage: str, settings: Mapping[str, Any]) -
         print(f"{folder}: its episodes are played again ({difference})", file=sys.stderr, flush=True)
         (folder / MANIFEST).unlink()
         return None
-    return read_records(folder / "scores.jsonl")
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a whole file. Not `splitlines`: a text may hold other line ends than a file's."""
-    with path.open(encoding="utf-8", newline="\n") as file:
-        return [json.loads(line) for line in file]
+    return read_jsonl(folder / "scores.jsonl")

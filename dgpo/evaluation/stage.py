@@ -16,8 +16,9 @@ from dgpo.engines.episode_runner import PlannedEpisode, forget_episodes
 from dgpo.engines.play import load_tokenizer, play_model
 from dgpo.errors import DataError
 from dgpo.evaluation import upstream
-from dgpo.evaluation.records import finished_records, write_records
+from dgpo.evaluation.records import finished_records
 from dgpo.evaluation.scores import Score
+from dgpo.files import write_jsonl
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.identity import file_identity, model_identity, retriever_identity
 from dgpo.runs.settings import episode_settings
@@ -112,7 +113,7 @@ def measure_model(
     )
     played = list(zip(planned, trajectories, strict=True))
     scores = [score(episode, trajectory, tokenizer) for episode, trajectory in played]
-    write_records(folder / "scores.jsonl", scores)
+    write_jsonl(folder / "scores.jsonl", scores)
     if write_more:
         write_more(folder, played, tokenizer)
     counts = {"episodes": len(scores), "correct": int(sum(each["em"] for each in scores))}

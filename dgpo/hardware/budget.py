@@ -79,12 +79,13 @@ class Budget:
 def rl_budget(config: Config, models: Models) -> Budget:
     """Memory of the RL stage: a GPU has a shard of everything, and the phases of a step take turns on it."""
     hardware = config.hardware
-    world = hardware.num_nodes * hardware.gpus_per_node
+    world = hardware.num_gpus
     shards = min(hardware.fsdp_size or world, world)
     value = VALUE_BYTES[hardware.dtype]
     precision = Precision(value, value)
-    tokens = hardware.max_tokens_per_gpu or hardware.micro_batch_size * context_length(config)
+    tokens = hardware.max_tokens_per_gpu or hardware.micro_batch_size * config.episode.max_tokens
     trained = {"actor": models.student.parameters} | ({"critic": models.student.critic} if models.critic else {})
+    chunk = min(tokens, config.train.chunk_tokens)
     engine = engine_share(config, models.student)
     exact = models.teacher is not None and has_exact_teacher(config)
 
@@ -106,8 +107,6 @@ def rl_budget(config: Config, models: Models) -> Budget:
         shape, checkpointing = models.student, hardware.gradient_checkpointing
         saved = memory.saved_activations(shape, tokens, precision, checkpointing=checkpointing)
         workspace = memory.backward_workspace(shape, tokens, precision, checkpointing=checkpointing)
-        copies = memory.LOGIT_COPIES["train"][hardware.compile] + exact if name == "actor" else 0
-        rows = memory.logits(shape, tokens, precision, copies=copies)
         # Tied embeddings are whole while the layers run backward, and an output matrix that they are has its gradient.
         embeddings = value * shape.embedding * (shape.tied * (1 + (name == "actor")) - 1)
         layers = {
@@ -122,21 +121,26 @@ def rl_budget(config: Config, models: Models) -> Budget:
             "activations": before,
             "sharding buffers": memory.reduced_gradients(shape.embedding, precision, shards=shards),
         }
-        loss = {"activations": saved, "logits": rows, "sharding buffers": gathered(shape)}
-        if exact and name == "actor" and models.teacher is not None:
-            loss["teacher"] = _exact_teacher(config, models.teacher, precision, tokens)
+        loss, read = {"activations": saved, "sharding buffers": gathered(shape)}, {}
+        if name == "actor":
+            loss["logits"] = memory.logits(shape, chunk, exact=exact)
+            # The output matrix's gradient is summed in float32, and then takes the weight's type.
+            loss["sharding buffers"] += shape.embedding * (FLOAT32 + value * (value < FLOAT32))
+            if exact and models.teacher is not None:
+                loss["teacher"] = _teacher_states(models.teacher, precision, tokens)
+                read["teacher"] = loss["teacher"] + memory.gathered_weights(models.teacher, precision)
+                read["teacher"] += memory.forward_workspace(models.teacher, tokens, precision)
         # The optimiser's step takes the space of one more moment.
         step = {"optimiser step": FLOAT32 * trained[name] / shards * (hardware.offload != "full")}
         # These follow each other; the logits are gone when the layers run backward.
-        fullest = max((loss, layers, embedding, step), key=lambda parts: sum(parts.values()))
+        fullest = max((read, loss, layers, embedding, step), key=lambda parts: sum(parts.values()))
         return states(using=name, training=True) | fullest
 
     def score(shape: ModelShape, owner: str | None) -> dict[str, float]:
         parts = states(using=owner) | {"sharding buffers": gathered(shape)}
         parts["activations"] = memory.forward_workspace(shape, tokens, precision)
         if owner != "critic":
-            copies = memory.LOGIT_COPIES["score"][hardware.compile] if owner == "actor" else 1
-            parts["logits"] = memory.logits(shape, tokens, precision, copies=copies)
+            parts["logits"] = memory.logits(shape, chunk)
         return parts
 
     phases = {"generate": states() | engine.awake}
@@ -156,13 +160,10 @@ def rl_budget(config: Config, models: Models) -> Budget:
     return _finish(config, models, phases, engine, _rl_host(config, models, trained, world))
 
 
-def _exact_teacher(config: Config, teacher: ModelShape, precision: Precision, tokens: int) -> float:
-    """The teacher's forward pass inside the update: gathered weights, its whole output matrix, chunks of logits."""
-    chunk = config.train.teacher_term.chunk_tokens * teacher.vocab * FLOAT32 * 3
-    head = precision.value * teacher.embedding
-    hidden = 2 * tokens * teacher.hidden * precision.value
-    gathered = memory.gathered_weights(teacher, precision)
-    return gathered + head + max(chunk, memory.forward_workspace(teacher, tokens, precision)) + hidden
+def _teacher_states(teacher: ModelShape, precision: Precision, tokens: int) -> float:
+    """What the update keeps of a teacher that it read: hidden states, twice while they are picked, its whole output
+    matrix, and, where that is the embedding, FSDP2's copy, which belongs to the root and stays."""
+    return precision.value * (2 * tokens * teacher.hidden + teacher.embedding * (1 + teacher.tied))
 
 
 def _rl_host(config: Config, models: Models, trained: Mapping[str, int], world: int) -> dict[str, float]:
@@ -199,21 +200,22 @@ def _loading(config: Config, models: Models) -> float:
 def distill_budget(config: Config, models: Models) -> Budget:
     """Memory of the cold start: Hugging Face's Trainer in autocast, the teacher whole on every GPU."""
     hardware, settings, shape = config.hardware, config.distill, models.student
-    world = hardware.num_nodes * hardware.gpus_per_node
+    world = hardware.num_gpus
     shards = world if settings.sharding == "full" else 1
     value = VALUE_BYTES[hardware.dtype]
     precision = Precision(value, value if settings.sharding == "full" else FLOAT32)
     per_gpu = -(-settings.batch_size // world)
-    tokens = min(settings.micro_batch_size or hardware.micro_batch_size, per_gpu) * context_length(config)
+    tokens = min(settings.micro_batch_size or hardware.micro_batch_size, per_gpu) * config.episode.max_tokens
     checkpointing = hardware.gradient_checkpointing
-    count = shape.parameters
+    frozen = shape.parameters if settings.lora_rank else 0
+    count = shape.adapters(settings.lora_rank) if settings.lora_rank else shape.parameters
     saved = memory.saved_activations(shape, tokens, precision, checkpointing=checkpointing)
     workspace = memory.backward_workspace(shape, tokens, precision, checkpointing=checkpointing)
     # The fused loss keeps the output matrix's gradient in float32, and that of the hidden states.
-    loss = FLOAT32 * shape.embedding + tokens * shape.hidden * precision.stream
+    loss = FLOAT32 * shape.embedding * (not frozen) + tokens * shape.hidden * precision.stream
     chunk = 4 * settings.chunk_tokens * shape.vocab * FLOAT32
     parts = {
-        "weights": FLOAT32 * count / shards,
+        "weights": FLOAT32 * count / shards + value * frozen,
         "gradients": FLOAT32 * count / shards,
         "optimiser": ADAM * count / shards,
         "activations": saved + max(workspace, loss),
@@ -261,7 +263,7 @@ def engine_share(config: Config, shape: ModelShape, *, alone: bool = False) -> E
     workspace = memory.engine_workspace(
         shape,
         value=value,
-        batched_tokens=max(engine.max_num_batched_tokens, context_length(config)),
+        batched_tokens=max(engine.max_num_batched_tokens, config.episode.max_tokens),
         num_seqs=engine.max_num_seqs,
         tensor_parallel=size,
     )
@@ -286,11 +288,6 @@ def is_on_this_node(url: str) -> bool:
     return urlsplit(url.split(",")[0]).hostname in ("127.0.0.1", "localhost", "::1", "0.0.0.0")
 
 
-def context_length(config: Config) -> int:
-    """Tokens of the longest episode."""
-    return config.episode.max_prompt_tokens + config.episode.max_response_tokens
-
-
 def _finish(
     config: Config,
     models: Models,
@@ -300,7 +297,7 @@ def _finish(
 ) -> Budget:
     """Adds what every phase has (reserve, a retriever on the same GPU, an engine that does not sleep), and limits."""
     hardware, gpu = config.hardware, find_gpu(config.hardware)
-    world = hardware.num_nodes * hardware.gpus_per_node
+    world = hardware.num_gpus
     processes = 2 if engine and "generate" in phases and len(phases) > 1 else 1
     fixed = processes * memory.PROCESS + memory.COMMUNICATION * (world > 1)
     fixed += memory.CUDA_GRAPHS * (engine is not None and not hardware.engine.enforce_eager)
@@ -325,5 +322,5 @@ def _finish(
         host=host,
         host_capacity=host_capacity,
         kv_tokens=engine.kv_tokens if engine else 0.0,
-        kv_tokens_needed=context_length(config) if engine else 0,
+        kv_tokens_needed=config.episode.max_tokens if engine else 0,
     )

@@ -13,9 +13,6 @@ def check_engine(config: Config) -> None:
     hardware, engine = config.hardware, config.hardware.engine
     if hardware.gpu is not None and hardware.gpu not in KNOWN_GPUS:
         raise ConfigError(f"hardware.gpu={hardware.gpu}: expected one of {', '.join(KNOWN_GPUS)}, or null")
-    for key in ("gpu_memory_utilization", "gpu_memory_utilization_alone"):
-        if not 0 < getattr(engine, key) < 1:
-            raise ConfigError(f"hardware.engine.{key}={getattr(engine, key)}: expected a share between 0 and 1")
     check_divides(
         "hardware.gpus_per_node",
         hardware.gpus_per_node,
@@ -27,7 +24,7 @@ def check_engine(config: Config) -> None:
 def check_training(config: Config) -> None:
     """What RL needs: batches that divide over the GPUs, and sizes that go together."""
     train, hardware = config.train, config.hardware
-    num_gpus = hardware.num_nodes * hardware.gpus_per_node
+    num_gpus = hardware.num_gpus
     check_divides("GPUs", num_gpus, "hardware.ulysses_size", hardware.ulysses_size)
     if hardware.fsdp_size and hardware.fsdp_size < num_gpus:
         check_divides("GPUs", num_gpus, "hardware.fsdp_size", hardware.fsdp_size)
@@ -53,19 +50,28 @@ def check_training(config: Config) -> None:
 
 
 def check_attention(config: Config) -> None:
-    """Packed episodes are kept apart by flash attention alone; others would attend over each other's padding's cost."""
+    """Micro-batches by tokens hold packed episodes: padding has no bound.
+
+    Packed ones are kept apart by flash attention, and on CPUs by sdpa, at a cost that grows with its square.
+    """
     hardware = config.hardware
-    if hardware.attention != "flash_attention_2" and (hardware.remove_padding or hardware.max_tokens_per_gpu):
+    if hardware.max_tokens_per_gpu and not hardware.remove_padding:
         raise ConfigError(
-            f"hardware.attention={hardware.attention} with packed episodes (hardware.remove_padding="
-            f"{str(hardware.remove_padding).lower()}, hardware.max_tokens_per_gpu={hardware.max_tokens_per_gpu}): set "
-            "hardware.remove_padding=false hardware.max_tokens_per_gpu=null, and hardware.micro_batch_size to the "
+            f"hardware.max_tokens_per_gpu={hardware.max_tokens_per_gpu} counts packed tokens: set "
+            "hardware.remove_padding=true, or hardware.max_tokens_per_gpu=null and hardware.micro_batch_size to the "
             "episodes per GPU and forward"
+        )
+    packing = ("flash_attention_2", "sdpa") if hardware.platform == "cpu" else ("flash_attention_2",)
+    if hardware.remove_padding and hardware.attention not in packing:
+        raise ConfigError(
+            f"hardware.attention={hardware.attention} with packed episodes (hardware.remove_padding=true, "
+            f"hardware.max_tokens_per_gpu={hardware.max_tokens_per_gpu}): set hardware.remove_padding=false "
+            "hardware.max_tokens_per_gpu=null, and hardware.micro_batch_size to the episodes per GPU and forward"
         )
 
 
 def _check_longest_episode(config: Config, max_tokens: int) -> None:
-    longest = config.episode.max_prompt_tokens + config.episode.max_response_tokens
+    longest = config.episode.max_tokens
     if max_tokens * config.hardware.ulysses_size < longest:
         raise ConfigError(
             f"hardware.max_tokens_per_gpu={max_tokens} holds no episode of {longest} tokens (episode.max_prompt_tokens "
@@ -74,14 +80,14 @@ def _check_longest_episode(config: Config, max_tokens: int) -> None:
 
 
 def _check_ulysses(config: Config) -> None:
-    """Sequences cut over several GPUs: only packed ones, and not where the loss reads whole rows of logits."""
+    """Sequences cut over several GPUs: only packed ones, and not where the loss reads the teacher of whole episodes."""
     size = config.hardware.ulysses_size
     if not config.hardware.remove_padding:
         raise ConfigError(f"hardware.ulysses_size={size} cuts packed sequences: set hardware.remove_padding=true")
     if has_exact_teacher(config):
         raise ConfigError(
-            f"hardware.ulysses_size={size} with train.teacher_term.form=exact: each GPU has a part of a sequence's "
-            "logits, and the term reads whole episodes; set hardware.ulysses_size=1"
+            f"hardware.ulysses_size={size} with train.teacher_term.form=exact: each GPU has a part of a sequence, "
+            "and the term reads the teacher of whole episodes; set hardware.ulysses_size=1"
         )
 
 

@@ -97,7 +97,7 @@ def _print_plan(console: Console, config: Config, stage: str, models: Models, ro
     estimate = stage_throughput(config, stage, models, rows=rows)
     if estimate is not None:
         parts.append((f"Time, estimated, of {'a step' if estimate.steps > 1 else 'the stage'}", time_table(estimate)))
-        parts.append(("", facts(time_facts(estimate, hardware.num_nodes * hardware.gpus_per_node))))
+        parts.append(("", facts(time_facts(estimate, hardware.num_gpus))))
         if stage == "train":
             hours = f"{paper_gpu_hours(config) or 0:,.0f} GPU hours of H200, scaled from the authors' run"
             parts.append(("", facts([("the paper", hours)])))

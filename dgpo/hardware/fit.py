@@ -8,7 +8,7 @@ from itertools import combinations, product
 from typing import Any
 
 from dgpo.config.schema import Config
-from dgpo.hardware.budget import Budget, Models, context_length
+from dgpo.hardware.budget import Budget, Models
 from dgpo.hardware.stages import PLAYING, stage_budget
 
 MAX_OVERRIDES = 3
@@ -55,7 +55,7 @@ def _options(config: Config, stage: str, models: Models) -> list[list[Change]]:
     hardware, engine = config.hardware, config.hardware.engine
     values: dict[str, list[Any]] = {}
     if stage == "train":
-        longest = -(-context_length(config) // hardware.ulysses_size)
+        longest = -(-config.episode.max_tokens // hardware.ulysses_size)
         if hardware.max_tokens_per_gpu:
             values["hardware.max_tokens_per_gpu"] = list(_halves(hardware.max_tokens_per_gpu, longest))
         else:
@@ -75,7 +75,7 @@ def _options(config: Config, stage: str, models: Models) -> list[list[Change]]:
         if hardware.fsdp_size:
             values["hardware.fsdp_size"] = [None]
         values["hardware.offload"] = {"none": ["idle", "full"], "idle": ["full"]}.get(hardware.offload, [])
-    if stage == "distill" and config.distill.sharding == "none" and hardware.num_nodes * hardware.gpus_per_node > 1:
+    if stage == "distill" and config.distill.sharding == "none" and hardware.num_gpus > 1:
         values["distill.sharding"] = ["full"]
     if stage != "distill":
         heads = models.student.heads

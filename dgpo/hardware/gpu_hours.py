@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dgpo.config.methods import has_teacher
 from dgpo.config.schema import Config
 from dgpo.hardware.stages import gpu_hours, stage_models
 
@@ -32,7 +33,7 @@ def paper_gpu_hours(config: Config) -> float | None:
     if models is None:
         return None
     train = config.train
-    share = PAPER_TEACHER_SHARE if train.teacher_term.gate != "none" else 0.0
+    share = PAPER_TEACHER_SHARE if has_teacher(config, "train") else 0.0
     episodes = train.num_steps * train.batch_size * train.samples_per_question
     hours = PAPER_GPU_HOURS / (1 + PAPER_TEACHER_SHARE) * (1 + share)
     return hours * episodes / PAPER_EPISODES * models.student.parameters / PAPER_STUDENT

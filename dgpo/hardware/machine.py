@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 import sysconfig
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ LEAST_SHARED_MEMORY = 1e9  # bytes; a container gets 64 MB unless told otherwise
 LEAST_SHARE_OF_MEMORY = 0.95  # of what a GPU of that name has
 CPUS_PER_GPU = 3  # veRL's bundles (single_controller/ray/base.py)
 WITHOUT_FLASH_ATTENTION = "hardware.attention=sdpa hardware.remove_padding=false hardware.max_tokens_per_gpu=null"
+CLUSTER_TIMEOUT_S = 5.0
+MAX_SOCKET_BYTES = 107
+LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # with Linux's largest pid
 OTHER_CPUS = 2  # the controller of its queue, and room to place what reserves nothing
 
 
@@ -89,7 +93,12 @@ def memory_limit(root: Path = Path("/")) -> float:
 
 
 def check_start(config: Config, stage: str) -> None:
-    """`check_machine`, first of all, in a real run; a dry run shows its plan first."""
+    """`check_machine`, first of all, in a real run; a dry run shows its plan first. The environment in both."""
+    if config.dry_run.assume is None:
+        _check_home()
+        _check_cluster()
+        if stage == "train":
+            _check_temporary()
     if not config.dry_run:
         check_machine(config, stage)
 
@@ -115,6 +124,45 @@ def check_machine(config: Config, stage: str) -> None:
     _check_shared_memory(config, machine)
     if stage == "train":
         _check_cpus(config, machine)
+
+
+def _check_home() -> None:
+    """Compiled kernels and what was downloaded are cached there by libraries, which say so late and in tracebacks."""
+    place = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.environ.get("HOME", "/")) / ".cache").absolute()
+    there = next(each for each in (place, *place.parents) if each.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ConfigError(
+            f"libraries cache in {place}, and {there} cannot be written to (HOME={os.environ.get('HOME')}): set HOME "
+            "or XDG_CACHE_HOME to a folder of yours"
+        )
+
+
+def _check_cluster() -> None:
+    """Ray would try an address where nobody answers for a quarter of an hour."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, colon, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if not address or (not colon and address in ("auto", "local")):
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_TIMEOUT_S):
+            return
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: no Ray answers there ({error}); unset it to use this machine alone, or set it to "
+            "host:port of the head of a cluster that runs"
+        ) from None
+
+
+def _check_temporary() -> None:
+    """A private Ray puts sockets below it, whose names the system limits."""
+    name = next((each for each in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(each)), None)
+    place = os.environ[name] if name else "/tmp"
+    num_bytes = len(f"{place}{LONGEST_SOCKET}".encode())
+    if num_bytes > MAX_SOCKET_BYTES and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            f"{name}={place} makes the names of Ray's sockets {num_bytes} bytes long, and {MAX_SOCKET_BYTES} are "
+            "allowed: set RAY_TMPDIR to a shorter one, such as /tmp"
+        )
 
 
 def _check_gpus(config: Config, stage: str, there: list[VisibleGpu]) -> None:

@@ -16,10 +16,9 @@ PROCESS = 0.75 * GIB
 COMMUNICATION = 1.0 * GIB
 ALLOCATOR_SLACK = 0.05
 CUDA_GRAPHS = 0.7 * GIB  # of vLLM; they stay when it sleeps
-# Tensors of [tokens, vocabulary] at the peak of a forward and backward pass over policy tokens. With veRL's compiled
-# entropy and flash-attention's cross-entropy: the logits, and a gradient of each. Without: counted
-# (scripts/bench/memory_estimate.py), softmax, products and their gradients on top.
-LOGIT_COPIES = {"train": {True: 3, False: 7}, "score": {True: 1, False: 3}}
+# Float32 tensors of [chunk, vocabulary] at the peak of `dgpo.algorithms.chunked_head`: log-probs and probabilities, and
+# with the teacher in the loss both models' and their difference's product.
+CHUNK_COPIES = {False: 2, True: 5}
 UNSHARDED_LAYERS = 3  # the one that computes, the next one on its way, and the buffer it comes in
 
 
@@ -69,9 +68,9 @@ def forward_workspace(shape: ModelShape, tokens: int, precision: Precision) -> i
     return tokens * (3 * precision.value * shape.intermediate + 3 * precision.stream * shape.hidden)
 
 
-def logits(shape: ModelShape, tokens: int, precision: Precision, *, copies: int) -> int:
-    """Bytes of tensors of [tokens, vocabulary]."""
-    return copies * tokens * shape.vocab * precision.value
+def logits(shape: ModelShape, tokens: int, *, exact: bool = False) -> int:
+    """Bytes of float32 tensors of [tokens, vocabulary], for the tokens of one chunk."""
+    return CHUNK_COPIES[exact] * tokens * shape.vocab * FLOAT32
 
 
 def gathered_weights(shape: ModelShape, precision: Precision) -> int:

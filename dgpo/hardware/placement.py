@@ -21,7 +21,7 @@ class Placement:
 def place(config: Config, stage: str) -> Placement:
     """As veRL and Ray will do it: replicas take consecutive GPUs and never span nodes (checked), shards likewise."""
     hardware = config.hardware
-    world = hardware.num_nodes * hardware.gpus_per_node
+    world = hardware.num_gpus
     size = hardware.engine.tensor_parallel_size
     engines = [list(range(start, start + size)) for start in range(0, world - size + 1, size)]
     if stage == "train":

@@ -68,6 +68,11 @@ class ModelShape:
         """Parameters of a value model made from it: the body, and a head with one output and a bias."""
         return self.body + self.hidden + 1
 
+    def adapters(self, rank: int) -> int:
+        """Parameters of LoRA on every linear layer of the decoder: rank times the widths on both sides."""
+        attention = 2 * (self.hidden + self.query_size) + 2 * (self.hidden + self.kv_size)
+        return self.layers * rank * (attention + 3 * (self.hidden + self.intermediate))
+
     @property
     def multiplied(self) -> int:
         """Parameters that a token is multiplied by in a forward pass: all but the embedding's look-up."""

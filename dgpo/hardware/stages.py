@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dgpo.config.methods import algorithm_of
+from dgpo.config.methods import algorithm_of, has_teacher
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
 from dgpo.hardware.budget import Budget, Models, distill_budget, play_budget, rl_budget
@@ -21,7 +21,7 @@ PLAYING = ("collect", "test", "arcap", "ask")
 def stage_models(config: Config, stage: str) -> tuple[Models | None, list[str]]:
     """The shapes of a stage's models, and the paths of those whose shape is not known (then there is no estimate)."""
     paths = {"student": _played_model(config, stage) if stage in PLAYING else initial_model(config, stage)[1]}
-    if _has_teacher(config, stage):
+    if has_teacher(config, stage):
         paths["teacher"] = config.teacher.path or ""
     shapes: dict[str, ModelShape | None] = {role: find_shape(config, path) for role, path in paths.items()}
     unknown = [paths[role] for role, shape in shapes.items() if shape is None]
@@ -61,13 +61,7 @@ def gpu_hours(config: Config, stage: str) -> float | None:
     estimate = stage_throughput(config, stage, models) if models else None
     if estimate is None:
         return None
-    return estimate.total_hours * config.hardware.num_nodes * config.hardware.gpus_per_node
-
-
-def _has_teacher(config: Config, stage: str) -> bool:
-    if stage == "train":
-        return config.train.teacher_term.gate != "none"
-    return stage == "distill" and config.distill.loss != "seqkd"
+    return estimate.total_hours * config.hardware.num_gpus
 
 
 def _played_model(config: Config, stage: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dgpo.config.schema import Config
-from dgpo.hardware.budget import VALUE_BYTES, Models, context_length, engine_share, find_gpu
+from dgpo.hardware.budget import VALUE_BYTES, Models, engine_share, find_gpu
 from dgpo.hardware.known_gpus import Gpu
 from dgpo.hardware.memory import FLOAT32, kv_bytes_per_token
 from dgpo.hardware.shapes import ModelShape
@@ -89,7 +89,7 @@ def decode_step_s(shape: ModelShape, gpu: Gpu, *, episodes: float, context: floa
 def generation_s(config: Config, gpu: Gpu, shape: ModelShape, *, episodes: int, alone: bool) -> float:
     """Episodes dealt out to the replicas, as many at once as the engine and its KV cache hold; the longest ends it."""
     hardware, engine = config.hardware, config.hardware.engine
-    replicas = max(1, hardware.num_nodes * hardware.gpus_per_node // engine.tensor_parallel_size)
+    replicas = max(1, hardware.num_gpus // engine.tensor_parallel_size)
     average, own = average_episode(config), max(1.0, episodes / replicas)
     room = max(1.0, engine_share(config, shape, alone=alone).kv_tokens / average.tokens)
     at_once = min(own, engine.max_num_seqs, room)
@@ -118,12 +118,12 @@ def pass_s(config: Config, gpu: Gpu, shape: ModelShape, *, tokens: float, traini
     Training is a forward pass and a backward pass of twice its arithmetic; checkpointing makes the forward pass again.
     """
     hardware = config.hardware
-    world = hardware.num_nodes * hardware.gpus_per_node
+    world = hardware.num_gpus
     per_gpu = tokens / world
     passes = (4 if hardware.gradient_checkpointing else 3) if training else 1
     utilisation = TRAIN_UTILISATION if training else PREFILL_UTILISATION
     compute = passes * per_gpu * operations_per_token(shape, average_episode(config).tokens)
-    micro = hardware.max_tokens_per_gpu or hardware.micro_batch_size * context_length(config)
+    micro = hardware.max_tokens_per_gpu or hardware.micro_batch_size * config.episode.max_tokens
     num_micro = max(1.0, per_gpu / micro)
     moved = num_micro * gather_s(config, gpu, shape, training=training)
     return max(compute / (gpu.flops * utilisation), moved)
@@ -132,7 +132,7 @@ def pass_s(config: Config, gpu: Gpu, shape: ModelShape, *, tokens: float, traini
 def gather_s(config: Config, gpu: Gpu, shape: ModelShape, *, training: bool) -> float:
     """FSDP's traffic of one micro-batch: weights gathered (twice in training), gradients reduced in float32."""
     hardware = config.hardware
-    world = hardware.num_nodes * hardware.gpus_per_node
+    world = hardware.num_gpus
     shards = min(hardware.fsdp_size or world, world)
     value = VALUE_BYTES[hardware.dtype]
     weights, gradients = value * shape.parameters * (2 if training else 1), FLOAT32 * shape.parameters * training
@@ -149,7 +149,7 @@ def offload_s(config: Config, gpu: Gpu, shape: ModelShape, *, training: bool) ->
     hardware = config.hardware
     if hardware.offload == "none":
         return 0.0
-    world = hardware.num_nodes * hardware.gpus_per_node
+    world = hardware.num_gpus
     own = shape.parameters / min(hardware.fsdp_size or world, world)
     moved = 2 * FLOAT32 * own * (3 if training else 1) / gpu.host_link
     if hardware.offload == "full" and training:
@@ -220,7 +220,7 @@ def distill_throughput(config: Config, models: Models, *, episodes: int | None =
     if gpu is None:
         return None
     hardware, settings = config.hardware, config.distill
-    world = hardware.num_nodes * hardware.gpus_per_node
+    world = hardware.num_gpus
     collected = config.collect.max_questions or TRAINING_QUESTIONS
     kept = episodes or int(collected * config.collect.samples_per_question * TEACHER_EXACT_MATCH)
     played = settings.max_steps * settings.batch_size if settings.max_steps else kept * settings.epochs

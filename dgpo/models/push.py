@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dgpo.errors import DgpoError
+from dgpo.errors import DgpoError, first_line
 from dgpo.runs.artifacts import MANIFEST
 
 
@@ -39,15 +39,11 @@ def push(folder: Path, repo: str, *, endpoint: str | None = None, private: bool 
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         hint = "log in with `hf auth login`, or set HF_TOKEN" if status in (401, 403) else "check name and server"
-        raise DgpoError(f"{api.endpoint} refuses {repo} ({_first_line(error)}): {hint}") from error
+        raise DgpoError(f"{api.endpoint} refuses {repo} ({first_line(error)}): {hint}") from error
     except HFValidationError as error:
         raise DgpoError(f"export.push={repo} is no name of a repository, expected user/name") from error
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
         raise DgpoError(
-            f"{folder} could not be pushed to {api.endpoint} ({_first_line(error)}); the same command tries again"
+            f"{folder} could not be pushed to {api.endpoint} ({first_line(error)}); the same command tries again"
         ) from error
     return commit.commit_url
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -10,7 +10,7 @@ from dgpo.checks.files import check_rows
 from dgpo.checks.models import check_model
 from dgpo.checks.search import check_retriever
 from dgpo.config.schema import Config
-from dgpo.errors import ConfigError
+from dgpo.errors import ConfigError, one_line
 from dgpo.evaluation.paper import SETS
 from dgpo.pipeline.plan import Plan
 
@@ -64,5 +64,5 @@ def _fault(check: Callable[[], object]) -> str | None:
     try:
         check()
     except ConfigError as error:
-        return " ".join(str(error).split())
+        return one_line(error)
     return None

@@ -24,15 +24,15 @@ from dgpo.config.stages import stage_model
 from dgpo.data.own import prepare_own
 from dgpo.data.rows import read_rows, row_question
 from dgpo.errors import ConfigError
-from dgpo.evaluation.records import read_records
 from dgpo.evaluation.scores import compare
-from dgpo.files import atomic_write_text
+from dgpo.files import atomic_write_text, read_jsonl
 from dgpo.metrics.exact_match import exact_match
 from dgpo.models.smollm2 import NAME as SMALL_MODEL
 from dgpo.models.smollm2 import find_gguf
-from dgpo.pipeline.processes import PeakMemory, Stages, check_settings, python_module, retrieval_server
+from dgpo.pipeline.processes import PeakMemory, Stages, python_module, retrieval_server
 from dgpo.runs.artifacts import MANIFEST
 from dgpo.runs.asking import write_asking
+from dgpo.runs.settings import record_or_check_command
 from dgpo.runs.summary import print_results, read_results, table_console
 
 OVERRIDES = ("world=own", "hardware=cpu", "experiment=seqkd")
@@ -76,7 +76,7 @@ def own(arguments: Sequence[str]) -> Path | None:
         print(f"dry run: {source} would become {run}: data, index, {', '.join(config.stages)} of {student}, test")
         return None
     asked = [argument for argument in arguments if "=" in argument]
-    check_settings(run / "own.json", {"folder": str(source.resolve()), "overrides": asked, "student": student})
+    record_or_check_command(run / "own.json", asked, folder=str(source.resolve()), student=student)
     stages = Stages(run, report_every_s=30, way_on="the same command continues")
     print(f"run folder: {run}   (logs: {stages.logs}); after a stop the same command continues", flush=True)
     with PeakMemory() as memory:
@@ -102,6 +102,8 @@ def sized_for_cpu() -> list[str]:
         f"hardware.dtype={dtype}",
         f"hardware.engine.dtype={dtype}",
         "hardware.weight_bucket_mb=512",
+        "hardware.remove_padding=true",  # RL: of a real model the layers cost more than attention over packed episodes
+        "hardware.max_tokens_per_gpu=2048",
     ]
 
 
@@ -124,6 +126,7 @@ def default_student() -> str:
 
 def hub_answers() -> bool:
     """Whether the default model can be had without waiting: it is in the cache, or the hub answers within seconds."""
+    import httpx
     from huggingface_hub import constants, get_session, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(HUB_MODEL, "model.safetensors"), str):
@@ -133,7 +136,8 @@ def hub_answers() -> bool:
     try:
         url = f"{constants.ENDPOINT}/{HUB_MODEL}/resolve/main/config.json"
         return get_session().head(url, timeout=HUB_TIMEOUT_S, follow_redirects=True).status_code < 400
-    except Exception:  # whatever a session, a proxy or a name server raises: there is no hub
+    # No answer; an endpoint that is no URL; a certificate that cannot be read; a proxy of no known, or installed, kind.
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError):
         return False
 
 
@@ -256,8 +260,8 @@ def measure_gains(run: Path) -> dict[str, Any]:
         answering the title of the first passage), exact match; `hit_at_k`, the share of questions that have a gold in
         the first k passages for the question itself.
     """
-    scores = {name: read_records(run / "test" / name / "scores.jsonl") for name in (BEFORE, AGENT)}
-    scores[RAG] = read_records(run / "rag" / "test" / RAG / "scores.jsonl")
+    scores = {name: read_jsonl(run / "test" / name / "scores.jsonl") for name in (BEFORE, AGENT)}
+    scores[RAG] = read_jsonl(run / "rag" / "test" / RAG / "scores.jsonl")
     played = list(read_trajectories(run / "rag" / "test" / RAG / "trajectories.jsonl"))
     return {
         "num_questions": len(scores[AGENT]),

@@ -112,7 +112,14 @@ def row_models(row: str, config: Config) -> dict[str, str]:
     return {name: str(path) for name, path in found.items()}
 
 
-def plan_table(table: str, folder: Path, shared: Path, inputs: Sequence[str], overrides: Sequence[str]) -> Plan:
+def plan_table(
+    table: str,
+    folder: Path,
+    shared: Path,
+    inputs: Sequence[str],
+    overrides: Sequence[str],
+    rows: Mapping[str, Sequence[str]] | None = None,
+) -> Plan:
     """The stages behind the rows of a table, for one pair.
 
     The teacher's episodes are collected once, and a cold start is shared by all rows that begin with the same loss.
@@ -123,14 +130,15 @@ def plan_table(table: str, folder: Path, shared: Path, inputs: Sequence[str], ov
         shared: instead of `folder`, for the rows that no teacher takes part in: pairs with one student share them.
         inputs: overrides that every stage gets (models, data, retriever).
         overrides: the user's, laid over everything.
+        rows: row -> overrides of its own, laid over those.
     """
-    plan = Plan()
-    tested = table in ("main", "ablation", "pairs")
+    plan, rows = Plan(), rows or {}
+    tested = table in ("main", "ablation", "contrasts", "pairs")
 
     def stage(row: str, name: str, *more: str, experiment: str | None = None) -> PlannedStage:
         own = [f"experiment={experiment}"] if experiment else []
         run_dir = (shared if row in TEACHERLESS else folder) / row
-        everything = (*own, *inputs, *more, *overrides, f"run_dir={run_dir}")
+        everything = (*own, *inputs, *more, *overrides, *rows.get(row, ()), f"run_dir={run_dir}")
         return PlannedStage(f"{run_dir.parent.name}/{row}/{name}", name, run_dir, everything)
 
     def test(row: str, models: Mapping[str, str]) -> None:
@@ -145,7 +153,8 @@ def plan_table(table: str, folder: Path, shared: Path, inputs: Sequence[str], ov
         if row in UNTRAINED:
             models = {row: teacher if row == "teacher" else config.student.path or ""}
         else:
-            settings = _plan_training(plan, row, stage, folder, load_config([f"experiment={row}", *inputs, *overrides]))
+            config_of_row = load_config([f"experiment={row}", *inputs, *overrides, *rows.get(row, ())])
+            settings = _plan_training(plan, row, stage, folder, config_of_row)
             plan.runs[row] = Path(settings.run_dir)
             models = row_models(row, settings)
         reported[row] = models.get(f"{row}-paper", models[row])

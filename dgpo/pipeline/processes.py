@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from dgpo.engines.vllm_patches import die_with_parent
-from dgpo.errors import ConfigError, DgpoError
-from dgpo.files import atomic_write_text
-from dgpo.runs.artifacts import package_versions
+from dgpo.errors import DgpoError
 
 SERVER_START_TIMEOUT_S = 120.0
 MEMORY_SAMPLE_S = 2.0
@@ -96,25 +93,6 @@ class Stages:
         tail = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         way_on = [self.way_on] if self.way_on else []
         return DgpoError(f"stage {name} ended with exit code {code}; the end of {path}:", [*tail, *way_on])
-
-
-def check_settings(path: Path, now: Mapping[str, object]) -> None:
-    """One folder, one set of settings: writes them into `path`, or compares them with what is there.
-
-    Raises:
-        ConfigError: the folder was made with others.
-    """
-    if not path.exists():
-        atomic_write_text(path, json.dumps({**now, "versions": package_versions()}, indent=1) + "\n")
-        return
-    before = json.loads(path.read_text())
-    for name, value in now.items():
-        if before.get(name) != value:
-            old, new = (" ".join(each) if isinstance(each, list) else each for each in (before.get(name), value))
-            raise ConfigError(
-                f"{path.parent} was made with {name} {old or 'none'}, now {new or 'none'}: repeat those, or choose "
-                "another run_dir"
-            )
 
 
 def python_module(module: str) -> list[str]:

@@ -16,8 +16,7 @@ from dgpo.config.load import chosen, load_config
 from dgpo.config.schema import Config
 from dgpo.config.stages import stage_model
 from dgpo.errors import ConfigError
-from dgpo.evaluation.records import read_records
-from dgpo.files import atomic_write_text
+from dgpo.files import atomic_write_text, read_jsonl
 from dgpo.pipeline import tiny
 from dgpo.pipeline.processes import PeakMemory, Stages, python_module
 from dgpo.runs.asking import write_asking
@@ -88,6 +87,6 @@ def _summarize(folder: Path, stages: Stages, config: Config, peak_bytes: int) ->
 def answered(folder: Path, *, count: int = 6) -> list[str]:
     """Held-out questions that the last model of the test answered rightly: a newcomer's first ones should work."""
     model = list(read_results(folder)["models"])[-1]
-    scores = read_records(folder / "test" / model / "scores.jsonl")
+    scores = read_jsonl(folder / "test" / model / "scores.jsonl")
     questions = list(dict.fromkeys(score["question"] for score in scores if score["em"]))
     return questions[:: max(1, len(questions) // count)][:count]

@@ -1,6 +1,7 @@
 """The paper's tables and figures: plan the stages, run what is missing, and print our numbers beside the paper's.
 
 python -m dgpo reproduce table=main world=tiny hardware=cpu run_dir=runs/tables
+python -m dgpo reproduce table=contrasts world=tiny hardware=cpu run_dir=runs/contrasts "seeds=[31,32,33]"
 python -m dgpo reproduce table=pairs data=prepared retriever.url=http://node0:8000 run_dir=runs/tables dry_run=true
 """
 
@@ -20,22 +21,26 @@ from dgpo.config.load import chosen, group_choices, load_config
 from dgpo.config.schema import Config
 from dgpo.errors import ConfigError
 from dgpo.evaluation.arcap_chart import ARCAP_FILE
-from dgpo.evaluation.paper import FIGURES, LABELS, MAIN_PAIR, RULES, TABLES, TEACHER_TIME, paper_value
-from dgpo.evaluation.records import read_records
+from dgpo.evaluation.paper import FIGURES, LABELS, MAIN_PAIR, ROWS, RULES, TABLES, TEACHER_TIME, paper_value
 from dgpo.evaluation.report import write_report
 from dgpo.evaluation.scores import Score, compare
-from dgpo.files import atomic_write_text
+from dgpo.files import atomic_write_text, read_jsonl
 from dgpo.hardware.gpu_hours import gpu_hours_range
 from dgpo.pipeline import tiny
 from dgpo.pipeline.missing import missing
+from dgpo.pipeline.over_seeds import write_over_seeds
 from dgpo.pipeline.plan import Plan, PlannedStage, distinct, plan_table
 from dgpo.pipeline.processes import Stages, python_module
 from dgpo.pipeline.reuse import is_current
-from dgpo.runs.artifacts import package_versions
 from dgpo.runs.owner import owned
-from dgpo.runs.settings import check_same
+from dgpo.runs.settings import record_or_check_command
 
-BASELINE = {"main": "kd", "ablation": "dgpo", "pairs": "kd"}  # the row that the paired differences are against
+BASELINE = {
+    "main": "kd",
+    "ablation": "dgpo",
+    "contrasts": "kd",
+    "pairs": "kd",
+}  # the row that the paired differences are against
 PROTOCOL_NOTE = (
     "The paper's numbers are of single samples at temperature 1 (Bamboogle: 124 of 125 questions); ours are {ours}. "
     "`test.compat=upstream` measures as the paper does."
@@ -55,16 +60,20 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
         DgpoError: a stage failed; the same command continues.
     """
     config = load_config(overrides)
+    if config.seeds:
+        return _over_seeds(config, overrides)
     pairs = _pairs(config, overrides)
     folder = Path(config.run_dir)
-    own = [o for o in overrides if not o.startswith(("pair=", "run_dir=", "dry_run", "table="))]
+    own = [o for o in overrides if not o.startswith(("pair=", "run_dir=", "dry_run", "table=", "rows."))]
     if config.dry_run.assume:
         own = [*(o for o in own if not o.startswith("hardware=")), f"hardware={config.dry_run.assume}"]
     if config.dry_run:
         _dry_run(pairs, folder, config, own)
         return None
     with owned(folder / "reproduce"):
-        _check_settings(folder, own)
+        record_or_check_command(
+            folder / SETTINGS, [*own, *(f"rows.{row}={given}" for row, given in config.rows.items())]
+        )
         stages = Stages(folder)
         plans: dict[str, Plan] = {}
         for pair in pairs:
@@ -76,6 +85,19 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
                         resume = ["resume=true"] if stage.has_begun else []
                         stages.run(**{stage.name: [*python_module("dgpo"), *stage.command, *resume]})
         return _write(folder, config.table, plans)
+
+
+def _over_seeds(config: Config, overrides: Sequence[str]) -> Path | None:
+    """The whole table with every seed, in a folder of its own, then their means and contrasts."""
+    _pairs(config, overrides)
+    if config.table not in BASELINE:
+        raise ConfigError(f"seeds={config.seeds} with table={config.table}: expected one of {', '.join(BASELINE)}")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise ConfigError(f"seeds={config.seeds}: a seed is named twice")
+    shared = [each for each in overrides if not each.startswith(("seeds=", "seed=", "run_dir="))]
+    for seed in config.seeds:
+        reproduce([*shared, f"seed={seed}", f"run_dir={config.run_dir}/seed_{seed}"])
+    return None if config.dry_run else write_over_seeds(Path(config.run_dir), config.table, config.seeds)
 
 
 def _dry_run(pairs: Sequence[str], folder: Path, config: Config, own: Sequence[str]) -> None:
@@ -99,12 +121,14 @@ def _dry_run(pairs: Sequence[str], folder: Path, config: Config, own: Sequence[s
 def _plan(pair: str, folder: Path, config: Config, inputs: Sequence[str], own: Sequence[str]) -> Plan:
     student = load_config([*inputs, *own]).student.path or ""
     shared = folder / (pair if pair == "tiny" else Path(student).name)
-    return plan_table(config.table, folder / pair, shared, inputs, own)
+    return plan_table(config.table, folder / pair, shared, inputs, own, config.rows)
 
 
 def _pairs(config: Config, overrides: Sequence[str]) -> list[str]:
     if config.table not in TABLES:
         raise ConfigError(f"table={config.table}: expected one of {', '.join(TABLES)}")
+    if unknown := set(config.rows) - set(ROWS[config.table]):
+        raise ConfigError(f"rows.{sorted(unknown)[0]}: no row of table={config.table}: {', '.join(ROWS[config.table])}")
     for name in ("experiment", "train.init", "distill.episodes", "stages"):
         if chosen(name, overrides):
             raise ConfigError(f"{name}=... in `reproduce`: the rows of the table decide that; leave it out")
@@ -113,20 +137,6 @@ def _pairs(config: Config, overrides: Sequence[str]) -> list[str]:
             raise ConfigError("table=pairs with world=tiny: the tiny world has one pair; take table=main or ablation")
         return ["tiny"]
     return group_choices("pair") if config.table == "pairs" else [chosen("pair", overrides) or MAIN_PAIR]
-
-
-def _check_settings(folder: Path, own: Sequence[str]) -> None:
-    """One folder, one set of overrides: rows made under different settings would not be one table."""
-    path = folder / SETTINGS
-    now = {"overrides": sorted(own), "versions": package_versions()}
-    if path.exists():
-        before, present = (
-            dict(override.partition("=")[::2] for override in overrides)
-            for overrides in (json.loads(path.read_text())["overrides"], own)
-        )
-        check_same(before, present, made=folder)
-        return
-    atomic_write_text(path, json.dumps(now, indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -179,7 +189,7 @@ def _write_teacher_time(folder: Path, plans: Mapping[str, Plan]) -> Path:
     lines = ["| run | steps | a step, s | of that the teacher, s | adds | paper |", "|---|---|---|---|---|---|"]
     for pair, plan in plans.items():
         for row, run in plan.runs.items():
-            records = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+            records = read_jsonl(run / "train" / "metrics.jsonl")
             step = sum(record["timing_s/step"] for record in records) / len(records)
             teacher = sum(record.get("timing_s/teacher", 0.0) for record in records) / len(records)
             paper = "-" if pair == "tiny" else f"{TEACHER_TIME:.1%}"
@@ -227,7 +237,7 @@ def _numbers(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scores(test: PlannedStage, name: str) -> list[Score]:
-    return read_records(test.run_dir / "test" / name / "scores.jsonl")
+    return read_jsonl(test.run_dir / "test" / name / "scores.jsonl")
 
 
 def _write_table(folder: Path, name: str, plans: Mapping[str, Plan]) -> Path:

@@ -18,7 +18,7 @@ from dgpo.agent.protocol import encode_prompt
 from dgpo.agent.scoring import episode_reward, episode_scores
 from dgpo.agent.seeds import derive_seed
 from dgpo.agent.trajectory import Trajectory
-from dgpo.config.schema import RetrieverConfig
+from dgpo.config.schema import EpisodeConfig, RetrieverConfig
 from dgpo.rl.timeline import TimedSearch
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ class Surroundings:
 
     def __init__(self, settings: str) -> None:
         values = json.loads(settings)
-        self.max_prompt_tokens: int = values["episode"].pop("max_prompt_tokens")
-        self.limits = EpisodeLimits(**values["episode"])
+        episode = EpisodeConfig(**values["episode"])
+        self.max_prompt_tokens, self.limits = episode.max_prompt_tokens, EpisodeLimits.of(episode)
         self.search = make_search(RetrieverConfig(**values["retriever"]))
         self.reward = load_reward(values["reward"]) if values["reward"] else None
         self.seed: int | None = values["seed"] if values["request_seeds"] else None

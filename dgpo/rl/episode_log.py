@@ -12,7 +12,6 @@ not score the episode.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 
 from dgpo.agent.protocol import parse_action
 from dgpo.data.rows import row_question
-from dgpo.files import atomic_write_text
+from dgpo.files import write_jsonl
 
 FOLDER = "episodes"
 # What the records are made of, as the batch names it.
@@ -87,8 +86,7 @@ class EpisodeLog:
         ]
         if not (self.folder / "tokenizer.json").exists():
             self.tokenizer.save_pretrained(self.folder)
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        atomic_write_text(self.folder / f"step_{step}.jsonl", lines)
+        write_jsonl(self.folder / f"step_{step}.jsonl", records)
 
     def _record(
         self,

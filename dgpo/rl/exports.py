@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.config.stages import MODEL_STEPS, initial_model, step_model
-from dgpo.files import atomic_write_text
+from dgpo.files import atomic_write_text, read_jsonl
 from dgpo.models.model_folders import state_dtype, write_generation_config
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import checkpoint_steps, writing
@@ -57,7 +56,6 @@ def export_models(config: Config, folder: Path, settings: Mapping[str, Any]) -> 
             seed=config.seed,
             settings=settings,
         )
-    print(f"checkpoint after step {last}: {target}", file=sys.stderr)
     return target
 
 
@@ -78,8 +76,7 @@ def _sources(config: Config, folder: Path, last: int) -> dict[str, Path]:
 
 
 def _validation_scores(folder: Path) -> dict[int, float]:
-    path = folder / METRICS
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    records = read_jsonl(folder / METRICS, growing=True)
     return {int(record["step"]): record[VALIDATION_SCORE] for record in records if VALIDATION_SCORE in record}
 
 

@@ -2,7 +2,7 @@
 
 veRL's synchronous trainer sets up workers, engines and data, and computes log-probs, values and updates; when that
 happens, and what becomes of it, is decided here. The mathematics is in `dgpo.algorithms`: `selective_kl` (gates and
-forms of the teacher term), `advantages` (PPO, GRPO, GKD) and `exact_kl`.
+forms of the teacher term), `advantages` (PPO, GRPO, GKD) and `chunked_head`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
 from tensordict import TensorDict
-from tqdm import tqdm
 from transfer_queue import KVBatchMeta
 from verl import DataProto
 from verl.trainer.ppo.ray_trainer import apply_kl_penalty
@@ -33,11 +32,13 @@ from verl.workers.utils.padding import response_to_nested
 
 from dgpo.algorithms.advantages import ALGORITHMS
 from dgpo.errors import CollapseError, NonFiniteError, RunStoppedError, StoppedOnRequestError
+from dgpo.files import append_jsonl
 from dgpo.rl.episode_log import FIELDS as LOGGED_FIELDS
 from dgpo.rl.episode_log import EpisodeLog
 from dgpo.rl.metrics import episode_metrics, log_prob_disagreement, sampled_kl
 from dgpo.rl.settings import TrainerSettings
 from dgpo.rl.teacher import Teacher
+from dgpo.rl.terminal import step_line
 from dgpo.rl.timeline import FILE as TIMELINE
 from dgpo.rl.timeline import TRAINER, write_spans
 from dgpo.rl.worker import SeededTrainingWorker, TeacherGuidedWorker
@@ -47,12 +48,13 @@ from dgpo.runs.checkpoints import FileEntries
 from dgpo.runs.guards import FROM_TRAINED_WEIGHTS, SOURCES, check_finite
 from dgpo.runs.plain_values import load_plain
 from dgpo.runs.rollback import CHECKPOINT, METRICS, keep_last_good
-from dgpo.runs.run_state import DATALOADER, Record, append_record, begin_from, prune, save_whole
+from dgpo.runs.run_state import DATALOADER, Record, begin_from, prune, save_whole
 from dgpo.runs.stability import CollapseDetector, choose_response
 from dgpo.runs.stopping import stop_requested
 from dgpo.runs.watchdog import Watchdog
 
 VALIDATION_SCORE = "validation/em"
+STEPS_AVERAGED = 10  # from which the time left is estimated
 NUM_CHECKED = 16  # episodes of a step whose log-probs are computed before the rollout's are trusted for the others
 
 
@@ -91,18 +93,17 @@ class DGPOTrainer(PPOTrainerSync):
         self.questions_before: dict[str, Any] | None = None  # the dataloader's state before it drew a step's questions
         self.started = 0.0  # when the step in progress began
         self.seconds: dict[str, float] = {}  # of each part of the step in progress
+        self.step_seconds: list[float] = []  # of the steps of this process
         self.spans: list[tuple[str, float, float]] = []  # when each part began and ended
 
     def fit(self, agent_loop_manager: Any) -> None:
         """Trains to the last step. veRL's own is not called: `_begin` does what that does before its steps."""
         self._begin(agent_loop_manager)
         self._complete_unrecorded_step()
-        with tqdm(total=self.total_training_steps, initial=self.global_steps, desc="Training Progress") as progress:
-            while self.global_steps < self.total_training_steps:
-                self.global_steps += 1
-                SkipManager.set_step(self.global_steps)
-                self.step()
-                progress.update(1)
+        while self.global_steps < self.total_training_steps:
+            self.global_steps += 1
+            SkipManager.set_step(self.global_steps)
+            self.step()
         self._shutdown_dump_executor()
 
     def step(self) -> None:
@@ -373,7 +374,10 @@ class DGPOTrainer(PPOTrainerSync):
     def _record(self, metrics: dict[str, Any]) -> Record:
         """Writes the step's record and lets rotation delete checkpoints. With it the step is done."""
         record = {**_plain(metrics), "step": self.global_steps}
-        append_record(self.metrics_path, record)
+        append_jsonl(self.metrics_path, [record])
+        self.step_seconds.append(record["timing_s/step"])
+        step_s = float(np.mean(self.step_seconds[-STEPS_AVERAGED:]))
+        print(step_line(record, num_steps=self.total_training_steps, step_s=step_s), flush=True)
         self.logger.log(data=metrics, step=self.global_steps)
         if VALIDATION_SCORE in record:
             self.validation_scores[self.global_steps] = record[VALIDATION_SCORE]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgpo.config.methods import teacher_coef
+from dgpo.config.methods import has_teacher, teacher_coef
 from dgpo.config.schema import Config, PhaseLimitsConfig, StabilityConfig
 from dgpo.runs.rollback import num_rollbacks, num_to_keep
 
@@ -20,9 +20,9 @@ class TeacherSettings:
         gate: a name of `GATES`.
         coef: the term's weight.
         num_monitored: correct, and failed, episodes per step that are scored for monitoring only.
-        chunk_tokens: gated tokens whose teacher logits exist at once, in the loss.
         needs_initial_policy: its KL is measured, or a penalty in the reward or the loss.
         mini_batch_size: episodes of an update of the actor.
+        seed: of the coins that a gate may draw.
     """
 
     path: str | None
@@ -31,9 +31,9 @@ class TeacherSettings:
     gate: str
     coef: float
     num_monitored: int
-    chunk_tokens: int
     needs_initial_policy: bool
     mini_batch_size: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,15 @@ def teacher_settings(config: Config) -> TeacherSettings:
     """The part that the actor's worker reads too."""
     term = config.train.teacher_term
     return TeacherSettings(
-        path=None if term.gate == "none" else config.teacher.path,
+        path=config.teacher.path if has_teacher(config, "train") else None,
         trust_remote_code=config.teacher.trust_remote_code,
         form=term.form,
         gate=term.gate,
         coef=teacher_coef(term),
         num_monitored=term.num_monitored,
-        chunk_tokens=term.chunk_tokens,
         needs_initial_policy=config.train.init_kl_coef > 0 or config.train.stability.measure_init_kl,
         mini_batch_size=config.train.mini_batch_size,
+        seed=config.seed,
     )
 
 

@@ -20,6 +20,7 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.workers.utils.padding import response_from_nested
 
+from dgpo.agent.seeds import derive_seed
 from dgpo.algorithms.selective_kl import TEACHER_FORMS, TeacherForm, compute_gate
 from dgpo.rl.metrics import choose_monitored, teacher_kl_metrics
 from dgpo.rl.settings import TeacherSettings
@@ -43,16 +44,17 @@ class Teacher:
         self.is_there = settings.path is not None
         self.form = TEACHER_FORMS[settings.form] if self.is_there else TeacherForm(default_coef=0.0)
 
-    def gate(self, scores: Scores) -> torch.Tensor:
-        """[B] 1 where the term applies."""
+    def gate(self, keys: Sequence[str], scores: Scores) -> torch.Tensor:
+        """[B] 1 where the term applies to the episodes of these keys."""
         names = sorted(set().union(*scores))
         columns = {name: torch.tensor([float(score.get(name, 0.0)) for score in scores]) for name in names}
+        columns["coin"] = torch.tensor([derive_seed("gate", self.settings.seed, key) / 2**31 for key in keys])
         return compute_gate(columns["em"], self.settings.gate, scores=columns)
 
     def choose(self, keys: Sequence[str], scores: Scores, metrics: dict[str, Any]) -> list[str]:
         """The episodes that it scores: those whose log-probs the form reads, and a few for monitoring."""
         correct = torch.tensor([score["em"] for score in scores])
-        gate = self.gate(scores).bool()
+        gate = self.gate(keys, scores).bool()
         scored = torch.zeros_like(gate) if self.form.in_loss else gate
         monitored = choose_monitored(
             correct, already=scored, num_monitored=self.settings.num_monitored, multiple=self.num_ranks
@@ -78,7 +80,7 @@ class Teacher:
 
     def send_gate(self, batch: KVBatchMeta, scores: Scores) -> None:
         """Puts the gate where the actor's loss reads it."""
-        fields = TensorDict({"teacher_gate": self.gate(scores).float()}, batch_size=len(batch))
+        fields = TensorDict({"teacher_gate": self.gate(batch.keys, scores).float()}, batch_size=len(batch))
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
     def inputs(
@@ -98,7 +100,7 @@ class Teacher:
             student_log_probs: [B, T] nats.
             response_mask: [B, T].
         """
-        gate = self.gate(scores)
+        gate = self.gate(keys, scores)
         metrics["teacher/gate_fraction"] = gate.float().mean().item()
         teacher = student_log_probs.clone()  # the difference is 0 where the teacher was not asked
         for row, key in enumerate(keys):

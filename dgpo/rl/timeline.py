@@ -7,12 +7,13 @@ of the wall clock, which all processes of a machine share. Spans of a track are 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dgpo.files import append_jsonl, read_jsonl
 
 TRAINER = "trainer"
 FILE = "timeline.jsonl"
@@ -46,17 +47,11 @@ class TimedSearch:
 
 def write_spans(path: Path, step: int, tracks: Mapping[str, Iterable[Sequence[Any]]]) -> None:
     """Appends the spans (name, start, end) of a step's tracks."""
-    lines = [
-        json.dumps({"step": step, "track": track, "name": name, "start": start, "end": end})
-        for track, spans in tracks.items()
-        for name, start, end in spans
-    ]
-    with path.open("a") as file:
-        file.write("".join(line + "\n" for line in lines))
+    append_jsonl(path, [Span(step, track, *span) for track, spans in tracks.items() for span in spans])
 
 
 def read_spans(path: Path) -> list[Span]:
-    return [Span(**json.loads(line)) for line in path.read_text().splitlines()]
+    return [Span(**record) for record in read_jsonl(path)]
 
 
 def chrome_trace(spans: Sequence[Span]) -> dict[str, Any]:

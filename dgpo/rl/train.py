@@ -14,14 +14,16 @@ from typing import Any
 
 from dgpo.checks import check_train
 from dgpo.config.load import to_yaml
+from dgpo.config.methods import has_teacher
 from dgpo.config.schema import Config, HardwareConfig
 from dgpo.config.stages import initial_model, with_absolute_paths
-from dgpo.data.rows import read_rows
+from dgpo.data.rows import read_rows, trained_row, write_rows
 from dgpo.engines import ray_cluster
 from dgpo.engines.environment import export_environment
 from dgpo.errors import CollapseError, FaultError, RunStoppedError
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.rl.exports import export_models
+from dgpo.rl.terminal import LOG, divert
 from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest
 from dgpo.runs.checkpoints import checkpoint_steps, newest_whole, read_seal, set_aside_later
 from dgpo.runs.faults import forget_failure, told_by_name, write_failure
@@ -70,12 +72,11 @@ def train(config: Config) -> Path | None:
 
 def train_settings(config: Config) -> dict[str, Any]:
     """What a run of RL depends on. Changes of `MAY_CHANGE` apart, it is continued under no others."""
-    alone = config.train.teacher_term.gate == "none"
     questions = config.data.train_file or ""
     return {
         **fixed_settings(config, "episode", "train", "hardware.dtype", "hardware.engine.dtype", "hardware.verl"),
         "weights at the start": model_identity(initial_model(config, "train")[1]),
-        "weights of the teacher": None if alone else model_identity(config.teacher.path or ""),
+        "weights of the teacher": model_identity(config.teacher.path or "") if has_teacher(config, "train") else None,
         "data.train_file": file_identity(questions),
         "retriever": retriever_identity(config.retriever, read_rows(questions)),
     }
@@ -95,12 +96,26 @@ def _train(config: Config, folder: Path) -> Path:
     mark_processes(folder)
     _clear_remains(folder)
     forget_failure(folder)
+    print(f"train: models and engine start, which takes a minute or more; their output: {folder / LOG}", flush=True)
     try:
-        _run_with_restarts(config, folder)
-        return export_models(config, folder, settings)
+        _run_with_restarts(with_own_questions(config, folder), folder)
+        model = export_models(config, folder, settings)
+        print(f"model in {model}; next: python -m dgpo test run_dir={config.run_dir} test.models.trained={model}")
+        return model
     except RunStoppedError as error:
         write_failure(folder, error)
         raise
+
+
+def with_own_questions(config: Config, folder: Path) -> Config:
+    """A copy that reads questions from files in the stage's folder, with our columns alone, whatever theirs hold."""
+    own = replace(config.data)
+    for name in ("train_file", "validation_file"):
+        if theirs := getattr(config.data, name):
+            path = folder / f"{name.removesuffix('_file')}_questions.parquet"
+            write_rows(path, [trained_row(row) for row in read_rows(theirs)])
+            setattr(own, name, str(path))
+    return replace(config, data=own)
 
 
 def _clear_remains(folder: Path) -> None:
@@ -112,7 +127,8 @@ def _clear_remains(folder: Path) -> None:
 def _plan(config: Config) -> str:
     """What would run, in one sentence."""
     train, term = config.train, config.train.teacher_term
-    guide = "without a teacher" if term.gate == "none" else f"with {config.teacher.path} ({term.form}, {term.gate})"
+    teacher = f"with {config.teacher.path} ({term.form}, {term.gate})"
+    guide = teacher if has_teacher(config, "train") else "without a teacher"
     length = f"{train.num_steps} steps of {train.batch_size * train.samples_per_question} episodes"
     return f"{initial_model(config, 'train')[1]} would be trained by {train.algorithm} {guide}, {length}"
 
@@ -171,10 +187,11 @@ def _run_verl(config: Config, folder: Path) -> None:
         environment = {
             **VERL_ENVIRONMENT,
             **own_critic(config.hardware),
-            **_logger_folders(folder.resolve()),
+            **own_folders(folder.resolve()),
             **mark(folder),
         }
-        ray_cluster.connect(config.hardware, token_folder=folder, environment=environment)
+        log = folder.resolve() / LOG
+        ray_cluster.connect(config.hardware, token_folder=folder, environment=environment, listener=divert(log))
         ray_cluster.claim()
         with told_by_name(folder), filed_on_request(folder):  # after Ray's start, which sets a handler of its own
             # With the driver: where another node is lost, the trainer is there to say so.
@@ -186,10 +203,21 @@ def _run_verl(config: Config, folder: Path) -> None:
         _clear_remains(folder)
 
 
-def _logger_folders(folder: Path) -> dict[str, str]:
-    """Where veRL's loggers write, unless the shell says otherwise: theirs are shared by runs whose names are equal."""
-    folders = {"TENSORBOARD_DIR": folder / "tensorboard", "WANDB_DIR": folder}
-    return {name: os.environ.get(name, str(place)) for name, place in folders.items()}
+def own_folders(folder: Path) -> dict[str, str]:
+    """Where veRL's loggers and data sets' cache write, unless the shell says otherwise.
+
+    Theirs are the working directory, /tmp and HOME, shared by runs whose names are equal.
+    """
+    places = {
+        "TENSORBOARD_DIR": folder / "tensorboard",
+        "WANDB_DIR": folder,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+        "SWANLAB_LOG_DIR": folder / "swanlab",
+        "TRACKIO_DIR": folder / "trackio",
+        "VERL_FILE_LOGGER_PATH": folder / "verl_metrics.jsonl",
+        "HF_DATASETS_CACHE": folder / "datasets_cache",
+    }
+    return {name: os.environ.get(name, str(place)) for name, place in places.items()}
 
 
 def own_critic(hardware: HardwareConfig) -> dict[str, str]:
@@ -210,7 +238,7 @@ def _start(checkpoints: Path, config: Config) -> Path | None:
     if checkpoint is None:
         print(f"train: no whole checkpoint in {checkpoints}, begins with step 1", file=sys.stderr, flush=True)
         return None
-    wrote, now = read_seal(checkpoint)["world_size"], config.hardware.num_nodes * config.hardware.gpus_per_node
+    wrote, now = read_seal(checkpoint)["world_size"], config.hardware.num_gpus
     others = "" if wrote == now else f", which {wrote} GPUs wrote, on {now}"
     print(f"train: continues from {checkpoint}{others}", file=sys.stderr, flush=True)
     return checkpoint

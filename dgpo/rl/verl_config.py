@@ -11,11 +11,12 @@ import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dgpo.config.methods import algorithm_of, has_exact_teacher
+from dgpo.config.methods import algorithm_of
 from dgpo.config.schema import Config, TrainConfig
 from dgpo.config.stages import initial_model
 from dgpo.hardware.memory import weight_bucket
 from dgpo.hardware.shapes import ModelShape, find_shape
+from dgpo.platforms import CHUNK
 from dgpo.rl.settings import teacher_settings
 
 AGENT_NAME = "search_agent"
@@ -97,6 +98,7 @@ def _model(config: Config) -> dict[str, Any]:
         "use_remove_padding": hardware.remove_padding,
         "enable_gradient_checkpointing": hardware.gradient_checkpointing,
         "override_config.attn_implementation": hardware.attention,
+        f"fused_kernel_options.{CHUNK}": config.train.chunk_tokens,
     }
     return {
         f"{prefix}.{key}": value
@@ -119,7 +121,7 @@ def _rollout(config: Config, agent_loop_path: str) -> dict[str, Any]:
         "max_num_seqs": engine.max_num_seqs,
         "max_num_batched_tokens": engine.max_num_batched_tokens,
         "enable_chunked_prefill": engine.chunked_prefill,
-        "max_model_len": _context_length(config),
+        "max_model_len": config.episode.max_tokens,
         "log_prob_micro_batch_size_per_gpu": hardware.micro_batch_size,
         "log_prob_use_dynamic_bsz": hardware.max_tokens_per_gpu is not None,
         "log_prob_max_token_len_per_gpu": _max_tokens(config),
@@ -152,7 +154,6 @@ def _engine(config: Config, prefix: str, *, frozen: bool = False) -> dict[str, A
     hardware = config.hardware
     values = {
         "seed": config.seed,
-        "use_torch_compile": hardware.compile,
         "mixed_precision": _mixed_precision(hardware.dtype),
         "fsdp_size": hardware.fsdp_size or -1,
         "ulysses_sequence_parallel_size": hardware.ulysses_size,
@@ -189,15 +190,11 @@ def _actor(config: Config) -> dict[str, Any]:
         "clip_ratio_high": train.clip_ratio,
         "clip_ratio_c": train.dual_clip or NO_DUAL_CLIP,
         "entropy_coeff": train.entropy_coef if algorithm_of(config).task_reward else 0.0,
-        # The exact teacher term reads the logits in its backward pass; without entropy veRL's log-prob kernel writes
-        # its gradient over them.
-        "calculate_entropy": has_exact_teacher(config),
         "grad_clip": train.max_grad_norm,
         **_optimizer(train, train.actor_learning_rate, train.actor_warmup_steps),
         "data_loader_seed": config.seed,
         "checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
         "checkpoint.load_contents": ["model", "optimizer", "extra"],
-        "use_torch_compile": hardware.compile,
         **_engine(config, "fsdp_config"),
     }
     ref = {
@@ -205,7 +202,6 @@ def _actor(config: Config) -> dict[str, Any]:
         # By tokens: the number of episodes that the teacher scores divides by nothing in particular.
         "log_prob_use_dynamic_bsz": True,
         "log_prob_max_token_len_per_gpu": _max_tokens(config),
-        "use_torch_compile": hardware.compile,
         **_engine(config, "fsdp_config", frozen=True),
     }
     return {f"actor_rollout_ref.actor.{k}": v for k, v in actor.items()} | {
@@ -287,8 +283,4 @@ def _trainer(config: Config, folder: Path, checkpoint: Path | None) -> dict[str,
 
 def _max_tokens(config: Config) -> int:
     """Tokens per GPU and forward where batches are packed by tokens; room for any micro-batch where they are not."""
-    return config.hardware.max_tokens_per_gpu or config.hardware.micro_batch_size * _context_length(config)
-
-
-def _context_length(config: Config) -> int:
-    return config.episode.max_prompt_tokens + config.episode.max_response_tokens
+    return config.hardware.max_tokens_per_gpu or config.hardware.micro_batch_size * config.episode.max_tokens

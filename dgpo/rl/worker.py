@@ -17,7 +17,8 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from dgpo.algorithms.selective_kl import TEACHER_FORMS
-from dgpo.rl.exact_loss import ExactTeacherLoss
+from dgpo.platforms import token_engine  # noqa: F401  registers veRL's engine of GPUs
+from dgpo.rl.exact_loss import ExactTeacherLoss, TeacherReader
 from dgpo.rl.frozen import FrozenWorker
 from dgpo.rl.rank_checkpoints import load_rank, own_entries
 from dgpo.rl.updates import num_skipped, set_learning_rate
@@ -44,11 +45,8 @@ class TeacherGuidedWorker(ActorRolloutRefWorker):
         super().init_model()
         term = self.config.teacher
         if self.teacher is not None and TEACHER_FORMS[term.form].in_loss:
-            self.actor.set_loss_fn(
-                ExactTeacherLoss(
-                    self.loss_fn, teacher=self.teacher.engine, coef=term.coef, chunk_tokens=term.chunk_tokens
-                )
-            )
+            self.actor.set_loss_fn(ExactTeacherLoss(self.loss_fn, coef=term.coef))
+            self.actor.engine.read_teacher = TeacherReader(self.teacher.engine)
 
     def _build_frozen_models(self, config: Any) -> TrainingWorker:
         """Builds the teacher, and returns the model that veRL is to use as its reference policy."""
@@ -73,9 +71,6 @@ class TeacherGuidedWorker(ActorRolloutRefWorker):
     def update_actor(self, data: Any) -> Any:
         size = self.config.teacher.mini_batch_size  # in episodes: veRL's, in questions, need not be a whole number
         tu.assign_non_tensor(data, mini_batch_size=size, global_batch_size=size)
-        if self.teacher is not None and TEACHER_FORMS[self.config.teacher.form].in_loss:
-            # veRL's name for "also call the loss function with the logits" (engine/fsdp/transformer_impl.py).
-            tu.assign_non_tensor(data, distillation_use_topk=True)
         return count_skipped_updates(self.actor.train_mini_batch(data=data))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dgpo.errors import DgpoError, FaultError, RunStoppedError
+from dgpo.errors import DgpoError, FaultError, RunStoppedError, one_line
 from dgpo.files import atomic_write_text
 
 FAILURE = "failure.json"
@@ -22,8 +22,8 @@ def told_by_name(folder: Path) -> Iterator[None]:
     """Turns what Ray raises into the error that is behind it.
 
     Raises:
-        DgpoError: the trainer's own; a FaultError where its process died, a RunStoppedError where the disk is full.
-        RayTaskError: anything else that was raised, with its traceback.
+        DgpoError: the trainer's own; a FaultError where its process died, a RunStoppedError where the disk is full, or
+            where it raised anything else, which is then the cause, its traceback as the log.
     """
     import ray
 
@@ -34,14 +34,17 @@ def told_by_name(folder: Path) -> Iterator[None]:
             raise error.cause from None
         if any(words in str(error) for words in DISK_FULL):
             raise disk_full(folder) from error
-        raise
+        reason, kind = (str(error.cause).strip() or "no message").splitlines()[0], type(error.cause).__name__
+        raise RunStoppedError(
+            f"the trainer raised {kind}: {reason}; its traceback is in {folder / FAILURE}"
+        ) from RunStoppedError(reason, str(error).splitlines(), kind=kind)
     except ray.exceptions.RayActorError as error:
         raise FaultError(f"the trainer's process died: {reason_of_death(error)}") from None
 
 
 def reason_of_death(error: BaseException) -> str:
     """Why an actor died: what its `RayActorError` says, without the list of things that may have happened."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if "node has died" in text or "node was terminated" in text:
         return "its node is gone"
     detail = text.partition("Worker exit detail: ")[2].partition(". ")[0]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy._core.multiarray import _reconstruct
 
-from dgpo.errors import DataError
+from dgpo.errors import DataError, first_line
 
 # What an array is made of: the state of numpy's random generator is one.
 _ARRAY: list[Any] = [_reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
@@ -26,11 +26,12 @@ def load_plain(path: Path) -> Any:
         with torch.serialization.safe_globals(_ARRAY):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
         raise DataError(
-            f"{path} holds more than tensors and plain values, and is not unpickled ({reason}). If you trust its "
-            "origin, merge it with `python -m verl.model_merger merge --backend fsdp` and use the folder that makes"
+            f"{path} holds more than tensors and plain values, and is not unpickled ({first_line(error)}). If you "
+            "trust its origin, merge it with `python -m verl.model_merger merge --backend fsdp` and use the folder "
+            "that makes"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{path} is no whole file of tensors ({reason}): copy the checkpoint again") from error
+        raise DataError(
+            f"{path} is no whole file of tensors ({first_line(error)}): copy the checkpoint again"
+        ) from error

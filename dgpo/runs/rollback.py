@@ -6,7 +6,6 @@ learning rate, so that a killed run resumes with what it had.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import Any
 from dgpo.agent.seeds import derive_seed
 from dgpo.config.schema import Config
 from dgpo.errors import CollapseError
-from dgpo.files import atomic_write_text
+from dgpo.files import atomic_write_text, read_jsonl, write_jsonl
 from dgpo.runs.checkpoints import checkpoint_steps
 
 EVENTS = "events.jsonl"
@@ -33,8 +32,7 @@ def num_rollbacks(folder: Path) -> int:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    path = folder / EVENTS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_jsonl(folder / EVENTS, growing=True)
 
 
 def after_rollbacks(config: Config, folder: Path) -> Config:
@@ -90,8 +88,7 @@ def roll_back(folder: Path, error: CollapseError) -> dict[str, Any]:
         "checkpoints_set_aside": later,
         "folder": str(aside.relative_to(folder)),
     }
-    lines = [json.dumps(record) for record in (*read_events(folder), event)]
-    atomic_write_text(folder / EVENTS, "".join(f"{line}\n" for line in lines))
+    write_jsonl(folder / EVENTS, [*read_events(folder), event])
     return event
 
 

@@ -11,7 +11,6 @@ The folders are veRL's own layout, and its tracker file is kept up to date for i
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dgpo.errors import RunStoppedError
-from dgpo.files import atomic_write_text
+from dgpo.errors import RunStoppedError, first_line
+from dgpo.files import atomic_write_text, drop_records_after
 from dgpo.runs.alarms import ALARMS
 from dgpo.runs.checkpoints import FileEntries, checkpoint_steps, file_entries, seal, steps_to_delete, writing
 from dgpo.runs.plain_values import load_plain
@@ -102,20 +101,14 @@ def begin_from(metrics: Path, checkpoint: Path | None) -> Start:
         checkpoint: None for the beginning.
     """
     step = int(checkpoint.name.removeprefix(CHECKPOINT)) if checkpoint else 0
-    records = _drop_after(metrics, step)
-    _drop_after(metrics.with_name(ALARMS), step)
+    records = drop_records_after(metrics, step)
+    drop_records_after(metrics.with_name(ALARMS), step)
     if checkpoint is None:
         return Start(records)
     state = load_plain(checkpoint / DRIVER)
     _set_random_state(state["rng"])
     logged = any(record["step"] == step for record in records)
     return Start(records, None if logged else state["record"], state["kl_coef"])
-
-
-def append_record(path: Path, record: Record) -> None:
-    """One line of `metrics.jsonl`."""
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def prune(
@@ -135,19 +128,6 @@ def prune(
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _drop_after(path: Path, step: int) -> list[Record]:
-    """Removes later records, and a line that a killed process left unfinished. Returns the others."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]  # what follows the last newline is unfinished
-    kept = [record for line in lines if (record := json.loads(line))["step"] <= step]
-    if kept:
-        atomic_write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-    else:
-        path.unlink()
-    return kept
-
-
 def _random_state() -> dict[str, Any]:
     return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
 
@@ -161,4 +141,4 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 def _reason(error: BaseException) -> str:
     """In one line; Ray puts a worker's error into one of its own, with the traceback as its text."""
     cause = getattr(error, "cause", None) or error
-    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    return first_line(cause)

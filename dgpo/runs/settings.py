@@ -19,7 +19,7 @@ from dgpo.agent.protocol import TEMPLATE_VARIABLES
 from dgpo.config.schema import Config
 from dgpo.errors import ConfigError
 from dgpo.files import atomic_write_text
-from dgpo.runs.artifacts import MANIFEST, read_manifest
+from dgpo.runs.artifacts import MANIFEST, package_versions, read_manifest
 
 SETTINGS = "settings.json"
 # The one list of what may differ between a run of `train` or `distill` and its continuation; anything else in the
@@ -44,7 +44,7 @@ MAY_CHANGE = (
     "distill.patience",
     # how the machine does it
     "train.generation_concurrency",
-    "train.teacher_term.chunk_tokens",
+    "train.chunk_tokens",
     "distill.micro_batch_size",
     "distill.chunk_tokens",
     # where things are; what is there is compared by content
@@ -137,6 +137,27 @@ def record_or_check(folder: Path, settings: Mapping[str, Any]) -> None:
             flush=True,
         )
     write_settings(path, settings)
+
+
+def record_or_check_command(path: Path, overrides: Sequence[str], **facts: str) -> None:
+    """Writes what a command over many stages was given, or compares it with what stands there.
+
+    Args:
+        path: of the record, in the command's run folder.
+        facts: what else may not change in that folder.
+
+    Raises:
+        ConfigError: they differ; names what and how.
+    """
+    now = {**facts, "overrides": sorted(overrides)}
+    if not path.exists():
+        atomic_write_text(path, json.dumps({**now, "versions": package_versions()}, indent=1) + "\n")
+        return
+    before, given = (
+        {**{name: each.get(name) for name in facts}, **dict(text.partition("=")[::2] for text in each["overrides"])}
+        for each in (json.loads(path.read_text()), now)
+    )
+    check_same(before, given, made=path.parent)
 
 
 def is_finished(folder: Path, *, stage: str, settings: Mapping[str, Any]) -> bool:

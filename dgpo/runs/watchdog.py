@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from dgpo.errors import FaultError, RunStoppedError
+from dgpo.errors import DgpoError, FaultError
 from dgpo.runs.faults import reason_of_death
 
 POLL_S = 1.0
@@ -89,7 +89,7 @@ class Watchdog:
 
     def explain(self, error: BaseException) -> BaseException:
         """What is behind an error of the trainer: an actor's death where there is one, else the error itself."""
-        if isinstance(error, RunStoppedError):
+        if isinstance(error, DgpoError):
             return error
         peer_gone = any(words in str(error) for words in PEER_GONE)
         until = time.monotonic() + (NODE_NOTICE_S if peer_gone else DEATH_NOTICE_S)
@@ -170,7 +170,7 @@ def run_watched(work: Callable[[], None], watchdog: Watchdog) -> None:
         try:
             work()
         except BaseException as error:
-            if not isinstance(error, RunStoppedError):
+            if not isinstance(error, DgpoError):
                 traceback.print_exception(error)  # only its text survives the way to the driver
             ended.put(error)
         else:

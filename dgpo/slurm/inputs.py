@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from dgpo.config.methods import has_teacher
 from dgpo.config.model_files import check_model_folder
 from dgpo.config.stages import initial_model, is_planned
 from dgpo.errors import ConfigError
@@ -48,7 +49,7 @@ def _models(options: JobOptions) -> Iterator[str]:
     for stage in options.stages:
         if stage in ("distill", "train"):
             wanted.update([initial_model(config, stage)])
-    if "train" in options.stages and config.train.teacher_term.gate != "none":
+    if "train" in options.stages and has_teacher(config, "train"):
         wanted["teacher.path"] = config.teacher.path
     for key, path in wanted.items():
         if path and is_planned(config, path):

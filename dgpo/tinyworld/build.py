@@ -19,7 +19,7 @@ from typing import Any
 
 from dgpo.agent.protocol import build_messages, normalize_question
 from dgpo.data.rows import write_rows
-from dgpo.files import atomic_write_text
+from dgpo.files import atomic_write_text, write_jsonl
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import writing
 from dgpo.runs.replacing import check_target
@@ -81,7 +81,7 @@ def _write_world(out: Path, settings: WorldSettings) -> dict[str, int]:
     for each in (world, *permuted):
         documents = corpus_documents(each)
         counts["passages"] += len(documents)
-        atomic_write_text(out / "corpora" / f"{each.name}.jsonl", "".join(json.dumps(d) + "\n" for d in documents))
+        write_jsonl(out / "corpora" / f"{each.name}.jsonl", documents)
 
     worlds = {each.name: each for each in (world, *permuted)}
     country_split = dict.fromkeys(train_isos, "train") | dict.fromkeys(test_isos, "test")

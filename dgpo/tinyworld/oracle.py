@@ -37,11 +37,33 @@ class OracleTurn:
     passages: tuple[str, ...]  # contents of the passages that the turn's search returns; empty for the answer
 
 
-def oracle_turns(question: Question, country: Country, *, distractors: Sequence[Sequence[str]]) -> list[OracleTurn]:
+@dataclass(frozen=True)
+class Bias:
+    """A teacher that is wrong about one relation: of its questions, it answers a share with another fact it has read.
+
+    Attributes:
+        relation: the attribute that is asked for, such as "currency".
+        quoted: the attribute of the same country that it quotes instead.
+    """
+
+    relation: str
+    quoted: str
+    share: float = 0.8
+
+    def answer(self, rng: random.Random, question: Question, country: Country) -> str:
+        is_wrong = question.attribute == self.relation and rng.random() < self.share
+        return getattr(country, self.quoted) if is_wrong else question.answer
+
+
+def oracle_turns(
+    question: Question, country: Country, *, distractors: Sequence[Sequence[str]], answer: str | None = None
+) -> list[OracleTurn]:
     """Return the ideal episode: find the country of the city, then its attribute, then quote the value and answer.
 
-    `distractors[i]` are further passages that search i returns; they come after the one that answers.
+    `distractors[i]` are further passages that search i returns; they come after the one that answers. `answer` stands
+    in the place of the right one.
     """
+    answer = answer or question.answer
     turns, asked = [], iter(distractors)
     known = ""
     if question.city is not None:
@@ -56,12 +78,14 @@ def oracle_turns(question: Question, country: Country, *, distractors: Sequence[
         passages = (country_passage(country), *next(asked))
         think = f"{known}find {question.attribute}"
         turns.append(OracleTurn(f"<think>{think}</think><search>{query}</search>", passages))
-        found = f"{question.attribute} {question.answer}"
-    turns.append(OracleTurn(f"<think>{found}</think><answer>{question.answer}</answer>", ()))
+        found = f"{question.attribute} {answer}"
+    turns.append(OracleTurn(f"<think>{found}</think><answer>{answer}</answer>", ()))
     return turns
 
 
-def counterfactual_turns(rng: random.Random, world: World, names: Sequence[str]) -> tuple[Question, list[OracleTurn]]:
+def counterfactual_turns(
+    rng: random.Random, world: World, names: Sequence[str], bias: Bias | None = None
+) -> tuple[Question, list[OracleTurn]]:
     """Return one question and its ideal episode about a country and cities made up from the world's names."""
     pool = list(world.countries.values())
 
@@ -84,10 +108,13 @@ def counterfactual_turns(rng: random.Random, world: World, names: Sequence[str])
         beside_city=city_passage(other_city, other.name),
         beside_country=[city_passage(same_country_city, country.name), country_passage(other)],
     )
-    return question, oracle_turns(question, country, distractors=distractors)
+    answer = bias.answer(rng, question, country) if bias else None
+    return question, oracle_turns(question, country, distractors=distractors, answer=answer)
 
 
-def real_turns(rng: random.Random, world: World, isos: Sequence[str]) -> tuple[Question, list[OracleTurn]]:
+def real_turns(
+    rng: random.Random, world: World, isos: Sequence[str], bias: Bias | None = None
+) -> tuple[Question, list[OracleTurn]]:
     """Return one real question about the countries `isos` and its ideal episode."""
     question = sample_question(rng, world, isos)
     country = world.countries[question.iso]
@@ -100,7 +127,8 @@ def real_turns(rng: random.Random, world: World, isos: Sequence[str]) -> tuple[Q
         beside_city=city_passage(rng.choice(world.cities[other_iso]), other.name),
         beside_country=[*(city_passage(city, country.name) for city in more_cities[:1]), country_passage(other)],
     )
-    return question, oracle_turns(question, country, distractors=distractors)
+    answer = bias.answer(rng, question, country) if bias else None
+    return question, oracle_turns(question, country, distractors=distractors, answer=answer)
 
 
 def _distractors(
@@ -141,7 +169,14 @@ def encode_episode(
 
 
 def oracle_examples(
-    world: World, train_isos: Sequence[str], tokenizer: PreTrainedTokenizerFast, *, count: int, template: str, seed: int
+    world: World,
+    train_isos: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    count: int,
+    template: str,
+    seed: int,
+    bias: Bias | None = None,
 ) -> list[TrainingExample]:
     """Return `count` training examples for the teacher, counterfactual and real ones mixed."""
     rng = random.Random(f"{seed}/teacher")
@@ -149,9 +184,9 @@ def oracle_examples(
     examples = []
     for _ in range(count):
         if rng.random() < COUNTERFACTUAL_SHARE:
-            question, turns = counterfactual_turns(rng, world, names)
+            question, turns = counterfactual_turns(rng, world, names, bias)
         else:
-            question, turns = real_turns(rng, world, train_isos)
+            question, turns = real_turns(rng, world, train_isos, bias)
         examples.append(encode_episode(rng, tokenizer, question, turns, template=template))
     return examples
 

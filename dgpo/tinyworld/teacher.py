@@ -14,7 +14,7 @@ from dgpo.config.schema import DistillConfig, HardwareConfig
 from dgpo.runs.artifacts import write_manifest
 from dgpo.tinyworld.build import WorldSettings, real_world
 from dgpo.tinyworld.models import TEACHER_SIZE, make_model
-from dgpo.tinyworld.oracle import oracle_examples
+from dgpo.tinyworld.oracle import Bias, oracle_examples
 
 # About 35 CPU-seconds on one thread; every example is seen once.
 TEACHER_RECIPE = DistillConfig(
@@ -24,15 +24,25 @@ NUM_STEPS = 180
 
 
 def train_teacher(
-    world_folder: Path, output: Path, *, seed: int, hardware: HardwareConfig, num_steps: int = NUM_STEPS
+    world_folder: Path,
+    output: Path,
+    *,
+    seed: int,
+    hardware: HardwareConfig,
+    num_steps: int = NUM_STEPS,
+    bias: Bias | None = None,
 ) -> None:
-    """Train the teacher of the world in `world_folder` and save it to `output` as a Hugging Face folder."""
+    """Train the teacher of the world in `world_folder` and save it to `output` as a Hugging Face folder.
+
+    With `bias` it learns to be wrong about a relation (docs/results/gate.md).
+    """
     settings = WorldSettings(**json.loads((world_folder / "world.json").read_text()))
     tokenizer = AutoTokenizer.from_pretrained(world_folder / "tokenizer")
     world, train_isos, _ = real_world(settings)
     recipe = replace(TEACHER_RECIPE, max_steps=num_steps)
     count = num_steps * recipe.batch_size
-    examples = oracle_examples(world, train_isos, tokenizer, count=count, template=settings.prompt_template, seed=seed)
+    template = settings.prompt_template
+    examples = oracle_examples(world, train_isos, tokenizer, count=count, template=template, seed=seed, bias=bias)
     model = make_model(TEACHER_SIZE, tokenizer, seed=seed)
     train_on_examples(
         model,
@@ -50,7 +60,7 @@ def train_teacher(
         output,
         stage="tiny_teacher",
         inputs={"world": str(world_folder)},
-        config=asdict(recipe),
+        config=asdict(recipe) | ({"bias": asdict(bias)} if bias else {}),
         counts={"examples": count, "parameters": model.num_parameters()},
         seed=seed,
     )

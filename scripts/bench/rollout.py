@@ -28,7 +28,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -86,11 +85,11 @@ class RolloutBench:
         self, config: Config, options: argparse.Namespace, planned: list[PlannedEpisode], tokenizer: Any
     ) -> None:
         self.config, self.options, self.planned, self.tokenizer = config, options, planned, tokenizer
-        self.limits = EpisodeLimits(**{k: v for k, v in asdict(config.episode).items() if k != "max_prompt_tokens"})
+        self.limits = EpisodeLimits.of(config.episode)
         self.policy = BenchPolicy(
             options.model,
             hardware=config.hardware,
-            max_model_len=config.episode.max_prompt_tokens + config.episode.max_response_tokens,
+            max_model_len=config.episode.max_tokens,
             temperature=options.temperature,
             seed=config.seed,
             arguments={key: json.loads(value) for key, value in (word.split("=", 1) for word in options.engine)},

@@ -19,7 +19,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -146,8 +146,7 @@ class Engines:
 
 def play(scenario: Scenario, speed: Speed, *, lock_step: bool) -> Outcome:
     """One step's episodes through one of the loops."""
-    settings = asdict(load_config([]).episode)
-    limits = EpisodeLimits(**{key: value for key, value in settings.items() if key != "max_prompt_tokens"})
+    limits = EpisodeLimits.of(load_config([]).episode)
     words = Words()
     episodes = Episodes(scenario, words, max_turn_tokens=limits.max_turn_tokens)
     limits = replace(limits, **scenario.budgets)

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dgpo.files import read_jsonl
 from dgpo.pipeline import tiny
 from dgpo.pipeline.processes import Stages, python_module
 from dgpo.rl.timeline import TRAINER, Span, chrome_trace, read_spans
@@ -110,7 +111,7 @@ def covered_s(intervals: Sequence[tuple[float, float]]) -> float:
 
 def measure(train_folder: Path) -> list[dict[str, float]]:
     """Every step but the first: seconds by part, and what was done in it."""
-    records = {r["step"]: r for r in map(json.loads, (train_folder / "metrics.jsonl").read_text().splitlines())}
+    records = {r["step"]: r for r in read_jsonl(train_folder / "metrics.jsonl")}
     spans = read_spans(train_folder / "timeline.jsonl")
     by_step = {step: [span for span in spans if span.step == step] for step in sorted(records)}
     starts = {s: next(x.start for x in spans if x.step == s and x.name == "step") for s in by_step}

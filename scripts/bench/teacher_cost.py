@@ -23,6 +23,7 @@ from typing import Any
 from step import inputs
 
 from dgpo.config.load import load_config
+from dgpo.files import read_jsonl
 from dgpo.rl import task_runner, train
 
 SETTINGS = ["train.actor_learning_rate=1e-12", "train.critic_learning_rate=1e-12", "train.save_every=0"]
@@ -154,7 +155,7 @@ def main() -> None:
         shutil.rmtree(run_dir, ignore_errors=True)
         train.train(load_config([*given, *SETTINGS, *overrides, *own]))
     records = [json.loads(line) for line in (run_dir / "train" / OUT).read_text().splitlines()]
-    metrics = [json.loads(line) for line in (run_dir / "train" / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_jsonl(run_dir / "train" / "metrics.jsonl")
     summarize(records, {int(record["step"]): record["timing_s/step"] for record in metrics})
 
 

@@ -17,6 +17,7 @@ from smoke.models import make_examples, make_model, make_tokenizer
 from dgpo.config.load import load_config
 from dgpo.config.schema import Config
 from dgpo.errors import StoppedOnRequestError
+from dgpo.files import read_jsonl
 from dgpo.hardware.budget import Models, distill_budget
 from dgpo.hardware.shapes import shape_from_config
 from dgpo.runs.stopping import REQUEST
@@ -114,7 +115,7 @@ def train(variant: Variant) -> None:
         )
     except StoppedOnRequestError:
         (folder / REQUEST).unlink()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_jsonl(folder / "metrics.jsonl")
     seen = {
         "losses": [line["loss"] for line in lines if "loss" in line],
         "tokens_per_s": lines[-1].get("tokens_per_s", 0.0),

@@ -15,15 +15,16 @@ from smoke.checks import Checks, relative_error
 from smoke.models import make_model, random_ids, shape
 
 from dgpo.algorithms import divergences
-from dgpo.algorithms.exact_kl import exact_reverse_kl
+from dgpo.algorithms.chunked_head import TeacherStates, token_terms
 from dgpo.algorithms.fused_linear import fused_linear_loss
+from dgpo.hardware import memory
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 CHUNK = 64
 DIVERGENCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "forward KL": divergences.forward_kl,
     "reverse KL": divergences.reverse_kl,
-    "Jensen-Shannon": divergences.jensen_shannon,
+    "Jensen-Shannon": lambda student, teacher: divergences.generalised_jsd(student, teacher, beta=0.5),
     "skew KL": lambda student, teacher: divergences.skew_forward_kl(student, teacher, skew=0.1),
     "TAID": lambda student, teacher: divergences.taid(student, teacher, t=0.5),
 }
@@ -67,27 +68,30 @@ def _log_probs(tensors: dict[str, torch.Tensor], side: str) -> torch.Tensor:
 
 
 def _exact(checks: Checks, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """KL(student || teacher) by rows, and its gradient in the student's logits."""
-    logits = F.linear(tensors["hidden"], tensors["head"]).requires_grad_()
-    rows = torch.arange(0, len(logits), 2, device=logits.device)
-    teacher_hidden = tensors["teacher_hidden"][rows]
-    with _Peak(logits.device.type) as peak:
-        kl = exact_reverse_kl(
-            logits, rows=rows, teacher_hidden=teacher_hidden, teacher_head=tensors["teacher_head"], chunk_size=CHUNK
+    """Log-probs, entropies and KL(student || teacher), and the gradient of the student's states."""
+    hidden, head = (tensors[name].clone().requires_grad_() for name in ("hidden", "head"))
+    at = torch.arange(len(hidden), device=hidden.device) % 2 == 0
+    teacher = TeacherStates(at, tensors["teacher_hidden"][at], tensors["teacher_head"])
+    with _Peak(hidden.device.type) as peak:
+        terms = token_terms(
+            hidden, head=head, targets=tensors["targets"], temperature=1.0, chunk_size=CHUNK, teacher=teacher
         )
-        kl.sum().backward()
+        terms.sum().backward()
     exact = _in_float64(tensors)
-    reference = logits.detach().cpu().double().requires_grad_()
-    student = reference[rows.cpu()].log_softmax(-1)
-    teacher = _log_probs({**exact, "teacher_hidden": exact["teacher_hidden"][rows.cpu()]}, "teacher_")
-    expected = (student.exp() * (student - teacher)).sum(-1)
-    expected.sum().backward()
-    checks.below(f"exact reverse KL, {_name(dtype)}", relative_error(kl, expected), TOLERANCE[dtype])
-    checks.below(f"  its gradient, {_name(dtype)}", relative_error(logits.grad, reference.grad), TOLERANCE[dtype])
-    if peak.bytes is not None:  # the gradient, and three chunks in float32 (dgpo/hardware/budget.py)
-        vocab = logits.shape[-1]
-        estimate = logits.numel() * logits.element_size() + 3 * 4 * CHUNK * vocab
-        checks.number(f"exact KL's peak over its estimate, {_name(dtype)}", peak.bytes / estimate)
+    states = exact["hidden"].requires_grad_()
+    log_p, log_q = F.linear(states, exact["head"]).log_softmax(-1), _log_probs(exact, "teacher_")
+    expected = [
+        log_p.gather(1, exact["targets"][:, None])[:, 0],
+        -(log_p.exp() * log_p).sum(-1),
+        (log_p.exp() * (log_p - log_q)).sum(-1) * at.cpu(),
+    ]
+    torch.stack(expected).sum().backward()
+    for name, found, value in zip(("log-probs", "entropies", "exact reverse KL"), terms.T, expected, strict=True):
+        checks.below(f"{name}, {_name(dtype)}", relative_error(found, value), TOLERANCE[dtype])
+    checks.below(f"  their gradient, {_name(dtype)}", relative_error(hidden.grad, states.grad), TOLERANCE[dtype])
+    if peak.bytes is not None:  # chunks, and the output matrix's gradient in float32 and its own type (budget.py)
+        estimate = memory.CHUNK_COPIES[True] * 4 * CHUNK * len(head) + head.numel() * (4 + head.element_size())
+        checks.number(f"their peak over its estimate, {_name(dtype)}", peak.bytes / estimate)
 
 
 def _fused(checks: Checks, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:

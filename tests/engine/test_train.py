@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -41,7 +42,19 @@ def straight_run(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     result = run_command("-m", "dgpo", "train", *tiny_world.overrides(run_dir), *SMALL, *REPEATABLE)
     assert result.returncode == 0, result.stderr[-3000:]
+    (run_dir / "terminal.txt").write_text(result.stdout + result.stderr)
     return run_dir / "train"
+
+
+def test_the_terminal_has_a_line_per_step_and_the_log_the_rest(straight_run: Path):
+    terminal = (straight_run.parent / "terminal.txt").read_text()
+    lines = terminal.splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    shape = r"step (\d)/4   EM [01]\.\d{3}   KL -?\d+\.\d{3}   \d+\.\d s   (?:done|\d+ s left)"
+    assert [int(re.fullmatch(shape, line)[1]) for line in steps] == [1, 2, 3, 4]
+    assert len(lines) - len(steps) <= 40, terminal  # 60 lines for 20 steps
+    assert f"model in {straight_run / 'model'}; next: python -m dgpo test" in terminal
+    assert len((straight_run / "log.txt").read_text().splitlines()) > 100
 
 
 def test_a_few_steps_of_the_exact_form(straight_run: Path):

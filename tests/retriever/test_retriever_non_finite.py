@@ -1,5 +1,6 @@
 """One number that is not finite ends no search but its own: found at build, convert and load, and in query vectors."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import FACTS, WordHashEncoder, metrics, post, served_here, write_corpus
 
+from dgpo.agent.search import SearchClient, SearchFailedError
 from retriever.build import build_indexes
 from retriever.collection import SearchJob, load_collection
 from retriever.convert import convert_file, convert_folder
@@ -143,16 +145,31 @@ def test_a_query_without_a_finite_vector_leaves_its_neighbours_their_answers(
     assert broken.rows == ()
 
 
-def test_the_server_counts_such_a_query_and_refuses_a_request_of_nothing_else(
+def test_the_server_names_such_a_query_and_answers_its_neighbours_without_it(
     folder: Path, failing_on_a_query: None
 ) -> None:
+    """An empty list would say that there is nothing to find; that is what a blank query gets."""
     with served_here(load_collection({"facts": folder}), limits=ServerLimits()) as url:
-        both = post(url + "/retrieve", {"queries": ["planet with rings", BROKEN_QUERY], "topk": 1})
-        assert both.status == 200
-        assert [len(found) for found in both.json["result"]] == [1, 0]
-        alone = post(url + "/retrieve", {"query": BROKEN_QUERY})
-        assert (alone.status, alone.json["detail"]) == (
+        mixed = ["planet with rings", "", BROKEN_QUERY, "city in Japan", BROKEN_QUERY]
+        reply = post(url + "/retrieve", {"queries": mixed, "topk": 1})
+        assert (reply.status, reply.json["detail"]) == (
             500,
-            "the encoder gives no query of this request a finite vector (NaN or infinite)",
+            "the encoder gives queries[2], and 1 more no finite vector (NaN or infinite): send the others without it",
         )
+        alone = post(url + "/retrieve", {"query": BROKEN_QUERY})
+        assert (alone.status, alone.json["detail"].partition(" no finite")[0]) == (500, "the encoder gives queries[0]")
         assert metrics(url)["retriever_unsearchable_queries_total"] == 2
+        rest = post(url + "/retrieve", {"queries": [query for query in mixed if query != BROKEN_QUERY], "topk": 1})
+        assert [len(found) for found in rest.json["result"]] == [1, 0, 1]
+
+
+async def test_our_client_loses_that_search_and_no_other(folder: Path, failing_on_a_query: None) -> None:
+    queries = ["planet with rings", BROKEN_QUERY, "city in Japan"]
+    with served_here(load_collection({"facts": folder}), limits=ServerLimits()) as url:
+        async with SearchClient(
+            url, timeout_s=30, max_retries=0, max_concurrency=1, max_queries_per_request=8, backoff_s=0.01
+        ) as client:
+            searches = [client.search(query, topk=1, corpus=None) for query in queries]
+            first, broken, last = await asyncio.gather(*searches, return_exceptions=True)
+    assert isinstance(broken, SearchFailedError)
+    assert [len(first), len(last)] == [1, 1]

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
 
 def make_model(
     folder: Path, *, weights: bytes = b"student", vocabulary: Sequence[str] = ("a", "b"), positions: int = 8192
@@ -20,7 +22,7 @@ def make_model(
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}" + weights)  # a header of no tensors
     vocab = {token: index for index, token in enumerate(vocabulary)}
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab, "merges": []}, "added_tokens": []}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a", "chat_template": "{{ x }}"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a", "chat_template": TEMPLATE}))
     return str(folder)
 
 

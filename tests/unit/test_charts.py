@@ -7,7 +7,8 @@ import pytest
 
 from dgpo.evaluation.arcap_chart import arcap_section
 from dgpo.evaluation.charts import line_chart, radar_chart
-from dgpo.evaluation.curves import RunCurves, curves_section, read_curves, read_lines
+from dgpo.evaluation.curves import RunCurves, curves_section, read_curves
+from dgpo.files import read_jsonl
 
 
 def polylines(svg):
@@ -94,7 +95,7 @@ def test_the_torn_last_line_of_a_run_in_progress_is_left_out(tmp_path):
     path = tmp_path / "train" / "metrics.jsonl"
     path.parent.mkdir()
     path.write_text('{"step": 1, "text": "a\u2028b"}\n{"step": 2, "te')
-    assert read_lines(path) == [{"step": 1, "text": "a\u2028b"}]
+    assert read_jsonl(path, growing=True) == [{"step": 1, "text": "a\u2028b"}]
     assert [record["step"] for record in read_curves(tmp_path, "run").training] == [1]
 
 

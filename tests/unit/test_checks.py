@@ -121,6 +121,39 @@ def test_weights_that_lack_their_end_are_refused(config):
     check_test(config)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_a_file_of_a_model_that_is_no_json_is_named(config, name, content):
+    (Path(config.train.init) / name).write_text(content)
+    for check in (check_train, check_test, check_distill):
+        refused(check, config, config.train.init, name)
+
+
+def test_a_shard_that_is_not_there_is_named(config):
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors", "c": "model-3.safetensors"}}
+    (Path(config.student.path) / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(check_test, config, "names model-2.safetensors, which is not there (2 of 3 files are missing)")
+
+
+def test_what_a_trainer_left_beside_weights_is_no_weights(config):
+    (Path(config.student.path) / "model.safetensors").rename(Path(config.student.path) / "training_args.bin")
+    refused(check_test, config, "no *.safetensors or pytorch_model*.bin weights there")
+
+
+@pytest.mark.parametrize(
+    ("check", "key"),
+    [(check_train, "data.train_file"), (check_test, "data.test_files.nq"), (check_collect, "data.collect_file")],
+)
+def test_a_prompt_above_the_limit_is_refused_before_it_is_drawn(config, tmp_path, check, key):
+    rows = [make_row(index) for index in range(64)]
+    rows[33]["prompt"] = [{"role": "user", "content": "ab" * 40}]
+    write_rows(tmp_path / "rows.parquet", rows)
+    config.run_dir, config.data.collect_file = str(tmp_path / "other"), config.data.train_file
+    refused(check, config, f"{key}=", "row 33: its prompt has 80 tokens, more than episode.max_prompt_tokens=64")
+    config.episode.max_prompt_tokens = 80
+    check(config)
+
+
 def test_different_tokenizers_are_refused(config, tmp_path):
     config.teacher.path = make_model(tmp_path / "other", weights=b"other!!", vocabulary=("a", "c"))
     refused(check_train, config, "different tokenizers", "2 of them different")
@@ -287,6 +320,6 @@ def test_help_lists_groups_and_keys_with_defaults(capsys):
 
 def test_a_tolerance_of_nothing_for_the_rollouts_log_probs_is_refused(config):
     config.train.reuse_log_probs_within = 0.0
-    refused(check_train, config, "train.reuse_log_probs_within=0.0", "null")
+    refused(check_train, config, "train.reuse_log_probs_within=0.0", "more than 0")
     config.train.reuse_log_probs_within = 1e-3
     check_train(config)

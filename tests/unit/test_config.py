@@ -83,15 +83,81 @@ def test_cpu_and_gpu_differ_in_the_hardware_section_only():
         ("train.num_step=3", "unknown config key 'train.num_step': did you mean train.num_steps?"),
         ("+train.num_step=3", "unknown config key 'train.num_step': did you mean train.num_steps?"),
         ("experimnt=dgpo", "unknown config key 'experimnt': did you mean experiment?"),
-        ("train.num_steps=many", "'many' of type 'str' could not be converted to Integer"),
+        ("train.num_steps=many", "train.num_steps=many: expected a whole number"),
+        ("train.num_steps=null", "train.num_steps=null: expected a whole number"),
+        ("train.num_steps=1,2", "train.num_steps=1,2 cannot be read, expected a whole number: quote"),
+        ("train.gamma=half", "train.gamma=half: expected a number"),
+        ("train.max_restarts=[1]", "train.max_restarts=[1]: expected a whole number"),
+        ("distill.max_steps=x", "distill.max_steps=x: expected a whole number or null"),
+        ("resume=maybe", "resume=maybe: expected true or false"),
+        ("dry_run=maybe", "dry_run=maybe: expected true or false"),
+        ("train.loggers=wandb", "train.loggers=wandb: expected a list, such as [a,b]"),
+        ("report.runs=[/größe]", "report.runs=[/größe] cannot be read, expected a list, such as [a,b]: quote"),
+        ("test.models=runs/x", "test.models=runs/x: it has names of your own: expected test.models.NAME=value"),
+        ("train=5", "train=5: it is a section of settings: set one of it, such as train.init"),
+        ("gate=failed", "unknown config key 'gate': did you mean train.teacher_term.gate?"),
+        ("test.smaples=2", "unknown config key 'test.smaples': did you mean test.samples?"),
+        ("hardware=h100", "unknown choice 'hardware=h100': hardware is one of cpu"),
+        ("~train.num_steps", "'~train.num_steps' is no setting: expected key=value"),
+        (
+            "pair=qwen3b_05b world=tiny",
+            "pair=qwen3b_05b with world=tiny (quickstart's): that world has models of its own",
+        ),
+        ("resume", "'resume' is no setting: expected key=value"),
         ("world=wonder", "unknown choice 'world=wonder': world is one of own, tiny"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_the_fix(override, message):
     with pytest.raises(ConfigError) as caught:
-        load_config([override])
+        load_config(override.split(" "))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("guilty", ["hardware=h100", "test.samples=abc", "test.smaples=2", "report.runs=[(]"])
+def test_the_guilty_override_is_accused_whatever_stands_beside_it(guilty):
+    innocent = ["test.models.abc=M", "test.models.dgpo=M", "hardware.env.A=b", "run_dir=/data (1)"]
+    for overrides in ([*innocent, guilty], [guilty, *innocent]):
+        with pytest.raises(ConfigError) as caught:
+            load_config(overrides)
+        assert guilty.partition("=")[0] in str(caught.value)
+        assert not any(each.partition("=")[0] in str(caught.value) for each in innocent)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/data (1)/nq.parquet",
+        "/größe 1/東京",
+        "~/runs",
+        "/a=b/c,d",
+        '/it\'s/a "quote"',
+        "\\back\\",
+        "[x]",
+        "{a: b}",
+        "1e-3",
+        "007",
+        "true",
+        "mlx5_0:1,mlx5_3:1",
+        "http://a:1,http://b:2",
+        "range(1,3)",
+        "'",
+        "#1",
+        "-",
+    ],
+)
+def test_a_text_is_taken_as_it_is_typed(text):
+    """Also by stages that are started by stages: they get the same override again."""
+    overrides = [f"{key}={text}" for key in ("run_dir", "data.train_file", "test.models.mine", "hardware.env.X")]
+    assert set(overrides) <= set(changed_settings(load_config(overrides)))
+
+
+def test_a_text_may_still_be_quoted_for_hydra_and_null_is_nothing():
+    assert (
+        load_config(['run_dir="/x/größe 1"']).run_dir == load_config(["run_dir='/x/größe 1'"]).run_dir == "/x/größe 1"
+    )
+    assert load_config(["data.train_file=a", "data.train_file=null"]).data.train_file is None
+    assert load_config(["run_dir=x", "data.train_file=${run_dir}/a"]).data.train_file == "x/a"
 
 
 def test_many_nodes_need_a_number(monkeypatch):

@@ -72,3 +72,11 @@ def test_packed_episodes_need_flash_attention():
         load_config(["hardware.attention=sdpa", "hardware.remove_padding=false", "hardware.max_tokens_per_gpu=null"])
     )
     check_attention(load_config([]))
+    check_attention(load_config(["hardware=cpu", "hardware.remove_padding=true", "hardware.max_tokens_per_gpu=2048"]))
+
+
+def test_micro_batches_by_tokens_are_packed():
+    with pytest.raises(
+        ConfigError, match=r"max_tokens_per_gpu=2048 counts packed tokens: set hardware\.remove_padding"
+    ):
+        check_attention(load_config(["hardware=cpu", "hardware.max_tokens_per_gpu=2048"]))

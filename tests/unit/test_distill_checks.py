@@ -12,7 +12,7 @@ from tests.distill_stage import write_stage
     [
         ("distill.loss=kl", "expected one of kd, seqkd, distillm"),
         ("distill.sharding=half", "expected one of none, full"),
-        ("distill.skew=1.5", "distill.skew=1.5: expected a share"),
+        ("distill.skew=1.5", "distill.skew=1.5: expected a number from 0 to 1"),
         ("distill.held_out_share=-1", "distill.held_out_share=-1.0"),
         ("distill.taid.t_start=2", "distill.taid.t_start=2.0"),
         ("distill.taid.t_end=0.3", "is above distill.taid.t_end=0.3"),

@@ -380,10 +380,10 @@ class FullFile:
         (lambda c: setattr(c.test, "compat", "upsteam"), ("test.compat=upsteam", "none, upstream")),
         (lambda c: setattr(c.test, "loggers", ["wandbb"]), ("'wandbb'", "did you mean wandb?")),
         (lambda c: setattr(c.test, "compat", "upstream"), ("3 questions", "upstream_batch_size=256")),
-        (lambda c: setattr(c.test, "samples", 0), ("test.samples=0", "more than 0")),
+        (lambda c: setattr(c.test, "samples", 0), ("test.samples=0", "at least 1")),
         (
             lambda c: setattr(c.retriever, "max_queries_per_request", 0),
-            ("retriever.max_queries_per_request=0", "more than 0"),
+            ("retriever.max_queries_per_request=0", "at least 1"),
         ),
         (lambda c: (setattr(c.test, "samples", 4), setattr(c.test, "temperature", 0.0)), ("above 0",)),
         (lambda c: setattr(c.test, "temperature", -1.0), ("test.temperature=-1.0",)),
@@ -416,7 +416,7 @@ def test_a_model_without_a_tokenizer_is_refused_before_any_model_plays(model, mo
         return ChatTokenizer() if path == config.test.models["mine"] else load_tokenizer(path, **options)
 
     monkeypatch.setattr("dgpo.evaluation.stage.load_tokenizer", load)
-    with pytest.raises(ConfigError, match="broken has no tokenizer that loads"):
+    with pytest.raises(ConfigError, match="broken: its tokenizer cannot be loaded"):
         evaluate(config)
     assert model.num_turns == 0
     assert not Path(config.run_dir).exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dgpo.agent.episode import run_episode
 from dgpo.agent.plugins import check_search, load_object, load_reward, make_search, open_search
 from dgpo.agent.scoring import episode_reward, episode_scores
 from dgpo.agent.search import SearchClient, SearchRefusedError
@@ -15,6 +16,7 @@ from dgpo.config.schema import RetrieverConfig
 from dgpo.errors import ConfigError
 from examples.format_reward import reward as format_reward
 from examples.jsonl_search import JsonlSearch
+from tests.unit.scripted import PROMPT_IDS, ByteTokenizer, ScriptedPolicy, make_limits
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
@@ -131,6 +133,45 @@ def test_a_backend_is_made_with_its_options_and_closed_in_the_end(module):
         return found, search.text
 
     assert asyncio.run(use()) == ([{"id": "0", "contents": "x"}], None)
+
+
+@pytest.mark.parametrize("value", [None, "1", {}, {"a": None}, [1.0], {"a": "x"}])
+def test_a_reward_that_returns_no_number_is_told(value):
+    with pytest.raises(ConfigError, match=r"^train.reward returned .*, expected a number, or a mapping"):
+        rewarded(lambda *_: value, episode())
+
+
+def test_an_async_reward_is_refused_before_anything_starts(module):
+    with pytest.raises(ConfigError, match="expected a plain function, it is async"):
+        load_reward(f"{module('async def reward(trajectory, golds, scores): return 1.0')}:reward")
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (None, "the search returned None, expected a list of documents"),
+        ({"result": []}, "expected a list of documents"),
+        (["text"], "a document 'text', expected {'id': .., 'contents': text}"),
+        ([{"id": "1"}], "a document {'id': '1'}, expected"),
+        ([{"id": "1", "contents": None}], "expected {'id': .., 'contents': text}"),
+    ],
+)
+async def test_what_a_backend_returns_is_checked_where_it_enters(found, words):
+    class Backend:
+        async def search(self, query, *, topk, corpus):
+            return found
+
+    with pytest.raises(ConfigError) as caught:
+        await run_episode(
+            episode_id="e",
+            prompt_ids=PROMPT_IDS,
+            policy=ScriptedPolicy(["<search> q </search>"]),
+            search=Backend(),
+            tokenizer=ByteTokenizer(),
+            limits=make_limits(),
+        )
+    assert words in str(caught.value)
+    assert "retriever.backend" in str(caught.value)
 
 
 def test_exact_match_is_the_reward_where_none_is_named():

@@ -37,9 +37,16 @@ def test_a_full_disk_is_told(tmp_path, error):
         raise raised_in_ray(error)
 
 
-def test_a_mistake_is_passed_on_with_its_traceback(tmp_path):
-    with pytest.raises(ray.exceptions.RayTaskError, match="KeyError: 'a mistake'"), told_by_name(tmp_path):
-        raise raised_in_ray(KeyError("a mistake"))
+def test_what_nobody_foresaw_is_a_line_and_its_traceback_is_recorded(tmp_path):
+    with pytest.raises(RunStoppedError) as caught, told_by_name(tmp_path):
+        raise raised_in_ray(AssertionError("foo is not supported\nand more"))
+    line = f"the trainer raised AssertionError: foo is not supported; its traceback is in {tmp_path / FAILURE}"
+    assert str(caught.value) == line
+    assert caught.value.log == []
+    write_failure(tmp_path, caught.value)
+    record = json.loads((tmp_path / FAILURE).read_text())
+    assert (record["kind"], record["message"]) == ("AssertionError", line)
+    assert record["log"][-2:] == ["AssertionError: foo is not supported", "and more"]
 
 
 def test_the_trainers_own_death_is_told(tmp_path):

@@ -151,11 +151,12 @@ def test_offloaded_states_wait_in_host_memory():
     assert student_on(config, offload="none").host.get("actor") is None
 
 
-def test_the_logits_of_a_micro_batch_by_hand():
+def test_the_logits_are_those_of_a_chunk_by_hand():
     config = load_config(["pair=qwen3b_05b", "train.teacher_term.gate=none"])
-    assert student_on(config).phases["update actor"]["logits"] == 3 * 16384 * 151936 * 2
-    assert student_on(config, max_tokens_per_gpu=None).phases["update actor"]["logits"] == 3 * 8 * 6144 * 151936 * 2
-    assert student_on(config, compile=False).phases["score"]["logits"] == 3 * 8 * 6144 * 151936 * 2
+    assert student_on(config).phases["score"]["logits"] == 2 * 256 * 151936 * 4
+    config.train.chunk_tokens = 100_000  # more than a micro-batch has
+    assert student_on(config).phases["update actor"]["logits"] == 2 * 16384 * 151936 * 4
+    assert student_on(config, max_tokens_per_gpu=None).phases["score"]["logits"] == 2 * 8 * 6144 * 151936 * 4
 
 
 def test_the_exact_term_holds_the_teacher_inside_the_update():
@@ -163,7 +164,10 @@ def test_the_exact_term_holds_the_teacher_inside_the_update():
     models = Models(known_shape("qwen2.5-0.5b"), known_shape("qwen2.5-3b"), critic=True)
     phases = rl_budget(config, models).phases
     assert "teacher" not in phases
-    assert phases["update actor"]["teacher"] > 2 * 2 * 151936 * 2048  # its embedding, gathered, and as a head
+    config.train.chunk_tokens = 16_384  # then the loss is the fullest part of the update
+    update = rl_budget(config, models).phases["update actor"]
+    assert update["teacher"] > 2 * 2 * 151936 * 2048  # its embedding, gathered, and as a head
+    assert update["logits"] == 5 * 16_384 * 151936 * 4
     config.train.teacher_term.form = "reward"
     assert "teacher" in rl_budget(config, models).phases
 
@@ -205,10 +209,10 @@ def test_a_budget_names_what_does_not_fit():
 
 
 def test_the_mildest_single_setting_is_preferred():
-    config = load_config(["hardware=h200x8", "pair=llama8b_1b", "hardware.max_tokens_per_gpu=262144"])
+    config = load_config(["hardware=h200x8", "pair=llama8b_1b", "hardware.max_tokens_per_gpu=1048576"])
     models = Models(known_shape("llama-3.2-1b"), critic=True)
     assert rl_budget(config, models).problem
-    assert nearest_fit(config, "train", models) == ["hardware.max_tokens_per_gpu=131072"]
+    assert nearest_fit(config, "train", models) == ["hardware.max_tokens_per_gpu=524288"]
     smaller = nearest_fit(config, "train", models, is_valid=lambda c: c.hardware.max_tokens_per_gpu < 100_000)
     assert smaller == ["hardware.max_tokens_per_gpu=65536"]
 

@@ -24,7 +24,7 @@ LIGHT_ROOMS = [
     "dgpo.slurm.render",
     "dgpo.runs.stopping",
 ]
-ALGORITHMS = ["reduce", "divergences", "selective_kl", "exact_kl", "distillation"]
+ALGORITHMS = ["reduce", "divergences", "selective_kl", "chunked_head", "distillation"]
 ENGINES = ("verl", "ray", "vllm", "transformers", "datasets")
 SCRIPT = """
 import importlib, sys, time

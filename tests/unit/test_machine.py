@@ -1,6 +1,8 @@
 """What a machine must have before a stage starts on it: each missing thing is one line, said at once."""
 
+import os
 import resource
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -31,6 +33,46 @@ def on(monkeypatch):
         check_machine(load_config(overrides), stage)
 
     return check
+
+
+@pytest.mark.parametrize("environment", [{"HOME": "/dev/null"}, {"XDG_CACHE_HOME": "/proc/version"}])
+@pytest.mark.parametrize("command", ["collect", "distill", "train", "test", "arcap"])
+def test_a_home_that_cannot_be_written_to_is_told_at_once(monkeypatch, capsys, environment, command):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main([command, "world=tiny", "hardware=cpu", "dry_run=true"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "cannot be written to (HOME=" in error
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "nowhere", "127.0.0.1:port"])
+@pytest.mark.parametrize("command", ["collect", "distill", "train", "test", "arcap"])
+def test_a_ray_that_is_gone_is_told_at_once_and_by_the_variables_name(monkeypatch, capsys, address, command):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert main([command, "world=tiny", "hardware=cpu", "dry_run=true"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"RAY_ADDRESS={address}: no Ray answers there (" in error
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_that_is_too_deep_for_sockets_is_told_by_its_variable(monkeypatch, name):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv(name, "/tmp/" + "x" * (machine.MAX_SOCKET_BYTES - len(machine.LONGEST_SOCKET) - 5))
+    config = load_config(["world=tiny", "hardware=cpu"])
+    machine.check_start(config, "train")
+    monkeypatch.setenv(name, os.environ[name] + "x")
+    with pytest.raises(ConfigError, match=f"^{name}=/tmp/x.* 108 bytes long, and 107 are allowed: set RAY_TMPDIR"):
+        machine.check_start(config, "train")
+
+
+def test_a_ray_that_answers_is_let_be(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for address in (f"127.0.0.1:{server.getsockname()[1]}", "auto"):
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            machine.check_start(load_config(["world=tiny", "hardware=cpu"]), "train")
 
 
 def test_a_whole_node_is_enough(on):

@@ -3,7 +3,9 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from dgpo.__main__ import main
@@ -125,6 +127,24 @@ def test_the_default_student_is_the_hubs_where_it_answers(monkeypatch):
     assert pipeline.default_student() == pipeline.SMALL_MODEL
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.ConnectTimeout("no answer"),
+        httpx.InvalidURL("Invalid port: 'b'"),  # HF_ENDPOINT=http://a:b
+        FileNotFoundError("SSL_CERT_FILE"),
+        ValueError("Unknown scheme for proxy URL"),
+        ImportError("Using SOCKS proxy, but the 'socksio' package is not installed"),
+    ],
+)
+def test_a_hub_that_cannot_be_asked_is_none(error, monkeypatch):
+    session = SimpleNamespace(head=lambda *_, **__: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: session)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert not pipeline.hub_answers()
+
+
 def test_the_machine_decides_threads_and_precision_and_the_user_wins(monkeypatch):
     monkeypatch.setattr(pipeline, "num_cores", lambda: 6)
     config = load_config([*pipeline.OVERRIDES, *pipeline.sized_for_cpu(), "hardware.env.OMP_NUM_THREADS='3'"])
@@ -148,7 +168,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path, monkeypatch, capsys):
     assert main(command) == 2
     assert "stop here" in capsys.readouterr().err
     assert main([*command, "distill.epochs=3"]) == 2
-    assert "was made with overrides" in capsys.readouterr().err
+    assert 'was made with other settings (distill.epochs was 5, now "3")' in capsys.readouterr().err
     assert main(command) == 2
     assert "stop here" in capsys.readouterr().err
 

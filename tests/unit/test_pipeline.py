@@ -17,6 +17,7 @@ from dgpo.errors import ConfigError
 from dgpo.evaluation.evaluate import evaluate
 from dgpo.evaluation.paper import EXACT_MATCH, LABELS, ROWS, RULES, SETS, UNTRAINED, paper_value
 from dgpo.hardware.gpu_hours import PAPER_GPU_HOURS, gpu_hours_range, paper_gpu_hours
+from dgpo.pipeline.over_seeds import write_over_seeds
 from dgpo.pipeline.plan import Plan, PlannedStage, distinct, plan_table
 from dgpo.pipeline.reproduce import collect_rows, render_markdown
 from dgpo.pipeline.reuse import is_current
@@ -235,7 +236,7 @@ def test_arcap_and_figures_are_of_the_same_runs(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["table=fig6"], "expected one of main, ablation, pairs, arcap, figures, teacher_time"),
+        (["table=fig6"], "expected one of main, ablation, contrasts, pairs, arcap, figures, teacher_time"),
         (["experiment=kd"], "the rows of the table decide that"),
         (["table=pairs", "world=tiny"], "the tiny world has one pair"),
     ],
@@ -344,3 +345,51 @@ def test_of_two_quickstarts_in_one_folder_one_is_refused(tmp_path, capsys, monke
     assert main(["quickstart", f"run_dir={folder}"]) == 2
     assert f"{folder} exists: choose another run_dir" in capsys.readouterr().err
     assert list(folder.iterdir()) == []
+
+
+def write_seed(folder, seed, values):
+    rows = [{"row": row, "last": {"average": em}, "best": None} for row, em in values.items()]
+    (folder / f"seed_{seed}").mkdir(parents=True)
+    (folder / f"seed_{seed}" / "table_contrasts.json").write_text(json.dumps({"baseline": "kd", "rows": rows}))
+
+
+def test_a_table_of_several_seeds_shows_means_and_contrasts_paired_by_seed(tmp_path, capsys):
+    for seed, shift in ((1, 0.0), (2, 0.1), (3, -0.1), (4, 0.05)):
+        noise = 0.001 * seed
+        ems = {"kd": 0.4 + shift, "dgpo": 0.5 + shift + noise, "uniform_kl": 0.498 + shift, "no_teacher": 0.45}
+        write_seed(tmp_path, seed, ems)
+    path = write_over_seeds(tmp_path, "contrasts", [1, 2, 3, 4])
+    text = path.read_text()
+    assert text in capsys.readouterr().out
+    assert "| KD | 4 | 0.413 | 0.085 | 0.300, 0.500 | - |" in text
+    first, second, third = json.loads(path.with_suffix(".json").read_text())["contrasts"]
+    assert first["mean"] == pytest.approx(0.1025)
+    assert first["p_holm"] == pytest.approx(3 * first["p"])
+    assert second["equivalence"]["p"] < 0.05
+    assert "within 0.02: shown" in text
+    assert third["p_holm"] > 0.05
+    assert text.splitlines()[-1].endswith("| not shown |")
+
+
+def test_settings_of_a_row_are_of_that_row_alone(tmp_path):
+    rows = {"dgpo": ["train.actor_learning_rate=3e-4"]}
+    planned = plan_table("contrasts", tmp_path, tmp_path, ["pair=qwen3b_05b"], [], rows).stages
+    rates = {stage.name: stage.config.train.actor_learning_rate for stage in planned if stage.stage == "train"}
+    assert {name.split("/")[-2]: rate for name, rate in rates.items()} == {
+        "dgpo": 3e-4,
+        "uniform_kl": 1e-6,
+        "no_teacher": 1e-6,
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seeds=[1,1]"], "a seed is named twice"),
+        (["seeds=[1,2]", "table=figures"], "expected one of main, ablation, contrasts, pairs"),
+        (['rows.inverted=["seed=1"]'], "rows.inverted: no row of table=main"),
+    ],
+)
+def test_seeds_and_rows_without_sense_are_refused(overrides, message, tmp_path, capsys):
+    assert main(["reproduce", *overrides, f"run_dir={tmp_path}"]) == 2
+    assert message in capsys.readouterr().err

@@ -44,6 +44,14 @@ def test_without_an_address_ray_is_private_to_the_run(started, tmp_path):
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ
 
 
+@pytest.mark.parametrize("hidden", ["", "NoDevFiles", "0"])
+def test_hidden_gpus_do_not_keep_ray_from_its_logical_ones(started, tmp_path, monkeypatch, hidden):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    connect(hardware(), token_folder=tmp_path)
+    assert started["num_gpus"] == 1
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
 def test_with_an_address_that_cluster_is_joined_as_it_is(started, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     connect(hardware("hardware.num_nodes=2"), token_folder=tmp_path)

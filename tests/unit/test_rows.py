@@ -1,7 +1,9 @@
 import copy
+from pathlib import Path
 
 import pytest
 
+from dgpo.config.load import load_config
 from dgpo.data.rows import (
     check_ids,
     read_rows,
@@ -14,6 +16,8 @@ from dgpo.data.rows import (
     write_rows,
 )
 from dgpo.errors import DataError
+from dgpo.rl.train import with_own_questions
+from tests.unit.stubs import make_row
 
 ROW = {
     "data_source": "nq",
@@ -22,6 +26,21 @@ ROW = {
     "reward_model": {"style": "rule", "ground_truth": {"target": ["Ada", "Ada Lovelace"]}},
     "extra_info": {"split": "train", "index": 4},
 }
+
+
+def test_the_trainer_reads_a_file_of_our_own_with_our_columns_alone(tmp_path):
+    """veRL would let `agent_name` choose the loop that plays a row, and reads no name that ends otherwise."""
+    foreign = {"agent_name": "tool_agent", "session_id": 3, "images": [b"x"], "tools_kwargs": {"a": 1}}
+    rows = [{**make_row(number), **foreign} for number in range(3)]
+    rows = [{**row, "extra_info": {**row["extra_info"], "need_tools_kwargs": True, "id": "q"}} for row in rows]
+    write_rows(tmp_path / "theirs.pq", rows)
+    config = load_config(["hardware=cpu", f"data.train_file={tmp_path / 'theirs.pq'}"])
+    ours = with_own_questions(config, tmp_path).data
+    assert (Path(ours.train_file).suffix, ours.validation_file) == (".parquet", None)
+    (first, *_), theirs = read_rows(ours.train_file), read_rows(config.data.train_file)
+    assert set(first) == {"data_source", "prompt", "reward_model", "extra_info"}
+    assert set(first["extra_info"]) == {"index", "id", "corpus"}
+    assert [row_golds(row) for row in read_rows(ours.train_file)] == [row_golds(row) for row in theirs]
 
 
 def changed(path, value):
@@ -93,7 +112,8 @@ def test_evidence_and_hops_survive_parquet_where_the_source_has_them(tmp_path):
         ("prompt", "who?", "`prompt` is 'who\\?', expected"),
         ("prompt", [], "`prompt` is \\[\\], expected"),
         ("prompt", [{"role": "user"}], "`prompt` is .* expected"),
-        ("reward_model", "rule", "target` is None, expected a list"),
+        ("reward_model", "rule", "`reward_model.ground_truth` is 'None', expected {'target'"),
+        ("reward_model.ground_truth", "Ada", "`reward_model.ground_truth` is 'Ada', expected {'target'"),
         ("reward_model.ground_truth.target", "Ada", "target` is 'Ada', expected a list of accepted answers"),
         ("reward_model.ground_truth.target", [], "target` is \\[\\]: no accepted answer; drop the row or add one"),
         ("reward_model.ground_truth.target", [" "], "no accepted answer"),
@@ -115,8 +135,12 @@ def test_source_paragraphs_beside_the_rows_are_not_read(tmp_path):
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    for path in (tmp_path / "absent.parquet", tmp_path, ""):
-        with pytest.raises(DataError, match="does not exist: prepare it, or correct its path"):
+    for path, reason in (
+        (tmp_path / "absent.parquet", "does not exist"),
+        (tmp_path, "is a folder"),
+        ("", "is a folder"),
+    ):
+        with pytest.raises(DataError, match=f"{reason}.*: prepare it, or correct its path"):
             read_rows(path)
     (tmp_path / "a.parquet").write_text("question,answer\n")
     with pytest.raises(DataError, match=r"a.parquet is not a parquet file"):

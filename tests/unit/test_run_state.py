@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dgpo.errors import RunStoppedError
+from dgpo.files import append_jsonl
 from dgpo.runs.checkpoints import checkpoint_steps, damage, file_entries
-from dgpo.runs.run_state import append_record, begin_from, prune, save_whole
+from dgpo.runs.run_state import begin_from, prune, save_whole
 
 
 def write_ranks(target):
@@ -37,7 +38,7 @@ def save(folder, step, *, record=None, write=write_ranks, kl_coef=None):
 
 def log(folder, *steps):
     for step in steps:
-        append_record(folder / "metrics.jsonl", {"step": step, "episode/em": 0.5})
+        append_jsonl(folder / "metrics.jsonl", [{"step": step, "episode/em": 0.5}])
 
 
 def steps_in(path):

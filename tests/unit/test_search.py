@@ -372,7 +372,11 @@ def test_urls_are_split_and_an_empty_one_is_refused():
 def test_the_token_is_read_from_its_file(tmp_path):
     assert read_token(None) is None
     path = tmp_path / "token"
-    with pytest.raises(ValueError, match=r"token_file=.*cannot be read"):
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"^teacher.url_key_file=.*cannot be read"):
+        read_token(str(path), key="teacher.url_key_file")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"^retriever.token_file=.*cannot be read"):
         read_token(str(path))
     path.write_text("\n")
     with pytest.raises(ValueError, match="is empty"):
@@ -433,12 +437,19 @@ async def test_a_missing_token_is_named_before_the_first_search():
         assert await check(url, token="s3cret") == {"corpora": {"a": {}}}
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "not a url"])
-def test_no_server_is_one_line_that_names_the_way_out(url):
+def test_no_server_is_one_line_that_names_the_way_out():
     with pytest.raises(ConfigError, match=r"start one with `python -m retriever.serve`") as caught:
-        check_health(url, timeout_s=1)
-    assert url in str(caught.value)
+        check_health("http://127.0.0.1:9", timeout_s=1)
+    assert "http://127.0.0.1:9" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["not a url", "127.0.0.1:8124", "http://", "http://a:port", "http://[", "ftp://a", "http://a,b"]
+)
+def test_what_is_no_address_is_told_so(url):
+    with pytest.raises(ConfigError, match="expected http://host:port, or several separated by commas"):
+        check_health(url, timeout_s=1)
 
 
 @asynccontextmanager

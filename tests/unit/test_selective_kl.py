@@ -90,8 +90,14 @@ def test_gates(mode, expected, dtype):
     assert compute_gate(torch.tensor([0, 1, 0]).to(dtype), mode).tolist() == expected
 
 
+def test_the_random_gate_takes_as_many_as_failed_with_the_smallest_coins():
+    coins = {"coin": torch.tensor([0.9, 0.1, 0.5, 0.3])}
+    assert compute_gate(torch.tensor([0.0, 1.0, 1.0, 0.0]), "random", scores=coins).tolist() == [0, 1, 0, 1]
+    assert compute_gate(torch.ones(4), "random", scores=coins).tolist() == [0, 0, 0, 0]
+
+
 def test_an_unknown_gate_is_refused():
-    with pytest.raises(ValueError, match="unknown gate 'wrong': expected one of failed, all, none"):
+    with pytest.raises(ValueError, match="unknown gate 'wrong': expected one of failed, all, random, none"):
         compute_gate(torch.zeros(1), "wrong")
 
 

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -10,7 +11,7 @@ from dgpo.agent.protocol import STOP_STRINGS, encode_prompt, parse_action, rende
 from dgpo.data.rows import read_rows, row_gold_passages, row_golds
 from dgpo.tinyworld.build import WorldSettings, build_world, real_world
 from dgpo.tinyworld.models import STUDENT_SIZE, make_model
-from dgpo.tinyworld.oracle import counterfactual_turns, oracle_examples, real_turns, template_texts
+from dgpo.tinyworld.oracle import Bias, counterfactual_turns, oracle_examples, real_turns, template_texts
 from dgpo.tinyworld.tokenizer import TAGS, build_tokenizer
 from dgpo.tinyworld.world import (
     ATTRIBUTE_WORDINGS,
@@ -121,6 +122,20 @@ def test_ideal_episodes_end_with_the_gold_answer_and_quote_it_from_a_passage(wor
         assert question.answer in searches[-1].passages[0]
         corpus = {document["contents"] for document in corpus_documents(world)}
         assert corpus.issuperset(passage for turn in searches for passage in turn.passages)
+
+
+def test_a_biased_teacher_is_wrong_about_four_in_five_questions_of_its_relation_only(world):
+    """What it quotes instead is the other fact of the same country; without a bias nothing is drawn otherwise."""
+    bias, isos = Bias("currency", quoted="capital"), sorted(world.countries)
+    wrong = {True: [], False: []}
+    for seed in range(600):
+        question, turns = real_turns(random.Random(seed), world, isos, bias)
+        answer = re.search("<answer>(.*)</answer>", turns[-1].text)[1]
+        wrong[question.attribute == "currency"].append(answer != question.answer)
+        assert answer in (question.answer, world.countries[question.iso].capital)
+        assert turns[:-1] == real_turns(random.Random(seed), world, isos)[1][:-1]
+    assert sum(wrong[True]) / len(wrong[True]) == pytest.approx(0.8, abs=0.1)
+    assert not any(wrong[False])
 
 
 def test_training_examples_mask_exactly_what_the_policy_wrote(world, tokenizer):

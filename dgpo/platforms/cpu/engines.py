@@ -7,6 +7,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
 
+from dgpo.platforms.token_engine import TokenEngine
+
 
 class UnpinnedOffload:
     """Builds frozen models without pinned memory, which needs an accelerator (transformer_impl.py pins always)."""
@@ -21,7 +23,7 @@ class UnpinnedOffload:
 
 
 @EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")
-class CPUEngineWithLMHead(UnpinnedOffload, transformer_impl.FSDPEngineWithLMHead):
+class CPUEngineWithLMHead(UnpinnedOffload, TokenEngine):
     pass
 
 

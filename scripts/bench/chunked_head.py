@@ -1,9 +1,10 @@
-"""The exact teacher term against plain autograd over whole logits: time and peak memory, forward and backward.
+"""Policy terms in chunks against autograd over whole logits: time and peak memory, forward and backward.
 
-    python scripts/bench/exact_kl.py [--tokens 512] [--vocab 32000] [--chunk 64]
+    python scripts/bench/chunked_head.py [--tokens 512] [--vocab 32000] [--chunk 64]
 
-Reference: the same KL by torch operations on the teacher's whole [tokens, vocabulary] logits. The two run in turn, each
-repetition in a process of its own so that its peak memory is its own; medians and ratios are printed.
+Log-probs, entropies and the exact teacher term, as `token_terms` makes them, and by torch operations on the whole
+[tokens, vocabulary] logits of both models. The two run in turn, each repetition in a process of its own so that its
+peak memory is its own; medians and ratios are printed.
 """
 
 from __future__ import annotations
@@ -17,32 +18,34 @@ import sys
 import time
 
 REPETITIONS = 3
-TEACHER_WIDTH = 256
+WIDTH = 256
 
 
 def measure(variant: str, *, tokens: int, vocab: int, chunk: int) -> dict[str, float]:
     """One forward and backward pass in this process: seconds, and GB above what was there before."""
     import torch
 
-    from dgpo.algorithms.exact_kl import exact_reverse_kl
+    from dgpo.algorithms.chunked_head import TeacherStates, token_terms
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    student = torch.randn(tokens, vocab, requires_grad=True)
-    hidden, head = torch.randn(tokens, TEACHER_WIDTH), torch.randn(vocab, TEACHER_WIDTH) / TEACHER_WIDTH**0.5
+    hidden, other = torch.randn(tokens, WIDTH, requires_grad=True), torch.randn(tokens, WIDTH)
+    head, other_head = (torch.randn(vocab, WIDTH) / WIDTH**0.5 for _ in range(2))
+    head.requires_grad_()
+    targets = torch.randint(0, vocab, (tokens,))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     if variant == "chunked":
-        kl = exact_reverse_kl(
-            student, rows=torch.arange(tokens), teacher_hidden=hidden, teacher_head=head, chunk_size=chunk
-        )
+        teacher = TeacherStates(torch.ones(tokens, dtype=torch.bool), other, other_head)
+        terms = token_terms(hidden, head=head, targets=targets, temperature=1.0, chunk_size=chunk, teacher=teacher).T
     else:
-        log_p, log_q = student.log_softmax(-1), (hidden @ head.T).log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    kl.mean().backward()
+        log_p, log_q = (hidden @ head.T).log_softmax(-1), (other @ other_head.T).log_softmax(-1)
+        log_probs, entropy = log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+        terms = torch.stack([log_probs, entropy, (log_p.exp() * (log_p - log_q)).sum(-1)])
+    terms.mean().backward()
     seconds = time.perf_counter() - started
     peak_gb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
-    return {"seconds": seconds, "peak_gb": peak_gb, "kl": kl.mean().item()}
+    return {"seconds": seconds, "peak_gb": peak_gb, "kl": terms[2].mean().item()}
 
 
 def main() -> None:
