@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 CHECKOUT = ("configs", "dgpo", "examples", "pixi.toml", "requirements", "retriever", "scripts")
 HUB_PORT = 8088
 ADDRESS = "10.0.0.1"  # of node0
-START_S = 120
+START_S = 300
 LINE_S = 900
 
 PIXI = f"""#!/bin/bash
@@ -84,7 +84,7 @@ class ClusterOfOne:
             (bin_folder / name).write_text(text)
             (bin_folder / name).chmod(0o755)
         self.site = self.folder / "site.txt"
-        self.site.write_text("\n".join(["# sizes of the test", *self.overrides, ""]))
+        self.write_overrides(self.overrides)
         hosts = self.folder / "hosts"
         hosts.write_text(f"127.0.0.1 localhost\n{ADDRESS} node0\n")
         python = Path(sys.executable).parent
@@ -121,6 +121,10 @@ class ClusterOfOne:
         self.processes[0].terminate()
         for process in self.processes:
             process.wait(timeout=30)
+
+    def write_overrides(self, overrides: list[str]) -> None:
+        """What DGPO_OVERRIDES says from now on."""
+        self.site.write_text("\n".join(["# sizes of the test", *overrides, ""]))
 
     def command(self, line: str) -> list[str]:
         """`bash -c LINE`, in the checkout, inside the name space."""
