@@ -149,6 +149,7 @@ def test_a_prompt_above_the_limit_is_refused_before_it_is_drawn(config, tmp_path
     rows[33]["prompt"] = [{"role": "user", "content": "ab" * 40}]
     write_rows(tmp_path / "rows.parquet", rows)
     config.run_dir, config.data.collect_file = str(tmp_path / "other"), config.data.train_file
+    config.episode.max_prompt_tokens = 64
     refused(check, config, f"{key}=", "row 33: its prompt has 80 tokens, more than episode.max_prompt_tokens=64")
     config.episode.max_prompt_tokens = 80
     check(config)
