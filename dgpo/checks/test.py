@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dgpo.agent.modes import MODES
+from dgpo.agent.modes import MODES, Mode, mode_messages
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model
 from dgpo.checks.prompts import PromptReader
@@ -13,6 +14,7 @@ from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_values, nearest
 from dgpo.config.schema import Config
 from dgpo.data.benchmarks import BENCHMARKS
+from dgpo.data.rows import row_question
 from dgpo.errors import ConfigError
 from dgpo.hardware.checks import check_engine
 from dgpo.hardware.machine import check_start
@@ -46,8 +48,8 @@ def check_test(config: Config, stage: str = "test") -> list[str]:
         chosen = _check_test_set(config, name, notes)[: config.test.max_questions]
         source = f"data.test_files.{name}={config.data.test_files[name]}"
         for model, reader in readers.items():
-            if config.test.modes.get(model, "agent") == "agent":  # others build prompts of their own
-                reader.check_lengths(chosen, source=source, limit=config.episode.max_prompt_tokens)
+            asked = _as_asked(chosen, MODES[config.test.modes.get(model, "agent")])
+            reader.check_lengths(asked, source=source, limit=config.episode.max_prompt_tokens)
         rows += chosen
     if rows and config.test.compat == "upstream" and len(rows) < config.test.upstream_batch_size:
         raise ConfigError(
@@ -56,6 +58,11 @@ def check_test(config: Config, stage: str = "test") -> list[str]:
         )
     check_retriever(config, rows, notes)
     return notes
+
+
+def _as_asked(rows: Sequence[Mapping[str, Any]], mode: Mode) -> list[dict[str, Any]]:
+    """The rows with the prompts of a mode."""
+    return [{**row, "prompt": mode_messages(mode, row_question(row), row["prompt"])} for row in rows]
 
 
 def _check_test_values(config: Config) -> None:

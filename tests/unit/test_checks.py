@@ -140,6 +140,13 @@ def test_what_a_trainer_left_beside_weights_is_no_weights(config):
     refused(check_test, config, "no *.safetensors or pytorch_model*.bin weights there")
 
 
+def test_the_prompts_of_a_mode_are_counted_as_it_asks(config):
+    config.episode.max_prompt_tokens = 8
+    check_test(config)
+    config.test.modes = dict.fromkeys(config.test.models, "closed_book")
+    refused(check_test, config, "data.test_files.nq=", "row 0: its prompt has", "max_prompt_tokens=8: raise the limit")
+
+
 @pytest.mark.parametrize(
     ("check", "key"),
     [(check_train, "data.train_file"), (check_test, "data.test_files.nq"), (check_collect, "data.collect_file")],
