@@ -134,8 +134,7 @@ class TrainingRun:
 
     def wait_until_it_works(self) -> None:
         """Until the command has made a step of its own."""
-        self.wait_for_log("Training Progress", bound_s=START_BOUND_S)  # the records of repeated steps are gone by then
-        self.wait_for_step(self.last_step() + 1, bound_s=STEP_BOUND_S)
+        self.wait_for_log("   EM ", bound_s=START_BOUND_S + STEP_BOUND_S)  # a step's line on its own terminal
 
     def wait_for_log(self, text: str, *, bound_s: float) -> None:
         command = self.command_now()
