@@ -97,7 +97,7 @@ def test_the_main_pair_fits_one_consumer_gpu(stage, inputs, capsys):
         ("train", ["pair=llama8b_1b", "dry_run.assume=gpu24gb"]),
         ("train", ["pair=qwen7b_05b", "dry_run.assume=gpu24gb", "hardware.offload=none"]),
         ("train", ["pair=qwen3b_05b", "dry_run.assume=h200x8", "hardware.engine.gpu_memory_utilization=0.99"]),
-        ("train", ["pair=llama8b_1b", "dry_run.assume=h200x8", "hardware.max_tokens_per_gpu=262144"]),
+        ("train", ["pair=llama8b_1b", "dry_run.assume=h200x8", "hardware.max_tokens_per_gpu=4194304"]),
         ("collect", ["pair=llama8b_1b", "dry_run.assume=gpu24gb", "hardware.engine.gpu_memory_utilization_alone=0.5"]),
         ("distill", ["pair=qwen3b_05b", "dry_run.assume=gpu24gb", "hardware.micro_batch_size=8"]),
     ],
@@ -205,8 +205,8 @@ def test_a_combination_without_sense_is_refused_with_the_reason(overrides, reaso
 
 def test_the_support_table_covers_every_combination():
     table = support_table()
-    assert len(table) == 27
-    assert sum(reason is None for *_, reason in table) == 22
+    assert len(table) == 36
+    assert sum(reason is None for *_, reason in table) == 30
     assert {algorithm for algorithm, *_, reason in table if reason} == {"gkd"}
 
 
