@@ -44,7 +44,7 @@ SURNAMES = ("Calder", "Benning", "Ostrow", "Hallam", "Vance", "Merrit", "Lund", 
 POSITIONS, VOCABULARY = 2048, 900
 PADDED_VOCABULARY = 1024  # rows of the embedding, more than there are tokens, as Qwen's have
 NUM_LEARNED = 20  # questions that the models know, the first of the training set
-TEACHER_STEPS, STUDENT_STEPS = 70, 12
+TEACHER_STEPS, STUDENT_STEPS = 140, 12
 MOST_TEXTS_OF_A_NAME = 7
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
