@@ -139,7 +139,12 @@ def play(smollm2: tuple[Path, Any], e5_url: str, tmp_path_factory: pytest.TempPa
     folder, model = smollm2
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = load_config(
-        ["hardware=cpu", f"retriever.url={e5_url}", *(f"episode.{name}={limit}" for name, limit in LIMITS.items())]
+        [
+            "hardware=cpu",
+            "hardware.env.OMP_NUM_THREADS=1",  # as in the other engines of this process: it is read once
+            f"retriever.url={e5_url}",
+            *(f"episode.{name}={limit}" for name, limit in LIMITS.items()),
+        ]
     )
     rows = [
         {"prompt": build_messages(question), "extra_info": {"id": name, "index": index}}
