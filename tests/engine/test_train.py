@@ -50,7 +50,7 @@ def test_the_terminal_has_a_line_per_step_and_the_log_the_rest(straight_run: Pat
     terminal = (straight_run.parent / "terminal.txt").read_text()
     lines = terminal.splitlines()
     steps = [line for line in lines if line.startswith("step ")]
-    shape = r"step (\d)/4   EM [01]\.\d{3}   KL -?\d+\.\d{3}   \d+\.\d s   (?:done|\d+ s left)"
+    shape = r"step (\d)/4   EM [01]\.\d{3}   KL -?\d+\.\d{3}   \d+\.\d s   (?:done|\d+ (?:s|min) left)"
     assert [int(re.fullmatch(shape, line)[1]) for line in steps] == [1, 2, 3, 4]
     assert len(lines) - len(steps) <= 40, terminal  # 60 lines for 20 steps
     assert f"model in {straight_run / 'model'}; next: python -m dgpo test" in terminal
