@@ -14,7 +14,7 @@ import numpy as np
 from dgpo.agent.scoring import episode_scores
 from dgpo.agent.trajectory import Trajectory
 from dgpo.data.rows import row_golds, row_question
-from dgpo.evaluation.upstream import extract_answer
+from dgpo.evaluation.upstream import count_searches, extract_answer
 from dgpo.metrics.exact_match import exact_match, sub_exact_match
 from dgpo.metrics.hits import answer_in_passages
 from dgpo.metrics.intervals import bootstrap_ci, paired_bootstrap
@@ -23,7 +23,7 @@ from dgpo.metrics.intervals import bootstrap_ci, paired_bootstrap
 SLICE_FIELDS = ("data_source", "hops", "kind", "country_split", "held_out_paraphrase")
 MEANS = ("f1", "sub_em", "num_searches", "answered", "hit")
 # The other protocol's, of the same episodes.
-OTHER_MEANS = ("em_ours", "hit_ours", "em_upstream", "hit_upstream")
+OTHER_MEANS = ("em_ours", "hit_ours", "num_searches_ours", "em_upstream", "hit_upstream")
 NUM_RESAMPLES = 10_000
 
 Score = dict[str, Any]
@@ -38,8 +38,8 @@ def score_episode(
 
     Args:
         text: the whole episode, prompt included; adds `em_upstream` and `hit_upstream`.
-        upstream: `answer`, `em` and `hit` are the release's (dgpo.evaluation.upstream), and ours stand beside them as
-            `em_ours` and `hit_ours`. Needs `text`.
+        upstream: `answer`, `em`, `hit` and `num_searches` are the release's (dgpo.evaluation.upstream), and ours stand
+            beside them as `em_ours`, `hit_ours` and `num_searches_ours`. Needs `text`.
     """
     golds = row_golds(row)
     info = {**row["extra_info"], "data_source": row.get("data_source")}
@@ -62,7 +62,8 @@ def score_episode(
     hit = float(answer_in_passages(golds, documents, raw=True))
     if not upstream:
         return {**score, "em_upstream": em, "hit_upstream": hit}
-    return {**score, "answer": answer, "em": em, "hit": hit, "em_ours": score["em"], "hit_ours": score["hit"]}
+    theirs = {"answer": answer, "em": em, "hit": hit, "num_searches": float(count_searches(text))}
+    return {**score, **theirs, **{f"{name}_ours": score[name] for name in ("em", "hit", "num_searches")}}
 
 
 def average_samples(scores: Sequence[Score]) -> list[Score]:

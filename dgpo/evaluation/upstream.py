@@ -2,7 +2,8 @@
 
 What differs from ours: single samples at temperature 1; the last batch of all sets in a row is dropped when it is not
 full; the answer is the last `<answer>` in prompt *and* response, so that an episode without one answers the prompt's
-example; a hit is a case-sensitive substring. Read from omron-sinicx/dgpo@97b7816, verl/utils/reward_score/qa_em.py.
+example; a hit is a case-sensitive substring; searches are `<search>` tags, the prompt's one less. Read from
+omron-sinicx/dgpo@97b7816, verl/utils/reward_score/qa_em.py and verl/trainer/main_ppo.py.
 """
 
 from __future__ import annotations
@@ -27,6 +28,14 @@ def extract_answer(text: str) -> str | None:
     """
     matches = _ANSWER.findall(text)
     return matches[-1].strip() if matches else None
+
+
+def count_searches(text: str) -> int:
+    """`<search>` tags of the whole episode as text but one, the prompt's: `val/search_count` of the release.
+
+    Also counts a search that was never executed, and each tag in the text on invalid actions.
+    """
+    return text.count("<search>") - 1
 
 
 def drop_incomplete_batch(sets: Mapping[str, Sequence[Item]], batch_size: int) -> dict[str, list[Item]]:

@@ -142,6 +142,10 @@ def test_upstream_drops_the_last_batch_samples_once_and_says_so(model, tmp_path,
     assert own["num_questions"] == 2
     assert (own["em"], own["em_ours"]) == (1.0, 0.5), "an episode that never answers is graded as `and`"
     assert scores_of(config)[1]["answer"] == "and"
+    searches = [(score["num_searches"], score["num_searches_ours"]) for score in scores_of(config)]
+    assert searches == [(0.0, 1.0), (3.0, 0.0)], (
+        "these prompts show no tag; the second has four invalid turns, each told of the tag"
+    )
     assert "UPSTREAM-COMPATIBLE" in capsys.readouterr().out
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dgpo.agent.protocol import INVALID_ACTION_TEXT, parse_action
-from dgpo.evaluation.upstream import drop_incomplete_batch, extract_answer
+from dgpo.evaluation.upstream import count_searches, drop_incomplete_batch, extract_answer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "answer_extraction.json").read_text())
 
@@ -32,6 +32,12 @@ def test_our_parse_differs_from_it_where_the_record_says_so(case):
 
 def test_without_any_answer_in_the_prompt_either_there_is_none():
     assert extract_answer("who? <think> hm") is None
+
+
+def test_searches_are_tags_but_the_prompts_one():
+    assert count_searches(GOLDEN["prompt"]) == 0
+    assert count_searches(GOLDEN["prompt"] + "<search>a</search> .. <search>never executed") == 2
+    assert count_searches(GOLDEN["prompt"] + INVALID_ACTION_TEXT) == INVALID_ACTION_TEXT.count("<search>")
 
 
 def test_the_papers_sets_in_batches_of_256_lose_one_question_of_bamboogle():
