@@ -54,7 +54,9 @@ class HubFilesConfig:
 
 @dataclass
 class DownloadConfig:
-    what: list[str] = field(default_factory=lambda: ["corpus", "index", "train"])  # and benchmarks, models
+    what: list[str] = field(
+        default_factory=lambda: ["corpus", "index", "train"]
+    )  # and benchmarks, nq_annotations, models
     folder: str = "data"  # each goes to a folder of its name below
     endpoint: str | None = None  # of a mirror; None: HF_ENDPOINT, else the hub
     # Fetched by `models` into the hub's cache (HF_HOME), besides student and teacher: the retriever's encoder
@@ -88,6 +90,8 @@ class DownloadConfig:
             ],
         )
     )
+    # NQ's dev set with long answers, simplified (prepare.nq_annotations reads it)
+    nq_annotations: str = "https://storage.googleapis.com/natural_questions/v1.0-simplified/nq-dev-all.jsonl.gz"
 
 
 @dataclass

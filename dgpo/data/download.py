@@ -1,4 +1,4 @@
-"""`dgpo download`: corpus, index, training set and benchmark files from the hub; resumable, checked, one copy on disk.
+"""`dgpo download`: corpus, index, questions and models from the hub, NQ's annotations; resumable, checked, one copy.
 
 Each goes to `<download.folder>/<what>/`. A file grows under the name `<file>.partial` and gets its own once its
 checksum is right. The index's parts are appended to one file while they arrive, so that no second copy ever exists. The
@@ -23,11 +23,11 @@ from typing import Any
 from dgpo.config.model_files import is_hub_name
 from dgpo.config.schema import Config, HubFilesConfig
 from dgpo.data.benchmarks import PINS
-from dgpo.data.hub import HubFile, HubRevision, check, fetch, fetch_model, look_up, verified_sha256
+from dgpo.data.hub import HubFile, HubRevision, check, fetch, fetch_model, look_up, look_up_address, verified_sha256
 from dgpo.errors import ConfigError, DgpoError
 from dgpo.files import atomic_write_text
 
-ITEMS = ("corpus", "index", "train", "benchmarks", "models")
+ITEMS = ("corpus", "index", "train", "benchmarks", "nq_annotations", "models")
 MANIFEST = "download.json"
 FreeBytes = Callable[[Path], int]
 
@@ -113,6 +113,10 @@ def hub_models(config: Config) -> list[str]:
 
 
 def _targets(config: Config, what: str) -> list[Target]:
+    if what == "nq_annotations":
+        source: HubRevision = look_up_address(config.download.nq_annotations, key="download.nq_annotations")
+        folder, file = Path(config.download.folder) / what, source.files[0]
+        return [Target(what, folder, file.name, source, source.commit, (file,))]
     settings: HubFilesConfig = getattr(config.download, what)
     key, folder = f"download.{what}", Path(config.download.folder) / what
     if not settings.files:

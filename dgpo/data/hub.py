@@ -6,6 +6,7 @@ tens of gigabytes need both, so the library's building blocks are used: look-up,
 
 from __future__ import annotations
 
+import base64
 import errno
 import hashlib
 import sys
@@ -22,6 +23,7 @@ OTHER_FRAMEWORKS = ["*.onnx", "onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot
 BLOCK_BYTES = 1 << 22
 LOOK_UP_TIMEOUT_S = 30.0
 SECONDS_PER_LINE = 30.0
+UNCOMPRESSED = {"Accept-Encoding": "identity"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class HubFile:
     Attributes:
         name: path in the repository.
         size: bytes.
-        checksum: SHA-256 of large files (LFS), git's SHA-1 of a blob for small ones, as hexadecimal digits.
+        checksum: SHA-256 of large files (LFS), git's SHA-1 of a blob for small ones, MD5 of a plain web address, as
+            hexadecimal digits; "" where a web address names none.
     """
 
     name: str
@@ -53,6 +56,23 @@ class HubRevision:
         from huggingface_hub import hf_hub_url
 
         return hf_hub_url(self.repo, file.name, repo_type="dataset", revision=self.commit, endpoint=self.endpoint)
+
+    def headers(self) -> dict[str, str]:
+        """Of a request: the hub's login with them."""
+        from huggingface_hub.utils import build_hf_headers
+
+        return {**build_hf_headers(), **UNCOMPRESSED}
+
+
+@dataclass(frozen=True)
+class WebFile(HubRevision):
+    """One file at a plain address, fetched without the hub's login: `repo` is its folder there, `commit` its ETag."""
+
+    def url(self, file: HubFile) -> str:
+        return f"{self.repo}/{file.name}"
+
+    def headers(self) -> dict[str, str]:
+        return UNCOMPRESSED
 
 
 class ProgressLines:
@@ -146,6 +166,28 @@ def _asked(api: Any, repo: str, commit: str, name: str) -> HubFile:
     return HubFile(name, metadata.size, metadata.etag)
 
 
+def look_up_address(url: str, *, key: str) -> WebFile:
+    """A file at a plain address: its size, and its MD5 where the server names it, as Google's storage does.
+
+    Raises:
+        ConfigError: no such address, or it does not say how large the file is.
+        DgpoError: it does not answer.
+    """
+    import httpx
+
+    folder, _, name = url.rpartition("/")
+    try:
+        answer = httpx.head(url, headers=UNCOMPRESSED, follow_redirects=True, timeout=LOOK_UP_TIMEOUT_S)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise DgpoError(f"{key}={url} does not answer ({first_line(error)}): try again, or set another") from error
+    if answer.status_code != 200 or "Content-Length" not in answer.headers:
+        raise ConfigError(f"{key}={url}: HTTP {answer.status_code}, expected a file and its size; correct the address")
+    hashes = dict(each.strip().partition("=")[::2] for each in answer.headers.get("x-goog-hash", "").split(","))
+    md5 = base64.b64decode(hashes.get("md5", "")).hex()
+    file = HubFile(name, int(answer.headers["Content-Length"]), md5)
+    return WebFile(folder, answer.headers.get("ETag", "unknown").strip('"'), folder, (file,))
+
+
 def fetch(source: HubRevision, part: HubFile, file: BinaryIO, *, present: int) -> None:
     """Appends the part's bytes from `present` on to `file`, whose position is where they go; shows progress.
 
@@ -157,7 +199,6 @@ def fetch(source: HubRevision, part: HubFile, file: BinaryIO, *, present: int) -
     """
     import httpx
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
 
     start = file.tell() - present
     try:
@@ -166,7 +207,7 @@ def fetch(source: HubRevision, part: HubFile, file: BinaryIO, *, present: int) -
             source.url(part),
             file,
             resume_size=present,
-            headers={**build_hf_headers(), "Accept-Encoding": "identity"},
+            headers=source.headers(),
             displayed_filename=part.name,
             tqdm_class=None if sys.stderr.isatty() else ProgressLines,  # type: ignore[arg-type]
         )
@@ -207,15 +248,21 @@ def fetch_model(repo: str, *, endpoint: str | None) -> str:
 
 def check(file: BinaryIO, part: HubFile, *, start: int, whole: Any) -> bool:
     """Whether the bytes of `file` from `start` are the part's; feeds them to the hash `whole` too."""
-    large = len(part.checksum) == 64
-    own = hashlib.sha256() if large else hashlib.sha1(f"blob {part.size}\0".encode(), usedforsecurity=False)
+    own = _hash(part)
     file.seek(start)
     left = part.size
     while left and (block := file.read(min(BLOCK_BYTES, left))):
         own.update(block)
         whole.update(block)
         left -= len(block)
-    return left == 0 and own.hexdigest() == part.checksum
+    return left == 0 and part.checksum in ("", own.hexdigest())
+
+
+def _hash(part: HubFile) -> Any:
+    """The kind of hash that the part's checksum is, told by its length."""
+    if len(part.checksum) == 40:
+        return hashlib.sha1(f"blob {part.size}\0".encode(), usedforsecurity=False)
+    return hashlib.md5(usedforsecurity=False) if len(part.checksum) == 32 else hashlib.sha256()
 
 
 def verified_sha256(path: Path, parts: Sequence[HubFile]) -> str | None:

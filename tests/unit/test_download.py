@@ -274,3 +274,37 @@ def test_a_dry_run_shows_the_plan_and_fetches_nothing(hub, tmp_path, capsys):
     download(config)
     assert f"{tmp_path}/index/e5_Flat.index: 34.5 kB from PeterJinGo/wiki-18-e5-index@" in capsys.readouterr().err
     assert files(tmp_path) == []
+
+
+ADDRESS = "/bucket/v1.0-simplified/nq-dev-all.jsonl.gz"
+
+
+def annotations(hub, folder, **changes):
+    run(hub, folder, ["nq_annotations"], nq_annotations=hub.url + ADDRESS, **changes)
+
+
+def test_nqs_annotations_come_from_their_address_without_the_hubs_login(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.plain[ADDRESS] = random.Random(4).randbytes(9_000)
+    hub.cuts = [4_000]
+    annotations(hub, tmp_path)
+    path = tmp_path / "nq_annotations" / "nq-dev-all.jsonl.gz"
+    assert path.read_bytes() == hub.plain[ADDRESS]
+    assert manifest(tmp_path, "nq_annotations")[path.name]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [each.partition("=")[0] for each in hub.ranges] == ["", "bytes"], "it went on where it broke"
+    annotations(hub, tmp_path)
+    assert len(hub.ranges) == 2
+
+
+def test_annotations_of_other_bytes_than_the_storage_names_are_refused(hub, tmp_path):
+    hub.plain[ADDRESS] = b"x" * 500
+    hub.served[ADDRESS] = b"y" * 500
+    with pytest.raises(DgpoError, match="another checksum"):
+        annotations(hub, tmp_path)
+    hub.with_sizes = False  # a storage that names no MD5: only the size is known
+    annotations(hub, tmp_path)
+
+
+def test_an_address_without_a_file_is_named(hub, tmp_path):
+    with pytest.raises(ConfigError, match=r"download\.nq_annotations=.*HTTP 404"):
+        annotations(hub, tmp_path)
