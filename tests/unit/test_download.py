@@ -302,7 +302,7 @@ def test_annotations_of_other_bytes_than_the_storage_names_are_refused(hub, tmp_
     with pytest.raises(DgpoError, match="another checksum"):
         annotations(hub, tmp_path)
     hub.with_sizes = False  # a storage that names no MD5: only the size is known
-    annotations(hub, tmp_path)
+    annotations(hub, tmp_path / "unnamed")
 
 
 def test_an_address_without_a_file_is_named(hub, tmp_path):
