@@ -1,6 +1,6 @@
-"""Published tokenizers, where DGPO_TOKENIZERS names a folder of their folders (`tokenizer.json`, `tokenizer_config.json`).
+"""Published tokenizers, where DGPO_TOKENIZERS names a folder of their folders.
 
-Nobody's vocabulary is part of the project: without the variable the kinds of `tests/unit/tokenizer_kinds.py` stand for them.
+Nobody's vocabulary is part of the project: elsewhere the kinds of `tests/unit/tokenizer_kinds.py` stand for them.
 """
 
 from __future__ import annotations
