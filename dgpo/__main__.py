@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple
 
@@ -117,6 +119,14 @@ COMMANDS = {
 }
 
 
+# What has a command of its own.
+ELSEWHERE = {name: f"python -m retriever.{name}" for name in ("build", "convert", "serve")} | {
+    "start": "python -m retriever.serve",
+    "slurm": "python -m dgpo.slurm",
+    "tinyworld": "python -m dgpo.tinyworld",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -126,17 +136,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
+        _show(_usage())
         return 0 if arguments else 2
     if arguments == ["--version"]:
         print(f"dgpo {__version__}")
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"unknown command {name!r}: expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(COMMANDS)}"
+        print(f"unknown command {name!r}: {hint}", file=sys.stderr)
         return 2
     if {"-h", "--help"} & set(rest):
-        print(_help(name))
+        _show(_help(name))
         return 0
     return exit_code(f"dgpo {name}", lambda: _run(name, rest), resumes=COMMANDS[name].resumes)
 
@@ -150,6 +162,14 @@ def _run(name: str, arguments: Sequence[str]) -> None:
     work = getattr(import_module(module), function)
     with raised_on_request() if command.resumes else stopped_by_sigterm():
         work(given)
+
+
+def _show(text: str) -> None:
+    """Prints help, of which `| head` may read a part."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dgpo.agent.protocol import ActionKind
+from dgpo.errors import DataError
 from dgpo.files import json_line, write_jsonl
 
 Status = Literal["answered", "no_answer", "overflow", "search_failed"]
@@ -101,14 +102,14 @@ def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
     """The episodes of a file, one at a time.
 
     Raises:
-        ValueError: a line is no trajectory; names the file and the line.
+        DataError: a line is no trajectory; names the file and the line.
     """
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
                 trajectory = Trajectory.from_json(line)
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
+                raise DataError(
                     f"{path}, line {number} is no recorded episode ({error!r}): collect again with this version"
                 ) from error
             yield trajectory

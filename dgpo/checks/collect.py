@@ -14,6 +14,8 @@ from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_values
 from dgpo.config.schema import Config
 from dgpo.config.stages import writer
+from dgpo.data.lines import BadLines
+from dgpo.data.questions import read_answered
 from dgpo.errors import ConfigError
 from dgpo.hardware.checks import check_engine
 from dgpo.hardware.machine import check_start
@@ -32,6 +34,8 @@ def check_collect(config: Config) -> list[str]:
     if config.collect.source == "transcripts":
         if not Path(config.data.collect_file or "").is_file():
             raise ConfigError(f"data.collect_file={config.data.collect_file}: name a jsonl file of transcripts")
+        for _ in read_answered(Path(config.data.collect_file), BadLines(config.prepare.max_bad_lines)):
+            pass
         check_model(config, model, key=key, notes=notes)
         return notes
     rows = check_rows(config, config.data.collect_file, key="data.collect_file", notes=notes, named=True)

@@ -10,6 +10,7 @@ from dgpo.config.schema import Config
 from dgpo.config.stages import collection
 from dgpo.data.rows import check_ids, read_rows
 from dgpo.errors import ConfigError, DataError
+from dgpo.runs.artifacts import read_manifest
 from dgpo.runs.owner import refuse_if_owned
 
 
@@ -21,8 +22,11 @@ def check_stage_folder(config: Config, stage: str) -> None:
             f"run_dir={config.run_dir}: {there} is no folder that can be written to; choose another run_dir"
         )
     refuse_if_owned(folder)
-    if not config.resume and folder.is_dir() and any(folder.iterdir()):
+    begun = folder.is_dir() and any(folder.iterdir())
+    if begun and not config.resume:
         raise ConfigError(f"{folder} exists: continue it with resume=true, or choose another run_dir")
+    if config.resume and not begun:
+        print(f"resume=true: nothing to resume in {folder}, {stage} begins", flush=True)
 
 
 def is_assumed(config: Config, file: str | None) -> bool:
@@ -60,5 +64,6 @@ def check_collection(config: Config, notes: list[str]) -> None:
             notes.append(f"{episodes}: will be written by collect")
             return
         raise ConfigError(f"{episodes} does not exist: run `python -m dgpo collect` with this run_dir first")
+    read_manifest(folder, stage="collect")
     if not episodes.stat().st_size:
         raise ConfigError(f"{episodes} is empty: the teacher answered no question; see {folder / 'manifest.json'}")

@@ -18,8 +18,8 @@ from dgpo.agent.protocol import INVALID_ACTION_TEXT, build_messages, encode_prom
 from dgpo.agent.trajectory import SearchRecord, Trajectory, Turn
 from dgpo.coldstart.filter import end_at_answer
 from dgpo.config.schema import EpisodeConfig
-from dgpo.data.lines import BadLines, read_objects
-from dgpo.data.questions import Question, parse_question
+from dgpo.data.lines import BadLines
+from dgpo.data.questions import Question, read_answered
 from dgpo.metrics.exact_match import exact_match
 
 # What a transcript is, each of which is counted; only the first is kept.
@@ -58,24 +58,16 @@ def read_transcripts(
     """
     kept: list[Trajectory] = []
     counts: Counter[str] = Counter()
-    for number, record in read_objects(path, bad):
-        try:
-            question, response = parse_question(record, default_id=str(number)), record.get("response")
-            if not isinstance(response, str):
-                raise ValueError(f"`response` is {response!r}, expected the text of the episode")
-        except ValueError as error:
-            bad.add(path, number, str(error))
-            continue
+    for number, question, record in read_answered(path, bad):
         try:
             if record.get("stop_reason") == "length":
                 raise TranscriptError("truncated")
             name = f"transcript-{number}-{question.id}"
-            episode = to_trajectory(name, question, cut(response), tokenizer, limits=limits)
+            episode = to_trajectory(name, question, cut(record["response"]), tokenizer, limits=limits)
             kept.append(end_at_answer(episode, tokenizer))
             counts["kept"] += 1
         except TranscriptError as error:
             counts[error.reason] += 1
-    bad.check()
     return kept, {reason: counts[reason] for reason in REASONS}
 
 

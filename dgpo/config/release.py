@@ -52,11 +52,10 @@ def _overrides(command: str, values: dict[str, str]) -> list[str]:
     run_dir = Path(os.environ.get("EXP_ROOT", "runs"), values["exp"])
     if command == "test":
         name = re.sub(r"\W", "_", Path(values["model"]).name)  # a dot would nest keys
-        return [
-            f"test.models.{name}={values['model']}",
-            f"data.test_files.all={data}/test.parquet",
-            f"run_dir={run_dir}",
-        ]
+        all_sets = data / "test.parquet"  # the release's; `prepare` writes a file for each set
+        is_prepared = not all_sets.is_file() and (data / "nq_test.parquet").is_file()
+        files = ["data=prepared", f"prepare.out={data}"] if is_prepared else [f"data.test_files.all={all_sets}"]
+        return [f"test.models.{name}={values['model']}", *files, f"run_dir={run_dir}"]
     return [
         "stages=[train]",
         f"data.train_file={data}/train.parquet",

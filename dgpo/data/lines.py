@@ -10,7 +10,7 @@ from typing import Any
 
 from dgpo.errors import DataError
 
-NUM_SHOWN = 10
+NUM_SHOWN = 3
 
 
 class BadLines:

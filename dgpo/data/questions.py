@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,24 @@ def read_questions(path: Path, bad: BadLines) -> list[Question]:
         line_of[question.id] = number
         questions.append(question)
     return questions
+
+
+def read_answered(path: Path, bad: BadLines) -> Iterator[tuple[int, Question, dict[str, Any]]]:
+    """(line number, question, line) of a file of episodes: questions whose `response` holds the whole text of one.
+
+    Raises:
+        DataError: no such file; at its end, more lines than allowed that cannot be used.
+    """
+    for number, record in read_objects(path, bad):
+        try:
+            question = parse_question(record, default_id=str(number))
+            if not isinstance(record.get("response"), str):
+                raise ValueError(f"`response` is {record.get('response')!r}, expected the text of the episode")
+        except ValueError as error:
+            bad.add(path, number, str(error))
+        else:
+            yield number, question, record
+    bad.check()
 
 
 def parse_question(record: Mapping[str, Any], *, default_id: str) -> Question:

@@ -29,7 +29,7 @@ from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes
 from dgpo.errors import DataError
 from dgpo.evaluation import upstream
 from dgpo.evaluation.arcap_chart import DIMENSIONS
-from dgpo.evaluation.paper import paper_arcap
+from dgpo.evaluation.paper import paper_arcap, protocol_note
 from dgpo.evaluation.report import find_pair
 from dgpo.evaluation.scores import Score, average_samples, group_by
 from dgpo.evaluation.stage import Measured, load_tokenizers, measure_model, read_test_sets, sampling_temperature
@@ -215,7 +215,9 @@ def summarize(scores: Sequence[Score]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def print_arcap(result: Mapping[str, Any], *, pair: str | None) -> None:
     """One row per dimension and set, one column per model; behind a stroke the paper's number where it prints one."""
-    note = "" if result["hits"] == "ours" else f"\n{result['hits'].upper()}: raw, case-sensitive substring hits"
+    upstream = result["hits"] != "ours"
+    note = f"\n{result['hits'].upper()}: raw, case-sensitive substring hits" if upstream else ""
+    note += f"\n{protocol_note({result['temperature']}, upstream=upstream)}" if pair else ""
     table = Table(title=f"What the agent can do (ARCap){note}", title_justify="left", title_style="bold")
     for column in ("dimension", "set", "questions"):
         table.add_column(column)

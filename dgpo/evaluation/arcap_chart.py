@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.evaluation.charts import radar_chart
-from dgpo.evaluation.paper import paper_arcap
+from dgpo.evaluation.paper import paper_arcap, protocol_note
 
 ARCAP_FILE = "arcap/arcap.json"
 # Dimension -> its metric, and the label of its axes.
@@ -58,7 +58,8 @@ def arcap_section(arcap: Mapping[str, Any], *, pair: str | None) -> str:
     labels = [f"{DIMENSIONS[dimension][1]}, {name}" for dimension, name in axes]
     shapes = {model: [_value(values, *axis) for axis in axes] for model, values in models.items()}
     radar = radar_chart(labels, shapes, title="Capabilities (shares)") if len(axes) >= 3 else ""
-    paper = _PAPER if pair else ""
+    note = protocol_note({arcap["temperature"]}, upstream=arcap["hits"] != "ours")
+    paper = f"{_PAPER} {escape(note)}" if pair else ""
     return (
         '<section id="arcap"><h2>What the agent can do (ARCap)</h2><p><i>source referencing</i>: gold passages given, '
         "the answer at once (EM). <i>using evidence</i>: the same passages, but it may think and search (EM). <i>query "

@@ -4,6 +4,8 @@ which table. Rows are named by the preset that reproduces them; `untrained` and 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 
 # Rows of every table of ours and of none of the paper's: row -> how it is asked (dgpo/agent/modes.py).
@@ -96,6 +98,22 @@ EXACT_MATCH = {
         "dgpo": (0.448, 0.553, 0.437, 0.412, 0.379, 0.155, 0.339, 0.389),
     },
 }
+
+
+def protocol_note(temperatures: Collection[float], *, upstream: bool) -> str:
+    """How the paper's numbers were measured, and ours: to stand wherever the two do.
+
+    Args:
+        temperatures: of our episodes.
+        upstream: whether ours were measured by `test.compat=upstream`.
+    """
+    if upstream:
+        return "Both by the protocol of the authors' release."
+    sampled = "of temperature " + ", ".join(f"{t:g}" for t in sorted(temperatures))
+    return (
+        "The paper's numbers are of single samples at temperature 1 (Bamboogle: 124 of 125 questions); ours are "
+        f"{sampled if any(temperatures) else 'greedy'}. `test.compat=upstream` measures as the paper does."
+    )
 
 
 def paper_value(pair: str, row: str, column: str) -> float | None:

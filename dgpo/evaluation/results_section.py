@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from dgpo.evaluation.charts import interval_bar
-from dgpo.evaluation.paper import SETS, paper_value
+from dgpo.evaluation.paper import SETS, paper_value, protocol_note
 
 SLICE_TITLES = {"kind": "question kind", "country_split": "countries", "held_out_paraphrase": "held-out wording"}
 YES_NO = {"True": "yes", "False": "no"}
@@ -67,7 +67,8 @@ def _headline(results: Mapping[str, Any], summary: Mapping[str, Any], pair: str 
     ours = results.get("protocol", "ours") == "ours"
     protocol = "" if ours else f"<p class='bad'>Protocol: {escape(results['protocol'])}.</p>"
     mean = " EM is the unweighted mean over the sets." if several else ""
-    paper = f" <span class='paper'>paper</span>: its table for the pair {escape(pair)}." if pair else ""
+    note = escape(protocol_note({results["temperature"]}, upstream=not ours))
+    paper = f" <span class='paper'>paper</span>: its table for the pair {escape(pair)}. {note}" if pair else ""
     return (
         f'<section id="results"><h2>Held-out questions</h2><p>{num_questions} questions of {escape(", ".join(sets))}, '
         f"all of them in the denominator, {how}.{mean} Intervals: bootstrap over questions; differences are paired. "

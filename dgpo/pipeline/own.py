@@ -26,6 +26,7 @@ from dgpo.data.rows import read_rows, row_question
 from dgpo.errors import ConfigError
 from dgpo.evaluation.scores import compare
 from dgpo.files import atomic_write_text, read_jsonl
+from dgpo.hardware.machine import check_start
 from dgpo.metrics.exact_match import exact_match
 from dgpo.models.smollm2 import NAME as SMALL_MODEL
 from dgpo.models.smollm2 import find_gguf
@@ -70,6 +71,7 @@ def own(arguments: Sequence[str]) -> Path | None:
     if chosen("run_dir", overrides) is None:
         overrides.append(f"run_dir=runs/own-{source.resolve().name}")
     config = load_config(overrides)
+    check_start(config, "train")
     run = Path(config.run_dir)
     student = config.student.path or default_student()
     if config.dry_run:

@@ -17,6 +17,7 @@ from dgpo.config.schema import Config
 from dgpo.config.stages import stage_model
 from dgpo.errors import ConfigError
 from dgpo.files import atomic_write_text, read_jsonl
+from dgpo.hardware.machine import check_start
 from dgpo.pipeline import tiny
 from dgpo.pipeline.processes import PeakMemory, Stages, python_module
 from dgpo.runs.asking import write_asking
@@ -39,6 +40,7 @@ def quickstart(overrides: Sequence[str] = ()) -> Path:
     if not any(override.startswith("run_dir=") for override in overrides):
         config.run_dir = f"runs/quickstart-{datetime.now():%Y%m%d-%H%M%S}"
     folder = Path(config.run_dir)
+    check_start(config, "train")
     check_target(folder, key="run_dir", stage="quickstart", replace=False)
     if config.dry_run:
         print(f"dry run: {folder} would hold world, indexes, teacher, {', '.join(config.stages)}, test and report")

@@ -21,11 +21,22 @@ from dgpo.config.load import chosen, group_choices, load_config
 from dgpo.config.schema import Config
 from dgpo.errors import ConfigError
 from dgpo.evaluation.arcap_chart import ARCAP_FILE
-from dgpo.evaluation.paper import FIGURES, LABELS, MAIN_PAIR, ROWS, RULES, TABLES, TEACHER_TIME, paper_value
+from dgpo.evaluation.paper import (
+    FIGURES,
+    LABELS,
+    MAIN_PAIR,
+    ROWS,
+    RULES,
+    TABLES,
+    TEACHER_TIME,
+    paper_value,
+    protocol_note,
+)
 from dgpo.evaluation.report import write_report
 from dgpo.evaluation.scores import Score, compare
 from dgpo.files import atomic_write_text, read_jsonl
 from dgpo.hardware.gpu_hours import gpu_hours_range
+from dgpo.hardware.machine import check_start
 from dgpo.pipeline import tiny
 from dgpo.pipeline.missing import missing
 from dgpo.pipeline.over_seeds import write_over_seeds
@@ -41,10 +52,6 @@ BASELINE = {
     "contrasts": "kd",
     "pairs": "kd",
 }  # the row that the paired differences are against
-PROTOCOL_NOTE = (
-    "The paper's numbers are of single samples at temperature 1 (Bamboogle: 124 of 125 questions); ours are {ours}. "
-    "`test.compat=upstream` measures as the paper does."
-)
 SETTINGS = "reproduce.json"
 
 
@@ -62,6 +69,7 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
     config = load_config(overrides)
     if config.seeds:
         return _over_seeds(config, overrides)
+    check_start(config, "train")
     pairs = _pairs(config, overrides)
     folder = Path(config.run_dir)
     own = [o for o in overrides if not o.startswith(("pair=", "run_dir=", "dry_run", "table=", "rows."))]
@@ -260,10 +268,8 @@ def render_markdown(rows: Sequence[Mapping[str, Any]], *, baseline: str) -> str:
     beside = _render_beside(rows)
     if not beside:
         return ours
-    temperatures = {row["temperature"] for row in rows}
-    how = "greedy" if temperatures == {0.0} else "of temperature " + ", ".join(f"{t:g}" for t in sorted(temperatures))
     upstream = all(row["protocol"] != "ours" for row in rows)
-    note = "Both by the protocol of the authors' release." if upstream else PROTOCOL_NOTE.format(ours=how)
+    note = protocol_note({row["temperature"] for row in rows}, upstream=upstream)
     return f"{ours}\nThe checkpoint that the paper reports (`rule`), as ours (paper's). {note}\n\n{beside}"
 
 

@@ -2,7 +2,8 @@
 
     train/model                    the last step
     train/models/best              the best on data.validation_file, where there is one
-    train/models/before_collapse   the last step before the first alarm (docs/stability.md); without any, the last
+    train/models/before_collapse   the last step before the first alarm (docs/stability.md); without an alarm the last,
+                                   without a checkpoint from before it the first that was kept, with a word
     train/models/step_N            each of train.keep_steps that was reached
     train/models/steps.json        which step each of them is
 
@@ -22,6 +23,7 @@ from dgpo.config.schema import Config
 from dgpo.config.stages import MODEL_STEPS, initial_model, step_model
 from dgpo.files import atomic_write_text, read_jsonl
 from dgpo.models.model_folders import state_dtype, write_generation_config
+from dgpo.runs.alarms import ALARMS
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import checkpoint_steps, writing
 from dgpo.runs.rollback import CHECKPOINT, LAST_GOOD, METRICS, TRACKER, link_or_copy, num_rollbacks
@@ -67,12 +69,27 @@ def _sources(config: Config, folder: Path, last: int) -> dict[str, Path]:
     sources = {}
     if scores:
         sources["best"] = there[max(scores, key=lambda step: (scores[step], step))]
-    good = max(checkpoint_steps(folder / LAST_GOOD, CHECKPOINT), default=None)
-    sources["before_collapse"] = there[last] if good is None else folder / LAST_GOOD / f"{CHECKPOINT}{good}"
+    sources["before_collapse"] = _before_collapse(folder, there, last)
     for step in config.train.keep_steps:
         if step in there:
             sources[step_model(step)] = there[step]
     return sources
+
+
+def _before_collapse(folder: Path, there: Mapping[int, Path], last: int) -> Path:
+    good = max(checkpoint_steps(folder / LAST_GOOD, CHECKPOINT), default=None)
+    if good is not None:
+        return folder / LAST_GOOD / f"{CHECKPOINT}{good}"
+    alarms = read_jsonl(folder / ALARMS, growing=True)
+    if not alarms:
+        return there[last]
+    first = min(there)
+    print(
+        f"models/before_collapse is the first checkpoint kept, of step {first}: none is from before the alarm of step "
+        f"{alarms[0]['step']}; a shorter train.save_every keeps one",
+        flush=True,
+    )
+    return there[first]
 
 
 def _validation_scores(folder: Path) -> dict[int, float]:

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+from dgpo.runs.artifacts import write_manifest
+
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
@@ -24,6 +26,13 @@ def make_model(
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab, "merges": []}, "added_tokens": []}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a", "chat_template": TEMPLATE}))
     return str(folder)
+
+
+def make_collection(run: Path, text: str = "{}\n") -> None:
+    """`collect/` of a run, finished."""
+    (run / "collect").mkdir(parents=True)
+    (run / "collect" / "episodes.jsonl").write_text(text)
+    write_manifest(run / "collect", stage="collect", inputs={}, config=None, counts={}, seed=1)
 
 
 def make_row(index: int, corpus: str | None = "real") -> dict[str, Any]:

@@ -9,8 +9,10 @@ from dgpo.__main__ import main
 from dgpo.checks import check_collect, check_distill, check_test, check_train
 from dgpo.config.load import load_config
 from dgpo.data.rows import write_rows
-from dgpo.errors import ConfigError
-from tests.unit.stubs import healthy_server, make_model, make_row
+from dgpo.errors import ConfigError, DataError
+from tests.unit.stubs import healthy_server, make_collection, make_model, make_row
+
+STAGES = [(check_train, "train"), (check_distill, "distill"), (check_test, "test")]
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +26,7 @@ def config(tmp_path, retriever):
     """A configuration that passes every check."""
     write_rows(tmp_path / "rows.parquet", [make_row(index) for index in range(64)])
     run = tmp_path / "run"
-    (run / "collect").mkdir(parents=True)
-    (run / "collect" / "episodes.jsonl").write_text("{}\n")
+    make_collection(run)
     config = load_config(["world=tiny", "hardware=cpu"])
     config.run_dir, config.retriever.url = str(run), retriever
     config.student.path = config.train.init = make_model(tmp_path / "student")
@@ -241,7 +242,7 @@ def test_an_unknown_platform_and_loss_are_refused(config):
     refused(check_train, config, "hardware.platform=tpu", "cuda, cpu")
 
 
-@pytest.mark.parametrize(("check", "stage"), [(check_train, "train"), (check_distill, "distill"), (check_test, "test")])
+@pytest.mark.parametrize(("check", "stage"), STAGES)
 def test_a_stage_folder_that_exists_needs_resume(config, tmp_path, check, stage):
     (tmp_path / "run" / stage).mkdir()
     (tmp_path / "run" / stage / "file").touch()
@@ -253,6 +254,23 @@ def test_a_stage_folder_that_exists_needs_resume(config, tmp_path, check, stage)
 def test_distilling_without_collected_episodes_names_the_command(config, tmp_path):
     (tmp_path / "run" / "collect" / "episodes.jsonl").unlink()
     refused(check_distill, config, "python -m dgpo collect")
+
+
+def test_distilling_from_a_collection_that_did_not_finish_or_was_changed_is_refused(config, tmp_path):
+    manifest = tmp_path / "run" / "collect" / "manifest.json"
+    (tmp_path / "run" / "collect" / "episodes.jsonl").write_text("{ }\n")
+    refused(check_distill, config, "episodes.jsonl is missing or changed", error=DataError)
+    manifest.unlink()
+    refused(check_distill, config, "'collect' did not finish there", error=DataError)
+
+
+@pytest.mark.parametrize(("check", "stage"), STAGES)
+def test_resuming_where_nothing_is_says_so(config, capsys, check, stage):
+    config.run_dir, config.resume = f"{config.run_dir}-new", True
+    if stage == "distill":
+        make_collection(Path(config.run_dir))
+    check(config)
+    assert f"nothing to resume in {config.run_dir}/{stage}" in capsys.readouterr().out
 
 
 def test_a_baseline_that_is_not_tested_is_refused(config):
@@ -307,7 +325,9 @@ def test_every_stage_with_episodes_asks_a_backend_of_the_users_and_no_server(con
     ("arguments", "part"),
     [
         (["train", "trian.num_steps=3"], "did you mean train.num_steps?"),
-        (["trian"], "expected one of quickstart"),
+        (["trian"], "did you mean `train`?"),
+        (["start"], "did you mean `python -m retriever.serve`?"),
+        (["xyzzy"], "expected one of quickstart"),
         (["train", "hardware=gpu"], "cpu, gpu24gb, h200x8, h200x8xN"),
         (["collect", "hardware=cpu"], "data.collect_file"),
     ],

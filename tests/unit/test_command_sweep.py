@@ -30,7 +30,7 @@ from dgpo.checks.values import CHOICES
 from dgpo.config.load import FREE_MAPPINGS, GROUPS, config_keys, load_config
 from dgpo.config.ranges import RANGES
 from dgpo.data.rows import write_rows
-from tests.unit.stubs import healthy_server, make_model, make_row
+from tests.unit.stubs import healthy_server, make_collection, make_model, make_row
 from tests.unit.test_ranges import NUMBERS, leaves
 
 ROOT = Path(__file__).parents[2]
@@ -78,8 +78,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         row["extra_info"]["gold_passages"] = [{"id": "0", "contents": '"A"\nme'}]
     write_rows(folder / "rows.parquet", rows)
     (folder / "own.jsonl").write_text('{"question": "who?", "answers": ["me"]}\n' * 2)
-    (folder / "run" / "collect").mkdir(parents=True)
-    (folder / "run" / "collect" / "episodes.jsonl").write_text("{}\n")
+    make_collection(folder / "run")
     make_model(folder / "models" / "student")
     make_model(folder / "models" / "teacher", weights=b"teacher")
     with healthy_server() as url, pytest.MonkeyPatch.context() as patch:
@@ -401,6 +400,8 @@ TYPED: list[Case] = [
     ("report run_dir=nowhere dry_run=false", {}, "nowhere"),
     ("export run_dir=nowhere", {}, "run_dir=nowhere has no finished"),
     ("prepare prepare.source=nowhere.jsonl", {}, "nowhere.jsonl does not exist"),
+    ("collect collect.source=transcripts data.collect_file=own.jsonl", {}, "own.jsonl, line 1: `response` is None"),
+    ("distill run_dir=unfinished", {}, "unfinished/collect/manifest.json is missing"),
     ("collect resume=maybe", {}, "resume=maybe: expected true or false"),
 ]
 FIT: list[Case] = [  # what works in surroundings that are not ours
@@ -423,6 +424,9 @@ def variants(site: Site) -> None:
     (site.folder / "nojson" / "tokenizer.json").write_text("{")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (site.folder / "noshard" / "model.safetensors.index.json").write_text(json.dumps(index))
+    if not (site.folder / "unfinished").exists():
+        make_collection(site.folder / "unfinished")
+        (site.folder / "unfinished" / "collect" / "manifest.json").unlink()
     if not (site.folder / "long.parquet").exists():
         rows = [{**make_row(number), "prompt": [{"role": "user", "content": "ab" * 40}]} for number in range(64)]
         write_rows(site.folder / "long.parquet", rows)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from dgpo.config.help import SECTIONS, describe, meanings
@@ -37,3 +40,13 @@ def test_every_section_of_a_command_exists_and_no_other_is_listed(command):
     listed = [line.split("=")[0].strip() for line in describe(command).splitlines() if line.startswith("  ")]
     assert ("train.clip_ratio" in listed) == (command == "train")
     assert ("download.folder" in listed) == (command == "download")
+
+
+def test_a_reader_that_has_enough_ends_no_command_in_a_traceback():
+    """The help is longer than what a pipe holds."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dgpo", "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0

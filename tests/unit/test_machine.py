@@ -17,6 +17,16 @@ from dgpo.hardware import machine
 from dgpo.hardware.machine import Machine, VisibleGpu, check_machine, memory_limit, visible_gpus
 
 ROOT = Path(__file__).parents[2]
+COMMANDS = [
+    "collect",
+    "distill",
+    "train",
+    "test",
+    "arcap",
+    "quickstart",
+    f"own {ROOT / 'docs'}",
+    "reproduce table=main",
+]
 GIB = 2**30
 H200 = VisibleGpu("NVIDIA H200", 139.8 * GIB, 139.0 * GIB, "580.65.06")
 NODE = Machine([H200] * 8, 64, 2000 * GIB, 1000 * GIB, "gcc", Path("/usr/include/python3.11"))
@@ -36,22 +46,22 @@ def on(monkeypatch):
 
 
 @pytest.mark.parametrize("environment", [{"HOME": "/dev/null"}, {"XDG_CACHE_HOME": "/proc/version"}])
-@pytest.mark.parametrize("command", ["collect", "distill", "train", "test", "arcap"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_home_that_cannot_be_written_to_is_told_at_once(monkeypatch, capsys, environment, command):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert main([command, "world=tiny", "hardware=cpu", "dry_run=true"]) == 2
+    assert main([*command.split(), "world=tiny", "hardware=cpu", "dry_run=true"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "cannot be written to (HOME=" in error
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "nowhere", "127.0.0.1:port"])
-@pytest.mark.parametrize("command", ["collect", "distill", "train", "test", "arcap"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_ray_that_is_gone_is_told_at_once_and_by_the_variables_name(monkeypatch, capsys, address, command):
     monkeypatch.setenv("RAY_ADDRESS", address)
-    assert main([command, "world=tiny", "hardware=cpu", "dry_run=true"]) == 2
+    assert main([*command.split(), "world=tiny", "hardware=cpu", "dry_run=true"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert f"RAY_ADDRESS={address}: no Ray answers there (" in error

@@ -6,6 +6,7 @@ from dgpo.config.load import load_config
 from dgpo.config.release import with_positions
 from dgpo.data.rows import write_rows
 from dgpo.errors import ConfigError, DataError
+from dgpo.evaluation.paper import SETS
 from dgpo.evaluation.stage import read_test_sets
 from tests.unit.fake_model import make_question
 
@@ -34,6 +35,17 @@ def test_what_is_left_out_has_the_releases_default():
     assert config.test.models == {"model": "me/model"}
     assert config.data.test_files == {"all": "data/nq_hotpotqa_train/test.parquet"}
     assert config.test.compat == "upstream"
+
+
+def test_a_folder_of_prepare_is_one_file_for_each_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    folder = tmp_path / "prepared"
+    folder.mkdir()
+    write_rows(folder / "nq_test.parquet", [make_question(0, "x")])
+    config = load_config(with_positions("test", ["prepared", "me/model"]))
+    assert config.data.test_files == {name: f"{folder}/{name}_test.parquet" for name in SETS}
+    write_rows(folder / "test.parquet", [make_question(0, "x")])
+    assert load_config(with_positions("test", ["prepared"])).data.test_files == {"all": f"{folder}/test.parquet"}
 
 
 def test_a_bare_command_is_the_releases_where_its_variable_is_set(monkeypatch):
