@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import pickle
+from _codecs import encode
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy._core.multiarray import _reconstruct
+from numpy._core.multiarray import _reconstruct, scalar
 
 from dgpo.errors import DataError, first_line
 
-# What an array is made of: the state of numpy's random generator is one.
+# What an array is made of, as in the state of the random generator, and a number, as an adaptive KL coefficient is.
 _ARRAY: list[Any] = [_reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+_SCALAR: list[Any] = [scalar, type(np.dtype(np.float64)), encode]
+
+
+def save_plain(value: Any, path: Path) -> None:
+    """Writes a file that `load_plain` reads.
+
+    Raises:
+        DataError: it would not.
+    """
+    torch.save(value, path)
+    load_plain(path)
 
 
 def load_plain(path: Path) -> Any:
@@ -23,7 +35,7 @@ def load_plain(path: Path) -> Any:
         DataError: it is cut off, or holds more than tensors and plain values.
     """
     try:
-        with torch.serialization.safe_globals(_ARRAY):
+        with torch.serialization.safe_globals([*_ARRAY, *_SCALAR]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise DataError(

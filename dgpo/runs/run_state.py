@@ -25,7 +25,7 @@ from dgpo.errors import RunStoppedError, first_line
 from dgpo.files import atomic_write_text, drop_records_after
 from dgpo.runs.alarms import ALARMS
 from dgpo.runs.checkpoints import FileEntries, checkpoint_steps, file_entries, seal, steps_to_delete, writing
-from dgpo.runs.plain_values import load_plain
+from dgpo.runs.plain_values import load_plain, save_plain
 from dgpo.runs.rollback import CHECKPOINT, TRACKER
 
 Record = dict[str, float]
@@ -74,8 +74,8 @@ def save_whole(
                     f"{missing[0]} and {len(missing) - 1} more files that other nodes wrote are not in {target}: "
                     "run_dir must be on a file system that all nodes share"
                 )
-            torch.save(dataloader, target / DATALOADER)
-            torch.save({"rng": _random_state(), "kl_coef": kl_coef, "record": record}, target / DRIVER)
+            save_plain(dataloader, target / DATALOADER)
+            save_plain({"rng": _random_state(), "kl_coef": kl_coef, "record": record}, target / DRIVER)
             seal(
                 target,
                 files=files | file_entries(target, [DATALOADER, DRIVER]),

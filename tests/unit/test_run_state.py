@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dgpo.errors import RunStoppedError
+from dgpo.errors import DataError, RunStoppedError
 from dgpo.files import append_jsonl
 from dgpo.runs.checkpoints import checkpoint_steps, damage, file_entries
 from dgpo.runs.run_state import begin_from, prune, save_whole
@@ -75,6 +75,18 @@ def test_the_record_that_its_process_did_not_write_is_in_the_checkpoint(tmp_path
     assert start.unlogged == {"step": 2, "episode/em": 0.75}
     assert start.kl_coef == 0.01
     assert steps_in(tmp_path / "metrics.jsonl") == [1]
+
+
+def test_what_an_adaptive_controller_makes_of_the_coefficient_is_read_again(tmp_path):
+    """veRL's computes it with numpy."""
+    checkpoint = save(tmp_path, 2, kl_coef=np.float64(0.25))
+    assert begin_from(tmp_path / "metrics.jsonl", checkpoint).kl_coef == 0.25
+
+
+def test_what_could_not_be_read_again_is_not_saved(tmp_path):
+    with pytest.raises(DataError, match=r"driver\.pt holds more than tensors and plain values"):
+        save(tmp_path, 2, kl_coef=tmp_path)
+    assert checkpoint_steps(tmp_path / "checkpoints", "global_step_") == []
 
 
 def test_a_run_that_begins_again_has_no_records(tmp_path):
