@@ -1,7 +1,7 @@
 """Steps of RL on the real engine, by part.
 
     python scripts/bench/step.py [--steps 8] [key=value ...]
-    python scripts/bench/step.py --against train.old_log_probs=rollout [key=value ...]
+    python scripts/bench/step.py --against train.reuse_log_probs_within=0.001 [key=value ...]
     python scripts/bench/step.py --folder runs/bench --out step.json --trace trace.json
 
 Overrides are those of `dgpo train`. Without a `retriever.url` among them it is the tiny world with the student after
