@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch.distributed.tensor  # whose classes the optimiser's state is made of
 
 from dgpo.config.load import group_choices, load_config
+from dgpo.runs.plain_values import load_plain
 from tests.conftest import TinyWorld, read_metrics, run_command
 
 pytestmark = pytest.mark.engine
@@ -60,6 +62,8 @@ def test_grpo_with_the_token_form(tiny_world: TinyWorld, tmp_path: Path):
         # The teacher term gives failed episodes an advantage even where a whole group failed.
         assert record["critic/advantages/max"] > record["critic/advantages/min"]
         assert "actor/teacher_loss" not in record
+    optimizer = load_plain(tmp_path / "run/train/checkpoints/global_step_2/actor/optim_world_size_1_rank_0.pt")
+    assert {int(state["step"]) for state in optimizer["state"].values()} == {2 * 32 // 16}, "updates of two steps"
 
 
 @pytest.mark.slow

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import open_dict
 from transformers import TrainingArguments
-from verl.trainer.ppo.core_algos import kl_penalty
+from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_vanilla, kl_penalty
 
 from dgpo.algorithms.taid import TaidSchedule, initial_state, update_state
 from dgpo.coldstart.train import _training_arguments
 from dgpo.config.load import load_config
+from dgpo.rl.verl_config import to_verl
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -74,17 +76,23 @@ def test_the_papers_recipe_is_taids_optimiser_and_schedule(tmp_path):
     assert arguments(["recipe=recommended"], tmp_path).adam_beta2 == 0.98
 
 
-def test_plain_grpos_loss_is_search_r1s():
-    """With the whole batch as one micro-batch, where both denominators are the same."""
-    from verl.trainer.ppo.core_algos import agg_loss
-
+def test_plain_grpos_loss_is_search_r1s(tmp_path):
+    """With the whole batch as one micro-batch, where both denominators are the same, by the settings of the preset."""
     recorded = golden("grpo_loss")
-    tensors = {name: torch.tensor(recorded[name]) for name in ("log_probs", "ref_log_probs", "mask", "kl")}
+    names = ("log_probs", "ref_log_probs", "old_log_probs", "advantages", "mask", "kl")
+    tensors = {name: torch.tensor(recorded[name]) for name in names}
     kl = kl_penalty(tensors["log_probs"], tensors["ref_log_probs"], "low_var_kl")
     torch.testing.assert_close(kl, tensors["kl"])
-    train = load_config(["experiment=grpo"]).train
+    config = load_config(["experiment=grpo", "hardware=cpu", "student.path=here"])
+    actor = to_verl(config, tmp_path).actor_rollout_ref.actor
+    with open_dict(actor):
+        actor.global_batch_info = {}  # this batch alone
+    policy_loss, _ = compute_policy_loss_vanilla(
+        tensors["old_log_probs"], tensors["log_probs"], tensors["advantages"], tensors["mask"], "token-mean", actor
+    )
+    assert float(policy_loss) == pytest.approx(recorded["policy_loss"], rel=1e-6)
     term = agg_loss(loss_mat=kl, loss_mask=tensors["mask"], loss_agg_mode="token-mean")
-    assert recorded["policy_loss"] + train.init_kl_coef * float(term) == pytest.approx(recorded["loss"], rel=1e-6)
+    assert float(policy_loss + config.train.init_kl_coef * term) == pytest.approx(recorded["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("experiment", ["grpo", "dgpo_grpo"])
