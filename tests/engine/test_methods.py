@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch.distributed.tensor  # whose classes the optimiser's state is made of
+import torch.distributed.tensor  # noqa: F401 -- the classes that an optimiser's state is made of
 
 from dgpo.config.load import group_choices, load_config
 from dgpo.runs.plain_values import load_plain
