@@ -110,10 +110,11 @@ def chosen(group: str, overrides: Sequence[str]) -> str | None:
     return choices[-1] if choices else None
 
 
-def changed_settings(config: Config) -> list[str]:
-    """`key=value` of each leaf that differs from what no override at all gives."""
+def changed_settings(config: Config | dict[str, Any]) -> list[str]:
+    """`key=value` of each leaf that differs from what no override at all gives; of a recorded tree as well."""
     default = dict(_leaves(asdict(_composed(()))))
-    return [f"{key}={value}" for key, value in _leaves(asdict(config)) if default.get(key, MISSING) != value]
+    settings = asdict(config) if isinstance(config, Config) else config
+    return [f"{key}={value}" for key, value in _leaves(settings) if default.get(key, MISSING) != value]
 
 
 def recipe_settings(config: Config, section: str) -> list[str]:

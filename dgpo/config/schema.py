@@ -447,7 +447,7 @@ class ExportConfig:
 class ReportConfig:
     """`report.html` of a run."""
 
-    runs: list[str] = field(default_factory=list)  # run folders whose training curves are drawn over this run's
+    runs: list[str] = field(default_factory=list)  # run folders whose curves and test results stand beside this run's
 
 
 @dataclass

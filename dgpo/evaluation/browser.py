@@ -9,7 +9,7 @@ The page's block `episode-data` (read by `page/browser.js`) is one JSON object. 
     vocabulary, pieces       per model the number of its tokenizer; per tokenizer {token id: text, or bytes}
     chunk_size, chunks       "model-number" -> {row: episode}; empty where the chunks are files in `folder`
     folder                   null, or the folder beside the page with a file "model-number.js" per chunk
-    kl_notes                 per set, why an episode has no per-token teacher KL
+    kl_notes                 per set, why an episode has no reverse KL to the teacher per token
     focus, shown             the model that is filtered by at the start; those whose episodes are open
 
 An episode is {ids, runs} with the lengths of its runs by policy and environment in turns, and {student, teacher}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,17 @@ from dgpo.evaluation.browser import ModelEpisodes, embed_json, write_browser_dat
 from dgpo.evaluation.results_section import model_of_interest
 from dgpo.evaluation.token_pieces import TokenPieces, find_tokenizer
 from dgpo.files import read_jsonl
+from dgpo.runs.settings import SETTINGS
 
 TRAINING_EPISODES = "train/episodes"  # step_N.jsonl and the tokenizer, written by dgpo.rl.episode_log
 IN_TRAINING = "in training"
 NOT_SCORED = (
     "Not recorded: the teacher did not score this episode token by token. It scores those that its gate lets in, and a "
     "few others; in its `exact` form, which scores whole vocabularies inside the update, a few of either outcome."
+)
+PERMUTED = (
+    "<p>The sets <i>training, step N</i> are of <i>permuted worlds</i>: all names are real, all facts are shuffled, in "
+    "golds and passages alike, so that an answer must be read and cannot be remembered.</p>"
 )
 _FILTERS = ("model", "set", "property", "outcome", "against", "searches")
 
@@ -45,13 +52,24 @@ def browser_section(folder: Path, results: Mapping[str, Any] | None, *, max_inli
     return (
         '<section id="episodes"><h2>Episodes</h2><p>Every recorded episode; filters apply to the model chosen first. '
         "<i>information</i> is what the retriever returned. Keys: <kbd>/</kbd> text, <kbd>j</kbd> <kbd>k</kbd> next "
-        "and previous, <kbd>t</kbd> token mask, <kbd>d</kbd> distance to the teacher.</p>"
-        f'<div class="key">{key}</div><div class="filters">{selects}<input id="filter-text" type="search" '
-        'placeholder="text in question, gold, answer, query or id" aria-label="text"><span id="episode-count" '
-        'role="status"></span></div><div class="browser"><div id="episode-list" role="listbox" tabindex="0" '
+        "and previous, <kbd>t</kbd> token mask, <kbd>d</kbd> reverse KL to the teacher.</p>"
+        f"{PERMUTED if training and _is_permuted(folder) else ''}"
+        f'<div class="key">{key}</div><p>In the list a mark for each model that played the question, in the order '
+        f'{escape(", ".join(names))}: <b class="good">✓</b> exact match, <b class="bad">✗</b> failed.</p>'
+        f'<div class="filters">{selects}<input id="filter-text" type="search" '
+        'placeholder="text in question, gold, answer, query or id" aria-label="text"><button id="filter-clear" '
+        'type="button" class="chip">clear filters</button><span id="episode-count" role="status"></span></div>'
+        '<div class="browser"><div id="episode-list" role="listbox" tabindex="0" '
         'aria-label="questions"></div><div id="episode-detail"></div></div>'
         f'<script type="application/json" id="episode-data">{embed_json(data)}</script></section>'
     )
+
+
+def _is_permuted(folder: Path) -> bool:
+    """Whether RL searched in permuted worlds (`dgpo.tinyworld.world`), by what it recorded of its retriever."""
+    path = folder / "train" / SETTINGS
+    searched = json.loads(path.read_text()).get("retriever") or {} if path.exists() else {}
+    return any(name.startswith("permuted") for name in searched.get("corpora", searched))
 
 
 def _tested(folder: Path, results: Mapping[str, Any]) -> list[ModelEpisodes]:

@@ -6,7 +6,6 @@ python -m dgpo compare runs/dgpo runs/ppo [out=comparison.md]
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
@@ -26,13 +24,13 @@ from dgpo.evaluation.stale import stale_models
 from dgpo.files import atomic_write_text, read_jsonl
 from dgpo.metrics.intervals import paired_bootstrap
 from dgpo.metrics.mcnemar import mcnemar_exact
-from dgpo.runs.artifacts import MANIFEST
+from dgpo.runs.artifacts import recorded
 from dgpo.runs.summary import read_results, table_console
 
 STAGES = ("collect", "distill", "train", "test")
 SECTION = b"\n## Configuration\n"  # the first of every comparison
 IGNORED_KEYS = ("run_dir", "resume", "dry_run")  # where and how a stage was started, not what it did
-LAST_STEPS = 10  # of training, over which metrics are averaged
+LAST_STEPS = 10  # of training that both runs logged, over which metrics are averaged
 METRICS = (
     "episode/em",
     "episode/answered",
@@ -151,16 +149,11 @@ def _configurations(a: Path, b: Path) -> Table:
 
 def _stage_settings(folder: Path, stage: str) -> dict[str, Any]:
     """The settings and package versions that a stage recorded, by dotted key; empty where it did not run."""
-    manifests = [folder / stage / MANIFEST, folder / stage / "model" / MANIFEST, *folder.glob(f"{stage}/*/{MANIFEST}")]
-    manifest: dict[str, Any] = next((json.loads(path.read_text()) for path in manifests if path.exists()), {})
-    config = manifest.get("config") or {}
-    unfinished = folder / stage / "config.yaml"
-    if not config and unfinished.exists():
-        config = unfinished.read_text()
-    config = yaml.safe_load(config) if isinstance(config, str) else config
+    record = recorded(folder, stage)
+    config = record.get("config", {})
     settings = {key: value for key, value in _flatten(config) if key not in IGNORED_KEYS}
-    settings |= {f"version of {name}": version for name, version in manifest.get("versions", {}).items()}
-    own = str((config or {}).get("run_dir", folder))
+    settings |= {f"version of {name}": version for name, version in record.get("versions", {}).items()}
+    own = str(config.get("run_dir", folder))
     return {key: value.replace(own, "RUN_DIR") if isinstance(value, str) else value for key, value in settings.items()}
 
 
@@ -178,21 +171,32 @@ def _short(value: Any) -> str:
 
 def _training(a: Path, b: Path) -> Table:
     runs = [read_curves(folder, folder.name) for folder in (a, b)]
+    logged = [{record["step"] for record in run.training} for run in runs if run.training]
+    if not logged:
+        return Table("Training", "neither run has been trained.", (), [])
+    shared = sorted(set.intersection(*logged))
     rows = [("steps", *(str(len(run.training)) for run in runs))]
     rows += [("alarms", *(str(len(run.alarms)) for run in runs))]
-    rows += [(name, *(_last(run, name) for run in runs)) for name in METRICS]
+    rows += [(name, *_means(runs, name, shared)) for name in METRICS]
     validation = sorted({name for run in runs for record in run.training for name in record if name.startswith("val-")})
-    rows += [(name, *(_last(run, name, steps=1) for run in runs)) for name in validation if name.endswith("em/mean@1")]
+    rows += [(name, *_means(runs, name, shared, last=1)) for name in validation if name.endswith("em/mean@1")]
     rows = [row for row in rows if any(cell not in ("-", "0") for cell in row[1:])]
-    note = f"Means over the last {LAST_STEPS} logged steps; validation: the last one."
-    if not any(run.training for run in runs):
-        return Table("Training", "neither run has been trained.", (), [])
+    note = f"Means over the last {LAST_STEPS} steps that both runs logged; validation: the last of them."
+    if len(logged) > 1:
+        note += f" Both logged {shared[0]} to {shared[-1]}." if shared else " They share no step."
     return Table("Training", note, ("metric", a.name, b.name), rows)
 
 
-def _last(run: RunCurves, metric: str, *, steps: int = LAST_STEPS) -> str:
-    values = [value for _, value in series(run.training, metric) if math.isfinite(value)][-steps:]
-    return f"{fmean(values):.4g}" if values else "-"
+def _means(
+    runs: Sequence[RunCurves], metric: str, shared: Sequence[float], *, last: int = LAST_STEPS
+) -> tuple[str, ...]:
+    """The metric's mean in each run over the last of the shared steps at which every run that logs it has a number."""
+    values = [
+        {step: value for step, value in series(run.training, metric) if step in shared and math.isfinite(value)}
+        for run in runs
+    ]
+    steps = [step for step in shared if all(step in of_run for of_run in values if of_run)][-last:]
+    return tuple(f"{fmean(of_run[step] for step in steps):.4g}" if of_run and steps else "-" for of_run in values)
 
 
 def _tests(a: Path, b: Path) -> Table:
@@ -213,14 +217,15 @@ def _tests(a: Path, b: Path) -> Table:
         left_out += unmatched
         rows += _paired_rows(first if first == second else f"{first}, {second}", *matched)
     note = (
-        f"Difference: {a.name} minus {b.name}, 95% interval by paired bootstrap over questions. Only {a.name}, only "
-        f"{b.name}: questions that one run alone got right; p: McNemar's exact test on them."
+        "Difference: the second run minus the first, 95% interval by paired bootstrap over questions. Only "
+        f"{a.name}, only {b.name}: questions that one run alone got right; p: McNemar's exact test on them."
     )
     for folder, result in zip((a, b), results, strict=True):
         note += "".join(f" {line}." for line in stale_models(folder / "test", result["models"]))
     if left_out:
         note += f" {left_out} episodes have no partner with the same question in the other run and are left out."
-    head = ("models", "set", "questions", f"EM {a.name}", f"EM {b.name}", "difference", "95% interval")
+    difference = f"{b.name} minus {a.name}"
+    head = ("models", "set", "questions", f"EM {a.name}", f"EM {b.name}", difference, "95% interval")
     return Table(title, note, (*head, f"only {a.name}", f"only {b.name}", "p"), rows)
 
 
@@ -251,10 +256,10 @@ def _paired_rows(name: str, a: Sequence[Score], b: Sequence[Score]) -> list[tupl
         return []
     mine, theirs = group_by(a, "set"), group_by(b, "set")
     em = {each: [[score["em"] for score in group[each]] for group in (mine, theirs)] for each in mine}
-    rows = [_row(name, set_name, values, paired_bootstrap(*values)) for set_name, values in em.items()]
+    rows = [_row(name, set_name, values, paired_bootstrap(*reversed(values))) for set_name, values in em.items()]
     if len(em) > 1:
         means = [fmean(fmean(values[side]) for values in em.values()) for side in (0, 1)]
-        difference = mean_of_sets([[x - y for x, y in zip(*values, strict=True)] for values in em.values()])
+        difference = mean_of_sets([[y - x for x, y in zip(*values, strict=True)] for values in em.values()])
         cells = (f"{means[0]:.3f}", f"{means[1]:.3f}", *_difference_cells(difference), "", "", "")
         rows.append((name, "mean of sets", str(len(a)), *cells))
     return rows

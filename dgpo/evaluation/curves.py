@@ -22,10 +22,10 @@ RL_CHARTS: dict[str, dict[str, str]] = {
         "gated (the teacher term applies)": "teacher/gate_fraction",
         "answered": "episode/answered",
     },
-    "Distance to the teacher (nats per token)": {
-        "teacher term": "actor/teacher_loss",
-        "KL on failed": "teacher/kl_failed",
-        "KL on correct": "teacher/kl_correct",
+    "Reverse KL to the teacher (nats per token)": {
+        "in the loss": "actor/teacher_loss",
+        "failed episodes": "teacher/kl_failed",
+        "correct episodes": "teacher/kl_correct",
     },
     "Searches per episode": {"searches": "episode/num_searches"},
     "Entropy of the policy (nats per token)": {"entropy": "actor/entropy"},

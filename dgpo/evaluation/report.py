@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from dgpo.config.load import CONFIG_DIR, group_choices
+from dgpo.algorithms.selective_kl import GATES
+from dgpo.config.load import CONFIG_DIR, changed_settings, group_choices
 from dgpo.config.schema import Config
 from dgpo.errors import ConfigError
 from dgpo.evaluation.arcap_chart import arcap_section, read_arcap
@@ -23,17 +24,17 @@ from dgpo.evaluation.browser import MAX_INLINE_BYTES
 from dgpo.evaluation.browser_section import browser_section
 from dgpo.evaluation.charts import stage_bars
 from dgpo.evaluation.curves import curves_section, read_curves
-from dgpo.evaluation.results_section import model_of_interest, results_section
+from dgpo.evaluation.results_section import model_of_interest, results_section, runs_section
 from dgpo.evaluation.stale import stale_models
 from dgpo.files import atomic_write_text
-from dgpo.runs.artifacts import MANIFEST
+from dgpo.runs.artifacts import recorded
 from dgpo.runs.summary import read_results
 
 PAGE = Path(__file__).parent / "page"
 
 
 def report(config: Config) -> None:
-    """Writes the page of `run_dir`, with the curves of `report.runs` over its own, and prints where it is."""
+    """Writes the page of `run_dir`, with curves and test results of `report.runs`, and prints where it is."""
     folder = Path(config.run_dir)
     if config.dry_run:
         print(f"dry run: {folder / 'report.html'} would be written from {folder}")
@@ -46,7 +47,7 @@ def write_report(folder: Path, others: Sequence[Path] = (), *, max_inline_bytes:
 
     Args:
         folder: the run.
-        others: run folders whose training curves are drawn over this one's.
+        others: run folders whose training curves are drawn over this one's, and whose test results are listed.
         max_inline_bytes: recorded episodes of more bytes go into files beside the page.
 
     Raises:
@@ -54,25 +55,27 @@ def write_report(folder: Path, others: Sequence[Path] = (), *, max_inline_bytes:
         ConfigError: two of the runs have one name.
     """
     folder = Path(folder)
-    results = read_results(folder) if (folder / "test" / "results.json").exists() else None
-    curves = [read_curves(path, path.name) for path in _named_apart([folder, *map(Path, others)])]
-    for path, run in zip([folder, *others], curves, strict=True):
-        if not (run.training or run.distillation or (results and path == folder)):
+    runs = _named_apart([folder, *map(Path, others)])
+    curves = [read_curves(path, path.name) for path in runs]
+    tested = {path: read_results(path) for path in runs if (path / "test" / "results.json").exists()}
+    for path, run in zip(runs, curves, strict=True):
+        if not (run.training or run.distillation or path in tested):
             raise FileNotFoundError(
                 f"{path} holds no test results and no training metrics: run `python -m dgpo test` or `train` with this "
                 "run_dir first"
             )
-    summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").exists() else {}
+    results, summary = tested.get(folder), _summary(folder)
     arcap = read_arcap(folder)
     pair = find_pair(folder)
     sections = [
-        _stale(folder, results, arcap),
+        _stale(folder, tested, arcap),
         results_section(results, summary, pair=pair) if results else "",
+        runs_section({path.name: each for path, each in tested.items()}) if tested.keys() - {folder} else "",
         arcap_section(arcap, pair=pair) if arcap else "",
         curves_section(curves),
         _stages(folder, summary),
         browser_section(folder, results, max_inline_bytes=max_inline_bytes),
-        _configuration(folder, summary),
+        _configuration(folder, runs),
     ]
     path = folder / "report.html"
     atomic_write_text(path, _page(f"DGPO: {folder.name}", _opening(folder, results) + "".join(sections)))
@@ -102,13 +105,7 @@ def _named_apart(folders: Sequence[Path]) -> list[Path]:
 
 def find_pair(folder: Path) -> str | None:
     """The paper's pair whose student and teacher a run used, by what its stages recorded; None for other models."""
-    tested = [path for stage in ("test", "arcap") for path in folder.glob(f"{stage}/*/{MANIFEST}")]
-    manifests = [*tested, folder / "train" / "model" / MANIFEST]
-    for path in manifests:
-        if not path.exists():
-            continue
-        config = json.loads(path.read_text())["config"]
-        config = yaml.safe_load(config) if isinstance(config, str) else config
+    for config in filter(None, (recorded(folder, stage).get("config") for stage in ("test", "arcap", "train"))):
         for pair in group_choices("pair"):
             preset = yaml.safe_load((CONFIG_DIR / "pair" / f"{pair}.yaml").read_text())
             if all(config[who]["path"] == preset[who]["path"] for who in ("student", "teacher")):
@@ -128,15 +125,32 @@ def _opening(folder: Path, results: Mapping[str, Any] | None) -> str:
             f"{em_before:.1%}: a difference of <b>{100 * difference:+.1f} points</b> [{100 * low:+.1f}, "
             f"{100 * high:+.1f}] on the same questions.</p>"
         )
-    what = (
-        "<p>A small model learns to search: it copies a teacher that can, then improves by reinforcement learning.</p>"
-    )
-    return f"<header><h1>{escape(folder.name)}</h1>{what}{sentence}</header>"
+    return f"<header><h1>{escape(folder.name)}</h1>{_method(folder)}{sentence}</header>"
 
 
-def _stale(folder: Path, results: Mapping[str, Any] | None, arcap: Mapping[str, Any] | None) -> str:
+def _method(folder: Path) -> str:
+    """What the run did, by the stages that are in its folder."""
+    steps = []
+    if (folder / "distill").is_dir():
+        source = recorded(folder, "collect").get("config", {}).get("collect", {}).get("source", "teacher")
+        steps.append("it copies a teacher that can" if source == "teacher" else "it copies demonstrations")
+    if (folder / "train").is_dir():
+        gate = recorded(folder, "train").get("config", {}).get("train", {}).get("teacher_term", {}).get("gate", "none")
+        episodes = GATES[gate].episodes if gate in GATES else f"the episodes of the gate {gate}"
+        guide = "" if gate == "none" else f", guided by the teacher on {episodes}"
+        steps.append(f"it improves by reinforcement learning{escape(guide)}")
+    return f"<p>A small model learns to search: {', then '.join(steps)}.</p>" if steps else ""
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _stale(folder: Path, tested: Mapping[Path, Mapping[str, Any]], arcap: Mapping[str, Any] | None) -> str:
     """Says which numbers below are of weights that are gone."""
-    measured = [(folder / stage, each["models"]) for stage, each in (("test", results), ("arcap", arcap)) if each]
+    measured = [(path / "test", each["models"]) for path, each in tested.items()]
+    measured += [(folder / "arcap", arcap["models"])] if arcap else []
     lines = [f"<p>{escape(line)}.</p>" for place, models in measured for line in stale_models(place, models)]
     return f"<section><h2>Out of date</h2>{''.join(lines)}</section>" if lines else ""
 
@@ -152,12 +166,31 @@ def _stages(folder: Path, summary: Mapping[str, Any]) -> str:
     return f"<section><h2>Time</h2><p>{escape(' '.join(notes))}</p>{stage_bars(seconds)}</section>"
 
 
-def _configuration(folder: Path, summary: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
-    path = folder / "train" / "config.yaml"
-    text = path.read_text() if path.exists() else ""
-    if not (text or summary):
-        return ""
-    made = f"<p>Seed {summary['seed']}. {escape(versions)}.</p>" if summary else ""
-    details = f"<details><summary>Configuration of the RL stage</summary><pre>{escape(text)}</pre></details>"
-    return f"<section><h2>How this was made</h2>{made}{details if text else ''}</section>"
+def _configuration(folder: Path, runs: Sequence[Path]) -> str:
+    """Seed and versions of every run, by its summary or else by its last stage, and this one's settings."""
+    records = {path: _last_record(path) for path in runs}
+    lines = []
+    for path, record in records.items():
+        made = {**record, **_summary(path)}
+        told = [f"seed {made['seed']}"] if "seed" in made else ["nothing recorded"]
+        told += [f"{name} {version}" for name, version in made.get("versions", {}).items()]
+        lines.append(f"<p>{escape(path.name)}: {escape(', '.join(told))}.</p>")
+    config = records[folder].get("config")
+    settings = "" if config is None else _settings(records[folder]["stage"], config)
+    return f"<section><h2>How this was made</h2>{''.join(lines)}{settings}</section>"
+
+
+def _last_record(run: Path) -> dict[str, Any]:
+    """What the stage nearest to the result recorded, RL first; empty of a run without any record."""
+    records = ({"stage": stage, **recorded(run, stage)} for stage in ("train", "distill", "collect", "test", "arcap"))
+    return next((record for record in records if "config" in record), {})
+
+
+def _settings(stage: str, config: dict[str, Any]) -> str:
+    changed = escape("\n".join(changed_settings(config)))
+    everything = escape(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    return (
+        f"<p>Settings of the stage <i>{escape(stage)}</i> that differ from the defaults:</p>"
+        f'<pre class="changed">{changed}</pre>'
+        f"<details><summary>All its settings</summary><pre>{everything}</pre></details>"
+    )

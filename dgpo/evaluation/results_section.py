@@ -29,6 +29,27 @@ def results_section(results: Mapping[str, Any], summary: Mapping[str, Any], *, p
     return _headline(results, summary, pair) + _slices(results)
 
 
+def runs_section(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The section with a row for each tested model of several runs.
+
+    Args:
+        runs: name of a run -> its `test/results.json`.
+    """
+    highest = max(0.05, *(m["average"]["em_ci95"][1] for results in runs.values() for m in results["models"].values()))
+    rows = []
+    for run, results in runs.items():
+        for name, model in results["models"].items():
+            em, (low, high) = model["average"]["em"], model["average"]["em_ci95"]
+            cells = [escape(run), escape(name), f"{model['num_questions']} of {escape(', '.join(model['sets']))}"]
+            cells += [f"<b>{em:.3f}</b>", f'<span class="range">{low:.3f} to {high:.3f}</span>']
+            rows.append((name == model_of_interest(results), [*cells, interval_bar(em, low, high, highest=highest)]))
+    head = ["run", "model", "questions", "exact match", "95% interval", ""]
+    return (
+        '<section id="runs"><h2>Test results of all runs</h2><p>Each interval is of its own model; '
+        f"<code>compare</code> tests two runs on the same questions.</p>{_table(head, rows)}</section>"
+    )
+
+
 def _headline(results: Mapping[str, Any], summary: Mapping[str, Any], pair: str | None) -> str:
     models, baseline = results["models"], results["baseline"]
     sets = list(next(iter(models.values()))["sets"])

@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dgpo import __version__
 from dgpo.errors import ConfigError, DataError
 from dgpo.files import atomic_write_text, file_sha256, share_as_umask_says
@@ -103,3 +105,17 @@ def read_manifest(folder: str | Path, *, stage: str) -> dict[str, Any]:
         if not file.exists() or file_sha256(file) != expected:
             raise DataError(f"{file} is missing or changed since stage {stage!r} wrote it; run the stage again")
     return manifest
+
+
+def recorded(run: Path, stage: str) -> dict[str, Any]:
+    """What a stage of a run says of itself, `config` as plain values: its first manifest, unchecked.
+
+    Before it is finished, `config` and `seed` from its `config.yaml`; empty where there is neither.
+    """
+    places = [run / stage / MANIFEST, run / stage / "model" / MANIFEST, *sorted(run.glob(f"{stage}/*/{MANIFEST}"))]
+    manifest: dict[str, Any] = next((json.loads(path.read_text()) for path in places if path.exists()), {})
+    config, unfinished = manifest.get("config"), run / stage / "config.yaml"
+    if not config and unfinished.exists():
+        config = unfinished.read_text()
+    config = yaml.safe_load(config) if isinstance(config, str) else config
+    return {"seed": config.get("seed"), **manifest, "config": config} if config else {}

@@ -121,6 +121,37 @@ def test_the_address_keeps_the_filters(browser: Chromium, page: Path, episodes: 
     assert count(browser) == shown
 
 
+def test_a_link_opens_the_chosen_question_where_it_stands_in_the_list(browser: Chromium, page: Path):
+    browser.open(page)
+    browser.run("choose(250)")
+    wait_for(browser, "location.hash === '#question=one%2F250'")
+    browser.open(page, "#question=one%2F250&view=mask")
+    selected = "document.querySelector('[aria-selected=true]')"
+    assert "city 250?" in browser.run("document.querySelector('#episode-detail h3').textContent")
+    wait_for(browser, f"{selected}?.id === 'row-250'")
+    assert browser.run("document.getElementById('episode-list').scrollTop") > 10_000
+    browser.run("location.hash = '#set=two&question=two%2F30'")  # another link in the same tab
+    wait_for(browser, f"{selected}?.id === 'row-30'")
+    assert count(browser) == 100
+    assert browser.run("state.view") == "text"
+
+
+def test_a_button_clears_the_filters_and_escape_the_text(browser: Chromium, page: Path):
+    browser.open(page)
+    assert choose(browser, model="1", set="two", outcome="correct") < 100
+    browser.run("document.getElementById('filter-clear').click()")
+    assert count(browser) == NUM_QUESTIONS
+    assert browser.run("document.getElementById('filter-model').value") == str(MODELS.index("dgpo"))
+    browser.press("/")
+    for key in "gold77":
+        browser.press(key)
+    assert count(browser) == 1
+    browser.press("Escape")
+    assert browser.run("document.getElementById('filter-text').value") == ""
+    assert browser.run("document.activeElement.tagName") == "BODY"
+    assert count(browser) == NUM_QUESTIONS
+
+
 @pytest.mark.parametrize("kind", ["page", "paged"])
 def test_text_of_a_model_is_shown_and_never_run(browser: Chromium, request: pytest.FixtureRequest, kind: str):
     path = request.getfixturevalue(kind)
@@ -237,7 +268,6 @@ def test_the_keyboard_moves_through_the_list_and_switches_views(browser: Chromiu
     assert browser.run("document.getElementById('filter-text').value") == "j"
     browser.press("Escape")
     browser.run("document.getElementById('episode-list').focus()")
-    choose(browser)
     browser.press("End")
     assert browser.run(selected) == f"row-{NUM_QUESTIONS - 1}"
     assert browser.run("document.getElementById('episode-list').scrollTop") > 10_000

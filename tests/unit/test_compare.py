@@ -1,6 +1,7 @@
 """Two runs beside each other: configuration, metrics, and paired tests on hand-counted questions."""
 
 import json
+import math
 from fractions import Fraction
 from math import comb
 
@@ -9,6 +10,7 @@ import pytest
 from dgpo.__main__ import main
 from dgpo.config.load import load_config, to_yaml
 from dgpo.evaluation.compare import compare_runs, match_scores, to_markdown
+from dgpo.files import write_jsonl
 from dgpo.metrics.mcnemar import mcnemar_exact
 from dgpo.runs.artifacts import write_manifest
 
@@ -80,14 +82,40 @@ def test_training_metrics_stand_beside_each_other(runs):
     assert rows == {"steps": ("3", "3"), "episode/em": ("0.75", "0.5")}
 
 
+def test_training_is_averaged_over_the_last_steps_that_both_runs_logged(runs):
+    a, b = runs
+    first = [{"step": step, "episode/em": step, "teacher/kl_failed": 1.0} for step in range(1, 21)]
+    second = [{"step": step, "episode/em": 2 * step} for step in range(1, 14)] + [{"step": 14, "episode/em": math.nan}]
+    for run, records in ((a, first), (b, second)):
+        write_jsonl(run / "train" / "metrics.jsonl", records)
+    table = compare_runs(a, b)[1]
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["episode/em"] == ("8.5", "17")  # 4 to 13
+    assert rows["teacher/kl_failed"] == ("1", "-")
+    assert "Both logged 1 to 14." in table.note
+
+
+def test_runs_without_a_shared_step_have_no_means_and_a_run_alone_has_its_own(runs):
+    a, b = runs
+    (a / "train" / "metrics.jsonl").write_text('{"step": 9, "episode/em": 0.5}\n')
+    table = compare_runs(a, b)[1]
+    assert [row[0] for row in table.rows] == ["steps"]
+    assert "They share no step." in table.note
+    (b / "train" / "metrics.jsonl").unlink()
+    assert {row[0]: row[1:] for row in compare_runs(a, b)[1].rows}["episode/em"] == ("0.5", "-")
+
+
 def test_paired_tests_count_the_questions_that_one_run_alone_got_right(runs):
-    rows = {row[1]: row for row in compare_runs(*runs)[2].rows}
+    table = compare_runs(*runs)[2]
+    assert table.head[5] == "b minus a"
+    rows = {row[1]: row for row in table.rows}
     # a: 0-11, b: 8-14 of nq; a alone 0-7, b alone 12-14. p = 2 (1 + 11 + 55 + 165) / 2^11.
     nq = rows["nq"]
-    assert nq[2:6] == ("20", "0.600", "0.350", "+0.250")
+    assert nq[2:6] == ("20", "0.600", "0.350", "-0.250")
+    assert float(nq[6].strip("[]").split(", ")[0]) < -0.25 < float(nq[6].strip("[]").split(", ")[1])
     assert nq[7:] == ("8", "3", f"{2 * 232 / 2048:.2g}")
-    assert rows["popqa"][3:6] == ("0.000", "0.100", "-0.100")
-    assert rows["mean of sets"][3:6] == ("0.300", "0.225", "+0.075")
+    assert rows["popqa"][3:6] == ("0.000", "0.100", "+0.100")
+    assert rows["mean of sets"][3:6] == ("0.300", "0.225", "-0.075")
 
 
 def test_models_of_different_names_are_compared_as_the_ends_of_their_runs(tmp_path):
@@ -109,7 +137,7 @@ def test_several_samples_of_a_question_are_averaged_and_leave_nothing_to_count(t
     ]
     path.write_text("".join(json.dumps(score) + "\n" for score in sampled))
     row = compare_runs(a, b)[2].rows[0]
-    assert row[2:6] == ("20", "0.125", "0.250", "-0.125")
+    assert row[2:6] == ("20", "0.125", "0.250", "+0.125")
     assert row[7:] == ("", "", "")
 
 

@@ -188,6 +188,42 @@ def test_the_page_holds_every_episode_with_its_score(run):
     assert [generated for generated, _ in first["segments"]] == [True, False, True]
 
 
+def test_the_browser_names_the_order_of_its_marks_and_says_what_permuted_worlds_are(run):
+    (run / "train" / "episodes").mkdir()
+    score = {**make_score(0, correct=False), "episode_id": "step 1/0", "step": 1}
+    record = {**score, "response_ids": [], "response_mask": [], "searches": []}
+    (run / "train" / "episodes" / "step_1.jsonl").write_text(json.dumps(record) + "\n")
+    (run / "train" / "settings.json").write_text('{"retriever": {"wiki": {}}}')
+    text = write_report(run).read_text()
+    assert "in the order untrained, kd, dgpo, in training:" in text
+    assert "permuted worlds" not in text
+    (run / "train" / "settings.json").write_text('{"retriever": {"permuted0": {}, "permuted1": {}}}')
+    assert "permuted worlds" in write_report(run).read_text()
+
+
+def test_the_opening_says_what_the_stages_of_the_run_did(run):
+    text = write_report(run).read_text()
+    assert "it copies a teacher that can, then it improves by reinforcement learning, guided by the teacher on" in text
+    shutil.rmtree(run / "distill")
+    shutil.rmtree(run / "train" / "model")
+    (run / "train" / "config.yaml").write_text(to_yaml(load_config(["experiment=no_teacher", "hardware=cpu"])))
+    text = write_report(run).read_text()
+    assert "<p>A small model learns to search: it improves by reinforcement learning.</p>" in text
+
+
+def test_settings_that_differ_come_first_and_seed_and_versions_need_no_summary(run):
+    (run / "summary.json").unlink()
+    text = write_report(run).read_text()
+    made = text[text.index("How this was made") :]
+    changed, everything = made.split("<details>")
+    assert re.search(r"<p>run: seed 7, dgpo .*torch .*</p>", changed)
+    assert "train.teacher_term.form=exact" in changed
+    assert "clip_ratio" not in changed
+    assert "clip_ratio: 0.2" in everything
+    shutil.rmtree(run / "train" / "model")  # not finished
+    assert "<p>run: seed 7.</p>" in write_report(run).read_text()
+
+
 def test_a_run_that_was_only_trained_has_a_report_of_its_curves(run):
     shutil.rmtree(run / "test")
     (run / "summary.json").unlink()
@@ -252,6 +288,20 @@ def test_the_report_command_overlays_other_runs(run, tmp_path, capsys):
     assert main(["report", f"run_dir={run}", f"report.runs=[{tmp_path / 'none'}]"]) == 1
     assert "no training metrics" in capsys.readouterr().err
     assert main(["report", f"run_dir={run}", f"report.runs=[{run}]"]) == 2
+
+
+def test_the_overlay_lists_the_tests_of_every_run_that_has_some(run, tmp_path):
+    trained, tested = tmp_path / "ppo", tmp_path / "tested"
+    (trained / "train").mkdir(parents=True)
+    (trained / "train" / "metrics.jsonl").write_text('{"step": 1, "episode/em": 0.2}\n')
+    assert 'id="runs"' not in write_report(run, [trained]).read_text()
+    shutil.copytree(run / "test", tested / "test")
+    text = write_report(run, [trained, tested]).read_text()
+    table = text[text.index('id="runs"') :].partition("</table>")[0]
+    assert [row.count("<td>") for row in table.split("<tr")[2:]] == [6] * 6
+    assert table.count("<td>run</td>") == table.count("<td>tested</td>") == 3
+    assert re.search(r"<td>tested</td><td>dgpo</td><td>20 of real</td><td><b>0.800</b></td><td>.*0\.\d+ to ", table)
+    assert "<p>ppo: nothing recorded.</p>" in text
 
 
 def test_a_paired_difference_excludes_zero_when_one_model_is_right_where_the_other_is_not():

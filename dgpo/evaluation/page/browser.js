@@ -9,12 +9,13 @@ const ROW_HEIGHT = 52; // pixels, as .row in style.css
 const MARGIN_ROWS = 8; // drawn above and below what is visible
 const MAX_HEAT = 2; // nats at which a token's colour is full
 const TAGGED = /<(think|search|answer|information)>[\s\S]*?<\/\1>/g;
-const VIEWS = { text: "text", mask: "token mask", kl: "teacher KL" };
+const VIEWS = { text: "text", mask: "token mask", kl: "reverse KL" };
 
 const data = JSON.parse(document.getElementById("episode-data").textContent);
 const chunks = new Map(Object.entries(data.chunks)); // "model-number" -> {row: episode}
 const waiting = new Map(); // name of a chunk -> functions to call when it is there
 const state = { model: data.focus, shown: new Set(data.shown), view: "text", row: null, rows: [] };
+let hashTimer = 0; // of the address's next change
 let haystacks = null; // lower-cased text per row of the filtered model
 
 const byId = (id) => document.getElementById(id);
@@ -87,7 +88,12 @@ function applyFilters() {
   writeHash();
   byId("episode-list").scrollTop = 0;
   drawList();
+  scrollToChosen();
   drawEpisode();
+}
+
+function resetFilters() {
+  for (const name of FILTERS) byId(`filter-${name}`).value = name === "model" ? data.focus : "";
 }
 
 // A set is of the models that were tested on it, or of training alone: what was chosen last takes the other filter along.
@@ -100,10 +106,12 @@ function keepTogether(changed) {
   else model.value = String(data.models.findIndex((_, number) => plays(number)));
 }
 
-// The filters in the page's address: a view can be kept as a bookmark, or opened by a link.
+// Filters and question in the page's address: a view can be kept as a bookmark, or opened by a link. Without a question
+// the first of the list is the chosen one.
 function writeHash() {
   const values = FILTERS.map((name) => [name, byId(`filter-${name}`).value]);
   if (state.view !== "text") values.push(["view", state.view]);
+  if (state.row !== (state.rows[0] ?? null)) values.push(["question", data.ids[state.row]]);
   const told = values.filter(([name, value]) => value && !(name === "model" && Number(value) === data.focus));
   if (told.length || location.hash) history.replaceState(null, "", `#${new URLSearchParams(told)}`);
 }
@@ -116,7 +124,15 @@ function readHash() {
     const known = field.tagName === "INPUT" || [...field.options].some((option) => option.value === values.get(name));
     if (known) field.value = values.get(name);
   }
-  if (values.get("view") in VIEWS) state.view = values.get("view");
+  state.view = values.get("view") in VIEWS ? values.get("view") : "text";
+  state.row = data.ids.indexOf(values.get("question"));
+}
+
+function openHash() {
+  resetFilters();
+  readHash();
+  keepTogether("set");
+  applyFilters();
 }
 
 function fillFilters() {
@@ -188,12 +204,18 @@ function drawRow(row, position) {
 
 function choose(row) {
   state.row = row;
-  const list = byId("episode-list");
-  const top = state.rows.indexOf(row) * ROW_HEIGHT;
-  if (top < list.scrollTop) list.scrollTop = top;
-  if (top + ROW_HEIGHT > list.scrollTop + list.clientHeight) list.scrollTop = top + ROW_HEIGHT - list.clientHeight;
+  scrollToChosen();
   drawList();
   drawEpisode();
+  clearTimeout(hashTimer); // browsers refuse an address that changes with every repeat of a key
+  hashTimer = setTimeout(writeHash, 200);
+}
+
+function scrollToChosen() {
+  const list = byId("episode-list");
+  const top = state.rows.indexOf(state.row) * ROW_HEIGHT;
+  if (top < list.scrollTop) list.scrollTop = top;
+  if (top + ROW_HEIGHT > list.scrollTop + list.clientHeight) list.scrollTop = top + ROW_HEIGHT - list.clientHeight;
 }
 
 function move(by) {
@@ -290,7 +312,7 @@ function legend(episode) {
   if (state.view === "mask") return [note(`${trained} of ${episode.ids.length} tokens by the policy (boxed); the others take no part in any loss.`)];
   const values = klPerToken(episode).filter((value) => value !== null);
   const mean = values.reduce((sum, value) => sum + value, 0) / (values.length || 1);
-  return [note(`log p(student) - log p(teacher) of each sampled token, in nats; mean ${mean.toFixed(3)} over ${values.length}. Orange: likelier to the student; blue: to the teacher.`)];
+  return [note(`Reverse KL to the teacher: log p(student) - log p(teacher) of each sampled token, in nats; mean ${mean.toFixed(3)} over ${values.length}. Orange: likelier to the student; blue: to the teacher.`)];
 }
 
 // Null on environment tokens.
@@ -383,7 +405,13 @@ function heat(node, value) {
 function onKey(event) {
   const typing = event.target.closest?.("input, select, textarea");
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === "Escape" && typing) typing.blur();
+  if (event.key === "Escape" && typing) {
+    if (typing.id === "filter-text" && typing.value) {
+      typing.value = "";
+      applyFilters();
+    }
+    typing.blur();
+  }
   if (typing) return;
   const inList = event.target === byId("episode-list");
   const actions = {
@@ -401,14 +429,17 @@ function onKey(event) {
 }
 
 fillFilters();
-readHash();
-keepTogether("set");
 for (const name of FILTERS) {
   byId(`filter-${name}`).addEventListener("input", () => {
     keepTogether(name);
     applyFilters();
   });
 }
+byId("filter-clear").addEventListener("click", () => {
+  resetFilters();
+  applyFilters();
+});
 byId("episode-list").addEventListener("scroll", drawList);
 document.addEventListener("keydown", onKey);
-applyFilters();
+window.addEventListener("hashchange", openHash);
+openHash();
