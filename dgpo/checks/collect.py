@@ -32,9 +32,10 @@ def check_collect(config: Config) -> list[str]:
     check_stage_folder(config, "collect")
     key, model = writer(config)
     if config.collect.source == "transcripts":
-        if not Path(config.data.collect_file or "").is_file():
+        file = Path(config.data.collect_file or "")
+        if not file.is_file():
             raise ConfigError(f"data.collect_file={config.data.collect_file}: name a jsonl file of transcripts")
-        for _ in read_answered(Path(config.data.collect_file), BadLines(config.prepare.max_bad_lines)):
+        for _ in read_answered(file, BadLines(config.prepare.max_bad_lines)):
             pass
         check_model(config, model, key=key, notes=notes)
         return notes
