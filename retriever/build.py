@@ -39,8 +39,8 @@ from retriever.encoder_config import (
 from retriever.encoders import Encoder, load_encoder
 from retriever.encoding import (
     PASSAGES_PER_PART,
-    Job,
-    Parts,
+    EncodedParts,
+    EncodingJob,
     Progress,
     ProgressPrinter,
     write_texts,
@@ -115,7 +115,7 @@ def build_indexes(
             for corpus in opened.values():
                 check_trainable(index_type, PLAUSIBLE_DIMENSION, len(corpus))
             numbers = write_texts(work, opened)
-            parts = Parts(Job(work, tuple(sources), encoding, passages_per_part))
+            parts = EncodedParts(EncodingJob(work, tuple(sources), encoding, passages_per_part))
             encode_missing(
                 parts,
                 device=device,
@@ -139,7 +139,7 @@ def build_indexes(
 
 
 def encode_missing(
-    parts: Parts,
+    parts: EncodedParts,
     *,
     device: str,
     num_threads: int,
@@ -167,13 +167,13 @@ def encode_missing(
             progress(done, parts.num_texts)
 
 
-def _encode_here(parts: Parts, missing: list[int], model: Encoder) -> Iterator[int]:
+def _encode_here(parts: EncodedParts, missing: list[int], model: Encoder) -> Iterator[int]:
     for number in missing:
         parts.encode(number, model)
         yield number
 
 
-def _rows_of(parts: Parts, numbers: np.ndarray) -> ReadRows:
+def _rows_of(parts: EncodedParts, numbers: np.ndarray) -> ReadRows:
     return lambda start, end: parts.vectors(numbers[start:end])
 
 

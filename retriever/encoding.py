@@ -30,7 +30,7 @@ TEXTS_FILE = "texts.npy"
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodingJob:
     """What is encoded where: enough for a worker on another machine that sees the same files."""
 
     folder: Path
@@ -40,10 +40,10 @@ class Job:
     passages_per_part: int = PASSAGES_PER_PART
 
 
-class Parts:
+class EncodedParts:
     """The texts of a job, its part files, and the vectors in them."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: EncodingJob) -> None:
         self.job = job
         self._corpora = [_open_corpus(job.folder / name) for name in job.corpora]
         # One row per text to encode: the number of its corpus, and its row there

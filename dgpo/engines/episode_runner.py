@@ -184,7 +184,7 @@ async def play_episodes(
             for _ in range(concurrency or config.hardware.engine.concurrency):
                 workers.create_task(play_pending(search))
     except ExceptionGroup as group:
-        raise group.exceptions[0] from None  # the others are its echoes
+        raise group.exceptions[0] from None  # the first error cancelled the other workers
     finally:
         progress.close()
         partial.close()
