@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # whoever starts an engine need not have read torch
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 # Weights with fewer elements are read faster than oneDNN makes a kernel for a new number of tokens: 0.5 ms per layer of
-# 64 x 320, with batches of ever new sizes. From 896 x 1152 on packing wins in general (scripts/bench/linears.py).
+# 64 x 320, with batches of ever new sizes. From 896 x 1152 on packing wins in general (docs/performance.md).
 MIN_PACKED_ELEMENTS = 1 << 18
 
 # ---- Processes: how engines begin, and that they end with the process that started them.
