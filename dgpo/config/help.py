@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 
 from dgpo.config import schema
-from dgpo.config.load import GROUPS, group_choices
+from dgpo.config.load import GROUPS, group_choices, spelt
 from dgpo.config.schema import Config
 
 WIDTH = 118
@@ -102,4 +102,4 @@ def _words(comment: tokenize.TokenInfo) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{','.join(map(str, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return spelt(value)

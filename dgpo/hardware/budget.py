@@ -157,7 +157,7 @@ def rl_budget(config: Config, models: Models) -> Budget:
     phases["update actor"] = update("actor")
     bucket = memory.weight_bucket(config, models.student) + memory.largest_tensor(models.student)
     phases["sync weights"] = states() | {"engine weights": engine.weights, "weight sync": bucket}
-    return _finish(config, models, phases, engine, _rl_host(config, models, trained, world))
+    return _finish(config, phases, engine, _rl_host(config, models, trained, world))
 
 
 def _teacher_states(teacher: ModelShape, precision: Precision, tokens: int) -> float:
@@ -236,13 +236,13 @@ def distill_budget(config: Config, models: Models) -> Budget:
     if settings.loss == "distillm":
         engine = engine_share(config, shape)
         parts |= engine.awake
-    return _finish(config, models, phases, engine, {})
+    return _finish(config, phases, engine, {})
 
 
 def play_budget(config: Config, models: Models) -> Budget:
     """Memory where an engine has the GPU to itself: collect, test, arcap, ask."""
     engine = engine_share(config, models.student, alone=True)
-    return _finish(config, models, {"generate": dict(engine.awake)}, engine, {})
+    return _finish(config, {"generate": dict(engine.awake)}, engine, {})
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,6 @@ def is_on_this_node(url: str) -> bool:
 
 def _finish(
     config: Config,
-    models: Models,
     phases: dict[str, dict[str, float]],
     engine: EngineShare | None,
     host: dict[str, float],

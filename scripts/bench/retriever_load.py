@@ -17,6 +17,7 @@ Requests = Iterator[tuple[tuple[int, ...], bytes]]
 """Endless (numbers of the queries, bytes of the request)."""
 AnswerObserver = Callable[[tuple[int, ...], int, bytes], None]
 """Called with query numbers, status (0: the connection broke) and body."""
+PAUSE_S = 0.05  # after an answer that is an error
 
 
 @dataclass
@@ -37,8 +38,8 @@ class LoadResult:
 class _Run:
     """The state that all clients of one run share."""
 
-    def __init__(self, requests: Requests, *, num_kept: int, on_answer: AnswerObserver | None, pause_s: float) -> None:
-        self.requests, self.num_kept, self.on_answer, self.pause_s = requests, num_kept, on_answer, pause_s
+    def __init__(self, requests: Requests, *, num_kept: int, on_answer: AnswerObserver | None) -> None:
+        self.requests, self.num_kept, self.on_answer = requests, num_kept, on_answer
         self.result = LoadResult()
         self.measuring = self.stopping = False
         self.num_open = 0
@@ -99,7 +100,7 @@ class _Client(asyncio.Protocol):
         if status == 200:
             self._ask()
         else:
-            asyncio.get_running_loop().call_later(self._run.pause_s, self._ask)
+            asyncio.get_running_loop().call_later(PAUSE_S, self._ask)
 
     def _ask(self) -> None:
         if self._run.stopping:
@@ -127,17 +128,15 @@ async def run_load(
     on_start: Callable[[], None] = lambda: None,
     on_end: Callable[[], None] = lambda: None,
     on_answer: AnswerObserver | None = None,
-    pause_s: float = 0.05,
 ) -> LoadResult:
     """Load `url` with `num_clients` connections, and wait until the last request is answered.
 
     Args:
         num_kept: answers kept for checking.
         on_start, on_end: called where the measured time begins and ends.
-        pause_s: after an answer that is an error.
     """
     loop = asyncio.get_running_loop()
-    run = _Run(requests, num_kept=num_kept, on_answer=on_answer, pause_s=pause_s)
+    run = _Run(requests, num_kept=num_kept, on_answer=on_answer)
     address = urlsplit(url)
     run.num_open = num_clients
     for _ in range(num_clients):
