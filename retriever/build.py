@@ -82,7 +82,7 @@ def build_indexes(
     passages_per_part: int = PASSAGES_PER_PART,
     progress: Progress | None = None,
 ) -> dict[str, Path]:
-    """Index every corpus into `out_root/<name>`, with one model load, and return the folders by name.
+    """Indexes every corpus into `out_root/<name>`, with one model load, and returns the folders by name.
 
     A text that occurs in several corpora (permuted worlds share passages) is encoded once. A folder appears when it
     is complete; until then the work lies beside it, and the same call goes on with it. Raises `RetrieverError` for a
@@ -147,7 +147,7 @@ def encode_missing(
     num_workers: int = 1,
     progress: Progress | None = None,
 ) -> None:
-    """Encode every part that is not there yet: in this process, or on Ray actors when `num_workers` is above 1."""
+    """Encodes every part that is not there yet: in this process, or on Ray actors when `num_workers` is above 1."""
     missing = parts.missing()
     if not missing:
         return
@@ -190,7 +190,7 @@ def write_dense(
     existing: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write index, probe and manifest of vectors into `folder`, which holds the corpus already.
+    """Writes index, probe and manifest of vectors into `folder`, which holds the corpus already.
 
     `existing` is an index file of `index_type` with these very rows; it is linked, or copied, instead of written.
     """

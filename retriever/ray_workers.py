@@ -33,7 +33,7 @@ class EncoderWorker:
 def encode_on_ray(
     job: EncodingJob, missing: list[int], *, num_workers: int, device: str, num_threads: int, trust_remote_code: bool
 ) -> Iterator[int]:
-    """Encode parts on `num_workers` actors, and give each number when its file is there.
+    """Encodes parts on `num_workers` actors, and gives each number when its file is there.
 
     An actor that dies is started again and its part repeated. Raises `RetrieverError` when Ray is absent.
     """

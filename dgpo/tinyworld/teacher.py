@@ -3,6 +3,8 @@
 The student never sees those: it learns from episodes that the trained teacher samples itself.
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +33,7 @@ def train_teacher(
     hardware: HardwareConfig,
     bias: Bias | None = None,
 ) -> None:
-    """Train the teacher of the world in `world_folder` and save it to `output` as a Hugging Face folder.
+    """Trains the teacher of the world in `world_folder` and saves it to `output` as a Hugging Face folder.
 
     With `bias` it learns to be wrong about a relation (docs/results/gate.md).
     """

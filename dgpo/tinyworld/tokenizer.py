@@ -6,6 +6,8 @@ their left only after a name, and the one on their right; the fixed frames of an
 Any other text still round-trips, byte by byte.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,7 +23,7 @@ VOCAB_SIZE = 800
 
 
 def build_tokenizer(names: Iterable[str], texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Return a Hugging Face fast tokenizer with a chat template.
+    """A Hugging Face fast tokenizer with a chat template.
 
     `names` become one token each. `texts` are samples of everything else that will be read or written, with
     the names left out; their bytes and merges are `VOCAB_SIZE`, names come on top.

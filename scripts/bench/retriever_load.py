@@ -13,10 +13,9 @@ from urllib.parse import urlsplit
 
 import orjson
 
-Requests = Iterator[tuple[tuple[int, ...], bytes]]
-"""Endless (numbers of the queries, bytes of the request)."""
+Requests = Iterator[tuple[tuple[int, ...], bytes]]  # endless (numbers of the queries, bytes of the request)
+# Called with query numbers, status (0: the connection broke) and body
 AnswerObserver = Callable[[tuple[int, ...], int, bytes], None]
-"""Called with query numbers, status (0: the connection broke) and body."""
 PAUSE_S = 0.05  # after an answer that is an error
 
 
@@ -25,14 +24,12 @@ class LoadResult:
     """What one server did under one load. Throughput counts what was answered between warm-up and end."""
 
     seconds: float = 0.0
-    num_answered: int = 0
-    """Queries answered within `seconds`."""
-    num_errors: int = 0
-    """Requests with another status than 200, or none."""
+    num_answered: int = 0  # queries answered within `seconds`
+    num_errors: int = 0  # requests with another status than 200, or none
+    # One of every request sent after the warm-up, also of those answered after the end
     latencies_s: list[float] = field(default_factory=list)
-    """One of every request sent after the warm-up, also of those answered after the end."""
+    # Query numbers and body of the answers kept for checking
     answers: list[tuple[tuple[int, ...], bytes]] = field(default_factory=list)
-    """Query numbers and body of the answers kept for checking."""
 
 
 class _Run:
@@ -129,7 +126,7 @@ async def run_load(
     on_end: Callable[[], None] = lambda: None,
     on_answer: AnswerObserver | None = None,
 ) -> LoadResult:
-    """Load `url` with `num_clients` connections, and wait until the last request is answered.
+    """Loads `url` with `num_clients` connections, and waits until the last request is answered.
 
     Args:
         num_kept: answers kept for checking.
