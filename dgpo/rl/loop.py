@@ -202,7 +202,7 @@ class DGPOTrainer(PPOTrainerSync):
         return batch
 
     def _put_engine_to_sleep(self) -> None:
-        """It gives its memory back. Episodes of a dead engine failed at once, before its death was looked for."""
+        """The engine gives its memory back. A dead one failed its episodes before a fault was looked for."""
         try:
             self.checkpoint_manager.sleep_replicas()
             if self.curr_step_profile:

@@ -47,8 +47,7 @@ class TetheredServer(vLLMHttpServer):
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **others: Any
     ) -> Any:
-        """veRL's, sampled as every turn of an episode is; a request that finds the engine dead is sooner than the next
-        look.
+        """veRL's, sampled as every turn of an episode is. A request may find the engine dead before the next poll does.
 
         Args:
             sampling_params: veRL's own, with the turn's `max_tokens`, `stop` and `seed`.
