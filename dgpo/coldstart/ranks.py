@@ -19,8 +19,8 @@ from dgpo.errors import ConfigError, DgpoError, one_line
 from dgpo.runs.stopping import stop_file_on_signal
 
 RESOURCES_TIMEOUT_S = 60.0
-START_TIMEOUT_S = 300.0  # of a rank's process, with all that it imports
-OBJECT_STORE_GB = 0.2  # of a Ray of our own: only settings and counts travel
+START_TIMEOUT_S = 300.0  # until a rank's process has imported what it needs
+OBJECT_STORE_GB = 0.2  # where we start Ray ourselves: only settings and counts travel
 
 
 def run_on_ranks(work: Callable[..., Any], config: Config, *, folder: Path) -> Any:

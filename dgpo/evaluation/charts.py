@@ -12,9 +12,9 @@ WIDTH, HEIGHT = 520, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 34
 NUM_COLOURS = 6  # --line-1 .. of the style sheet
 MAX_STEPS = 5  # between the ticks of an axis
-MAX_POINTS = 300  # of a line: more would be finer than the screen
+MAX_POINTS = 300  # a line with more would be finer than the screen
 SMOOTH_FROM = 60  # points from which a line is drawn as a moving average, with the points themselves behind it
-RADIUS = 120.0  # of a radar
+RADIUS = 120.0  # a radar's
 
 
 def line_chart(

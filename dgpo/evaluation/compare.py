@@ -32,7 +32,7 @@ from dgpo.runs.summary import read_results, table_console
 STAGES = ("collect", "distill", "train", "test")
 SECTION = b"\n## Configuration\n"  # the first of every comparison
 IGNORED_KEYS = ("run_dir", "resume", "dry_run")  # where and how a stage was started, not what it did
-LAST_STEPS = 10  # of training, over which metrics are averaged
+LAST_STEPS = 10  # the steps of training over which metrics are averaged
 METRICS = (
     "episode/em",
     "episode/answered",
