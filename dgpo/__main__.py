@@ -154,13 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: Sequence[str]) -> None:
-    from dgpo.runs.stopping import raised_on_request, stopped_by_sigterm
+    from dgpo.runs.stopping import raise_on_signal, stopped_by_sigterm
 
     command = COMMANDS[name]
     given = load_config(with_positions(name, arguments)) if command.takes_config else arguments
     module, _, function = command.work.partition(":")
     work = getattr(import_module(module), function)
-    with raised_on_request() if command.resumes else stopped_by_sigterm():
+    with raise_on_signal() if command.resumes else stopped_by_sigterm():
         work(given)
 
 

@@ -114,7 +114,7 @@ def exit_code(name: str, work: Callable[[], object], *, resumes: bool = False) -
         print("".join(f"{line}\n" for line in getattr(error, "log", ())), end="", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        _tell(name, f"{error}; when that is mended, repeat the command with resume=true" if resumes else error)
+        _tell(name, f"{error}; when that is corrected, repeat the command with resume=true" if resumes else error)
         return DgpoError.exit_code
     except KeyboardInterrupt:
         _tell(name, "interrupted; resume=true continues" if resumes else "interrupted")

@@ -20,8 +20,8 @@ from retriever.errors import RetrieverError
 logger = logging.getLogger(__name__)
 
 SearchFunction = Callable[[Sequence[SearchJob]], list[list[Hits]]]
+# Called on the owner thread after each batch, with its number of queries and its seconds
 BatchObserver = Callable[[int, float], None]
-"""Called on the owner thread after each batch, with its number of queries and its seconds."""
 
 
 @dataclass(eq=False)

@@ -35,7 +35,7 @@ class BM25Index:
 
     @classmethod
     def load(cls, folder: Path, *, num_passages: int) -> BM25Index:
-        """Map a folder that `write` made; raises `RetrieverError` when it is damaged or of another corpus."""
+        """Maps a folder that `write` made; raises `RetrieverError` when it is damaged or of another corpus."""
         import bm25s
 
         try:
@@ -50,7 +50,7 @@ class BM25Index:
 
     @staticmethod
     def write(folder: Path, contents: Iterable[str], *, k1: float = BM25_K1, b: float = BM25_B) -> None:
-        """Index passages (`"Title"\\ntext`) into `folder`; raises `RetrieverError` when there is no word in them."""
+        """Indexes passages (`"Title"\\ntext`) into `folder`; raises `RetrieverError` when there is no word in them."""
         import bm25s
 
         contents = Unspaced(contents)
@@ -101,7 +101,7 @@ class BM25Index:
 
 
 def _check_postings(model: Any) -> None:
-    """Raise `ValueError` unless every word's postings lie within the arrays."""
+    """Raises `ValueError` unless every word's postings lie within the arrays."""
     starts, num_postings = model.scores["indptr"], len(model.scores["data"])
     if starts.ndim != 1 or len(model.scores["indices"]) != num_postings or len(starts) < 2:
         raise ValueError(f"{num_postings} scores for {len(model.scores['indices'])} passages")

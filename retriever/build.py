@@ -39,8 +39,8 @@ from retriever.encoder_config import (
 from retriever.encoders import Encoder, load_encoder
 from retriever.encoding import (
     PASSAGES_PER_PART,
-    Job,
-    Parts,
+    EncodedParts,
+    EncodingJob,
     Progress,
     ProgressPrinter,
     write_texts,
@@ -82,7 +82,7 @@ def build_indexes(
     passages_per_part: int = PASSAGES_PER_PART,
     progress: Progress | None = None,
 ) -> dict[str, Path]:
-    """Index every corpus into `out_root/<name>`, with one model load, and return the folders by name.
+    """Indexes every corpus into `out_root/<name>`, with one model load, and returns the folders by name.
 
     A text that occurs in several corpora (permuted worlds share passages) is encoded once. A folder appears when it
     is complete; until then the work lies beside it, and the same call goes on with it. Raises `RetrieverError` for a
@@ -115,7 +115,7 @@ def build_indexes(
             for corpus in opened.values():
                 check_trainable(index_type, PLAUSIBLE_DIMENSION, len(corpus))
             numbers = write_texts(work, opened)
-            parts = Parts(Job(work, tuple(sources), encoding, passages_per_part))
+            parts = EncodedParts(EncodingJob(work, tuple(sources), encoding, passages_per_part))
             encode_missing(
                 parts,
                 device=device,
@@ -139,7 +139,7 @@ def build_indexes(
 
 
 def encode_missing(
-    parts: Parts,
+    parts: EncodedParts,
     *,
     device: str,
     num_threads: int,
@@ -147,7 +147,7 @@ def encode_missing(
     num_workers: int = 1,
     progress: Progress | None = None,
 ) -> None:
-    """Encode every part that is not there yet: in this process, or on Ray actors when `num_workers` is above 1."""
+    """Encodes every part that is not there yet: in this process, or on Ray actors when `num_workers` is above 1."""
     missing = parts.missing()
     if not missing:
         return
@@ -167,13 +167,13 @@ def encode_missing(
             progress(done, parts.num_texts)
 
 
-def _encode_here(parts: Parts, missing: list[int], model: Encoder) -> Iterator[int]:
+def _encode_here(parts: EncodedParts, missing: list[int], model: Encoder) -> Iterator[int]:
     for number in missing:
         parts.encode(number, model)
         yield number
 
 
-def _rows_of(parts: Parts, numbers: np.ndarray) -> ReadRows:
+def _rows_of(parts: EncodedParts, numbers: np.ndarray) -> ReadRows:
     return lambda start, end: parts.vectors(numbers[start:end])
 
 
@@ -190,7 +190,7 @@ def write_dense(
     existing: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write index, probe and manifest of vectors into `folder`, which holds the corpus already.
+    """Writes index, probe and manifest of vectors into `folder`, which holds the corpus already.
 
     `existing` is an index file of `index_type` with these very rows; it is linked, or copied, instead of written.
     """

@@ -31,7 +31,7 @@ class LRUCache(Generic[Value]):
         return found[0]
 
     def put(self, key: tuple[str, str, int], value: Value, *, value_bytes: int) -> None:
-        """Keep `value`, whose own size is `value_bytes`, and drop what no longer fits."""
+        """Keeps `value`, whose own size is `value_bytes`, and drops what no longer fits."""
         size = ENTRY_BYTES + 4 * len(key[1]) + value_bytes  # a character takes up to 4 bytes
         if size > self._max_bytes:
             return

@@ -42,8 +42,8 @@ MAX_PROBES = 64
 MAX_PROBE_EXCESS = 0.001
 
 
+# Called with the corpus that is loaded next, the number of corpora loaded, and of all
 LoadProgress = Callable[[str, int, int], None]
-"""Called with the corpus that is loaded next, the number of corpora loaded, and of all."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class Hits:
     scores: tuple[float, ...]
 
 
-UNSEARCHABLE = Hits((), ())
-"""The answer, told by its identity, to a query whose vector is not finite."""
+UNSEARCHABLE = Hits((), ())  # the answer, told by its identity, to a query whose vector is not finite
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,10 @@ class ServedCorpus:
     manifest: Manifest
     corpus: Corpus
     index: SearchIndex
-    stamps: Mapping[Path, tuple[int, int, int]]
-    """Inode, size and time of change of what is mapped, when it was loaded."""
+    stamps: Mapping[Path, tuple[int, int, int]]  # inode, size and time of change of what is mapped, when it was loaded
 
     def check_unchanged(self) -> None:
-        """Raise `RetrieverError` when a file was rewritten in place, on which what is mapped is no longer the index.
+        """Raises `RetrieverError` when a file was rewritten in place, on which what is mapped is no longer the index.
 
         One that was replaced, as `--overwrite` does it, stays as it is for those who have it open.
         """
@@ -148,7 +146,7 @@ def load_collection(
     options: SearchOptions | None = None,
     progress: LoadProgress | None = None,
 ) -> Collection:
-    """Load index folders by name; raises `RetrieverError` (one line, with the fix) if one is not consistent.
+    """Loads index folders by name; raises `RetrieverError` (one line, with the fix) if one is not consistent.
 
     What is cheap to check is checked for every folder before the first encoder is loaded, and encoders before the
     first index is.
@@ -261,7 +259,7 @@ def _check_kind(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_encoder(folder: Path, manifest: Manifest, encoder: Encoder, corpus: Corpus) -> None:
-    """Encode a few passages again: catches another model, prefix or pooling behind the same name."""
+    """Encodes a few passages again: catches another model, prefix or pooling behind the same name."""
     if encoder.dimension != manifest.dimension:
         raise RetrieverError(
             f"{folder} holds vectors of {manifest.dimension} dimensions, the encoder makes {encoder.dimension}; "

@@ -39,7 +39,7 @@ def convert_folder(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Make `out` from the index folder `source`, which must hold plain rows (`Flat` or `SQfp16`).
+    """Makes `out` from the index folder `source`, which must hold plain rows (`Flat` or `SQfp16`).
 
     The corpus is shared by a hard link where the file system can.
 
@@ -93,7 +93,7 @@ def convert_file(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Make `out` from a FAISS file that someone else wrote, and its corpus.
+    """Makes `out` from a FAISS file that someone else wrote, and its corpus.
 
     Args:
         from_type: what the file must be; None = what its header says.

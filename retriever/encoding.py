@@ -22,28 +22,27 @@ from retriever.encoders import Encoder
 from retriever.errors import RetrieverError
 from retriever.manifest import CORPUS_FILE, OFFSETS_FILE
 
+# Called with the number of passages encoded so far, and of all; first with what was there at the start
 Progress = Callable[[int, int], None]
-"""Called with the number of passages encoded so far, and of all; first with what was there at the start."""
 
 PASSAGES_PER_PART = 4096
 TEXTS_FILE = "texts.npy"
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodingJob:
     """What is encoded where: enough for a worker on another machine that sees the same files."""
 
-    folder: Path
-    """Holds a folder per corpus, `texts.npy` and the parts."""
+    folder: Path  # holds a folder per corpus, `texts.npy` and the parts
     corpora: tuple[str, ...]
     encoder: EncoderConfig
     passages_per_part: int = PASSAGES_PER_PART
 
 
-class Parts:
+class EncodedParts:
     """The texts of a job, its part files, and the vectors in them."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: EncodingJob) -> None:
         self.job = job
         self._corpora = [_open_corpus(job.folder / name) for name in job.corpora]
         # One row per text to encode: the number of its corpus, and its row there
@@ -72,7 +71,7 @@ class Parts:
         return sum(int(path.stem.rsplit("-", 1)[1]) for path in self._list().values())
 
     def encode(self, number: int, model: Encoder) -> None:
-        """Encode one part and write it."""
+        """Encodes one part and writes it."""
         texts = [self._corpora[corpus][int(row)]["contents"] for corpus, row in self._texts[self._span(number)]]
         before = model.num_truncated
         vectors = model.encode_passages(texts)

@@ -29,8 +29,7 @@ _HEADER = struct.Struct("<4siqqq?i")
 GRAPHS_AND_LISTS = (b"IHNf", b"IHNs", b"IHNp", b"IwFl", b"IwSq", b"IwPQ")
 _ROWS_OFFSET, _INNER_PRODUCT = 8, 0
 
-ReadRows = Callable[[int, int], np.ndarray]
-"""Rows `[start, end)` as an array `[end - start, dimension]`."""
+ReadRows = Callable[[int, int], np.ndarray]  # rows `[start, end)` as an array `[end - start, dimension]`
 
 
 class Header(NamedTuple):
@@ -197,7 +196,7 @@ def write_index(
     search_params: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the rows that `read_rows` gives as an index of `index_type` (a FAISS factory string), inner product.
+    """Writes the rows that `read_rows` gives as an index of `index_type` (a FAISS factory string), inner product.
 
     Flat and scalar-quantised rows go straight to the file, in constant memory; the other kinds (HNSW, IVF, ..) are
     built in memory, because FAISS has to. Raises `RetrieverError` for a factory string that FAISS refuses.
@@ -244,7 +243,7 @@ def make_index(index_type: str, dimension: int, search_params: str = "") -> Any:
 
 
 def check_trainable(index_type: str, dimension: int, num_rows: int) -> None:
-    """Raise `RetrieverError` when a type has more centroids to learn than there are rows to learn them from."""
+    """Raises `RetrieverError` when a type has more centroids to learn than there are rows to learn them from."""
     import faiss
 
     index: Any = make_index(index_type, dimension)
@@ -299,7 +298,7 @@ def read_sample(read_rows: ReadRows, num_rows: int, num_wanted: int) -> np.ndarr
 def refuse_non_finite(
     read_rows: ReadRows, num_rows: int, dimension: int, what: object, index_type: str = "Flat"
 ) -> None:
-    """Raise `RetrieverError`, with count and first row, unless every number is finite where `index_type` keeps it.
+    """Raises `RetrieverError`, with count and first row, unless every number is finite where `index_type` keeps it.
 
     One such row makes a product over all of them answer nonsense, and can itself never be found.
     """

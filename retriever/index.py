@@ -21,8 +21,7 @@ NUM_SPARE_CANDIDATES = 8
 class SearchIndex(Protocol):
     """Rows of a corpus, searched by text."""
 
-    encoder: Encoder | None
-    """Set where queries are vectors: the caller may encode for several indexes at once."""
+    encoder: Encoder | None  # set where queries are vectors: the caller may encode for several indexes at once
 
     def __len__(self) -> int: ...
 

@@ -47,21 +47,17 @@ class Seal:
 class Manifest:
     """Written last by the builder, read first by the server."""
 
-    index: str
-    """The index's file or folder, relative to the manifest."""
-    index_type: str
-    """`BM25`, or a FAISS factory string: `Flat` (float32), `SQfp16`, `SQ8`, `HNSW32_SQ8`, .."""
+    index: str  # the index's file or folder, relative to the manifest
+    index_type: str  # `BM25`, or a FAISS factory string: `Flat` (float32), `SQfp16`, `SQ8`, `HNSW32_SQ8`, ..
     num_passages: int
-    files: Mapping[str, Seal]
-    """Seals by file name, relative to the manifest."""
-    search_params: str = ""
-    """FAISS's notation, such as `efSearch=128`, for the types that have such parameters."""
+    files: Mapping[str, Seal]  # seals by file name, relative to the manifest
+    search_params: str = ""  # FAISS's notation, such as `efSearch=128`, for the types that have such parameters
     encoder: EncoderConfig | None = None
     dimension: int | None = None
+    # Whether all vectors were seen to be finite when the folder was made; where not, they are looked at on loading
     is_finite: bool = False
-    """Whether all vectors were seen to be finite when the folder was made; where not, they are looked at on loading."""
+    # Passages of this build (over all corpora built together) that were cut to the encoder's limit
     num_truncated_passages: int = 0
-    """Passages of this build (over all corpora built together) that were cut to the encoder's limit."""
     versions: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -132,7 +128,7 @@ def foreign_content(folder: Path) -> str | None:
 
 
 def check_files(folder: Path, manifest: Manifest, *, verify: bool = False) -> None:
-    """Raise `RetrieverError` unless the files of a folder are those that the manifest was written for.
+    """Raises `RetrieverError` unless the files of a folder are those that the manifest was written for.
 
     Sizes and samples are compared, which takes milliseconds; with `verify` every byte is, a minute per 64 GB or more.
     """

@@ -93,10 +93,8 @@ class SearchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    indexes: Mapping[str, Path]
-    """Index folders by the name of their corpus."""
-    default: str
-    """The corpus behind /retrieve."""
+    indexes: Mapping[str, Path]  # index folders by the name of their corpus
+    default: str  # the corpus behind /retrieve
     host: str = "127.0.0.1"
     port: int = 8000
     port_file: Path | None = None
@@ -224,7 +222,7 @@ def _indexes_below(data: str | None) -> list[str]:
 
 
 def _checked_port_file(path: Path | None) -> Path | None:
-    """Raise `RetrieverError` unless a file with a port can be put there without loss."""
+    """Raises `RetrieverError` unless a file with a port can be put there without loss."""
     if path is None:
         return None
     if not path.parent.is_dir():

@@ -27,6 +27,7 @@ TOPK_AS_TEXT = r"[0-9]{1,18}"
 FLAGS: dict[Any, bool] = {"true": True, "True": True, "1": True, 1: True}
 FLAGS |= {"false": False, "False": False, "0": False, 0: False}
 """What `return_scores` may be; JSON's true and false are 1 and 0 here, and 1.0 is 1."""
+# What is served though it is not as it should be, and how: counted in /metrics by these names
 LENIENCIES = {
     "blank_query": "answered with no passages",
     "cut_query": "longer than max_query_chars: its beginning was searched",
@@ -36,7 +37,6 @@ LENIENCIES = {
     "converted_topk": 'text or a decimal, such as "3" or 3.0',
     "converted_return_scores": 'a number or text, such as 1 or "true"',
 }
-"""What is served though it is not as it should be, and how: counted in /metrics by these names."""
 LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from retriever.encoders import load_encoder
-from retriever.encoding import Job, Parts
+from retriever.encoding import EncodedParts, EncodingJob
 from retriever.errors import RetrieverError
 
 MAX_RESTARTS = 3
@@ -19,8 +19,8 @@ MAX_RESTARTS = 3
 class EncoderWorker:
     """Loads the encoder once and encodes the parts it is given."""
 
-    def __init__(self, job: Job, device: str, num_threads: int, trust_remote_code: bool) -> None:
-        self._parts = Parts(job)
+    def __init__(self, job: EncodingJob, device: str, num_threads: int, trust_remote_code: bool) -> None:
+        self._parts = EncodedParts(job)
         self._model = load_encoder(
             job.encoder, device=device, num_threads=num_threads, trust_remote_code=trust_remote_code
         )
@@ -31,9 +31,9 @@ class EncoderWorker:
 
 
 def encode_on_ray(
-    job: Job, missing: list[int], *, num_workers: int, device: str, num_threads: int, trust_remote_code: bool
+    job: EncodingJob, missing: list[int], *, num_workers: int, device: str, num_threads: int, trust_remote_code: bool
 ) -> Iterator[int]:
-    """Encode parts on `num_workers` actors, and give each number when its file is there.
+    """Encodes parts on `num_workers` actors, and gives each number when its file is there.
 
     An actor that dies is started again and its part repeated. Raises `RetrieverError` when Ray is absent.
     """

@@ -42,11 +42,9 @@ class Measurement:
     """One row of the report."""
 
     search_params: str
-    recall: dict[str, float]
-    """Share of the exact best k that are among the found best k, mean over queries, by k."""
+    recall: dict[str, float]  # share of the exact best k that are among the found best k, mean over queries, by k
     ms_per_query_alone: float
-    ms_per_query_in_batches: float
-    """Wall time of the search without the encoder, in batches of `BATCH_SIZE`."""
+    ms_per_query_in_batches: float  # wall time of the search without the encoder, in batches of `BATCH_SIZE`
 
 
 def measure_recall(
@@ -61,7 +59,7 @@ def measure_recall(
     device: str = "cpu",
     num_threads: int = 1,
 ) -> dict[str, Any]:
-    """Compare `folder` with the exact index of the same corpus, and write the report beside the index.
+    """Compares `folder` with the exact index of the same corpus, and writes the report beside the index.
 
     Raises `RetrieverError` when the two folders do not hold the same corpus and encoder, or the reference is not
     exact.

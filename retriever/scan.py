@@ -16,8 +16,7 @@ from retriever.errors import RetrieverError
 from retriever.faiss_file import ROW_DTYPES, faiss_reason, map_rows, open_index, set_search_params
 from retriever.options import Engine, ScanDtype
 
-NO_ROW = -1
-"""The id, with score -inf, that fills an answer that has fewer than `topk` passages."""
+NO_ROW = -1  # the id, with score -inf, that fills an answer that has fewer than `topk` passages
 
 # FAISS multiplies by BLAS only when nq * d reaches this; its own default (128,000) scans batches below 167 queries of
 # 768 dimensions one query at a time, 20 times slower. A single query is still scanned.

@@ -146,7 +146,7 @@ def make_service(options: ServeOptions) -> Service:
 
 
 def check_folders(options: ServeOptions) -> None:
-    """Raise `RetrieverError` for what can be told before the first library is loaded."""
+    """Raises `RetrieverError` for what can be told before the first library is loaded."""
     from retriever.manifest import read_manifest
 
     for folder in options.indexes.values():

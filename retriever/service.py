@@ -36,8 +36,7 @@ CLIENT_GONE = 499  # never sent; it counts in the metrics, under the status that
 class Progress:
     """Where loading stands."""
 
-    corpus: str | None = None
-    """The one that is loaded now."""
+    corpus: str | None = None  # the one that is loaded now
     num_loaded: int = 0
     num_corpora: int = 0
 
@@ -110,7 +109,7 @@ class Service:
         self._batcher.start()
 
     def check_token(self, request: Request) -> None:
-        """Raise `RequestError` (401) unless the request carries the token; compared in constant time."""
+        """Raises `RequestError` (401) unless the request carries the token; compared in constant time."""
         if self._token is None:
             return
         scheme, _, credential = request.headers.get("authorization", "").partition(" ")
@@ -176,7 +175,7 @@ class Service:
         return self.metrics.render()
 
     async def close(self) -> None:
-        """Let the running batch finish, for the time that draining may take."""
+        """Lets the running batch finish, for the time that draining may take."""
         timeout_s = self.limits.drain_s if self.ready else 0
         if not await asyncio.to_thread(self._batcher.close, timeout_s) and self.ready:
             logger.warning("a batch is still running after %d s; it ends with the process", timeout_s)

@@ -25,7 +25,7 @@ SHARD = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<num>\d{5})")
 
 
 def import_corpus(sources: Path | Sequence[Path], destination: Path) -> np.ndarray:
-    """Check every row of `sources`, write it as jsonl to `destination`, and return the offset table.
+    """Checks every row of `sources`, writes it as jsonl to `destination`, and returns the offset table.
 
     Lines of jsonl are kept byte for byte, extra fields included, but for whole numbers as ids: the wire format has
     strings.

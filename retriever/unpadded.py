@@ -28,11 +28,11 @@ class Group:
     """Neighbours of one width in the joined tokens.
 
     Attributes:
-        shape: texts and width.
-        start, end: their tokens in the joined ones.
-        tokens: [n * width], numbers of their tokens, where those of padding are any; None where that is all from
-            `start` on.
-        own: [end - start], which of [n * width] are the texts' own; None for the first ones.
+        shape: (n, width), the number of texts and their common width.
+        start, end: where the group's tokens begin and end in the joined ones.
+        tokens: [n * width], the joined token that stands at each place; a place of padding holds any. None: the
+            places are the joined tokens from `start` on.
+        own: [end - start], the places of the texts' own tokens; None: they are the first places.
         mask: [n, 1, 1, width], true for a text's own tokens; None where no text of this width has padding.
     """
 
@@ -93,7 +93,7 @@ class UnpaddedModel:
 
         AttentionInterface.register(ATTENTION, _attend)
         model.set_attn_implementation(ATTENTION)
-        model.pooler = None  # nobody asks for what it makes of the first token
+        model.pooler = None  # its output, made from the first token, is never read
         self._model = model
         config = model.config
         self._first_position = config.pad_token_id + 1 if POSITIONS_AFTER_PADDING[config.model_type] else 0

@@ -111,7 +111,7 @@ def import_once(sources: Sequence[Path], folder: Path) -> Corpus:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, or as what `source` links to: caches of models are made of links."""
+    """Makes `target` the same file as `source`, or as what `source` links to: caches of models are made of links."""
     source = source.resolve()
     target.unlink(missing_ok=True)
     with suppress(OSError):  # another file system, or one without links

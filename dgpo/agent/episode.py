@@ -56,7 +56,7 @@ class Search(Protocol):
 
 
 class Tokenizer(Protocol):
-    """The policy's tokenizer; Hugging Face's have these methods. By its hash, token ids of texts are remembered."""
+    """The policy's tokenizer, with methods of Hugging Face's. Hashable: the caches of token ids are keyed by it."""
 
     def __hash__(self) -> int: ...
 

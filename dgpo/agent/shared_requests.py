@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 Documents = list[dict[str, Any]]
+# Finds documents for each of several queries, or what its search is to raise; given topk, the corpus, and when the
+# oldest of these searches began, on the loop's clock
 Request = Callable[[list[str], int, str | None, float], Awaitable[Sequence[Documents | Exception]]]
-"""Finds documents for each of several queries, or what its search is to raise; given topk, the corpus, and when the
-oldest of these searches began, on the loop's clock."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:  # the names of the losses are checked in processes that have no use for torch
     import torch
 
+# (student logits [n, V], teacher logits [n, V'] or None, targets [n]) -> values [n], in nats
 TokenLoss: TypeAlias = "Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]"
-"""(student logits [n, V], teacher logits [n, V'] or None, targets [n]) -> values [n], in nats."""
 
 
 @dataclass(frozen=True)

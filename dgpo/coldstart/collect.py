@@ -87,7 +87,8 @@ def collect_settings(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[
 def _plan(config: Config, rows: Sequence[Mapping[str, Any]]) -> str:
     if config.collect.source == "transcripts":
         return f"the transcripts of {config.data.collect_file} would be read"
-    times = f", {config.collect.samples_per_question} times each" * (config.collect.samples_per_question > 1)
+    samples = config.collect.samples_per_question
+    times = f", {samples} times each" if samples > 1 else ""
     player = "the oracle" if config.collect.source == "oracle" else config.teacher.url or config.teacher.path
     return f"{player} would play {len(rows) or 'the usual'} questions{times}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import ceil
 
 import torch
@@ -109,8 +110,7 @@ class StepBatches(Sampler[list[int]]):
         return self.num_steps * self.num_micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step, batch in zip(range(self.num_steps), self._batches(), strict=False):
-            del step
+        for batch in islice(self._batches(), self.num_steps):
             own = batch[self.rank :: self.num_ranks]
             for i in range(self.num_micro_batches):
                 yield own[i * self.micro_batch_size : (i + 1) * self.micro_batch_size]

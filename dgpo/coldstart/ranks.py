@@ -16,11 +16,11 @@ from dgpo.config.schema import Config
 from dgpo.config.stages import with_absolute_paths
 from dgpo.engines import ray_cluster
 from dgpo.errors import ConfigError, DgpoError, one_line
-from dgpo.runs.stopping import filed_on_request
+from dgpo.runs.stopping import stop_file_on_signal
 
 RESOURCES_TIMEOUT_S = 60.0
-START_TIMEOUT_S = 300.0  # of a rank's process, with all that it imports
-OBJECT_STORE_GB = 0.2  # of a Ray of our own: only settings and counts travel
+START_TIMEOUT_S = 300.0  # until a rank's process has imported what it needs
+OBJECT_STORE_GB = 0.2  # where we start Ray ourselves: only settings and counts travel
 
 
 def run_on_ranks(work: Callable[..., Any], config: Config, *, folder: Path) -> Any:
@@ -45,12 +45,12 @@ def run_on_ranks(work: Callable[..., Any], config: Config, *, folder: Path) -> A
     if num_ranks == 1:
         if config.hardware.platform != "cpu":
             os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Hugging Face's Trainer would take all that it sees
-        with filed_on_request(folder):
+        with stop_file_on_signal(folder):
             return work(config, rank=0, num_ranks=1)
     config = with_absolute_paths(config)
     try:
         ray_cluster.connect(config.hardware, token_folder=folder, object_store_gb=OBJECT_STORE_GB)
-        with filed_on_request(folder):  # after Ray's start, which sets a handler of its own
+        with stop_file_on_signal(folder):  # after Ray's start, which sets a handler of its own
             return _run(work, config, num_ranks)
     finally:
         ray_cluster.disconnect(folder)

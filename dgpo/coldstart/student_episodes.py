@@ -153,7 +153,7 @@ class StudentEpisodes:
             for i, e in enumerate(examples)
         ]
         path = self.folder / "student_episodes" / f"step_{step:06d}_rank_{self.rank}.jsonl"
-        forget_episodes(path)  # of a run that was killed in this step: its weights were others in their last digits
+        forget_episodes(path)  # a run that was killed in this step had weights with other last digits
         return await play_episodes(
             planned,
             policy=policy,

@@ -77,11 +77,7 @@ def train_on_examples(
     """
     _check(settings, teacher, examples)
     training, held_out = split_held_out(examples, share=settings.held_out_share, seed=seed)
-    if settings.loss == "distillm" and not held_out:
-        raise ValueError(
-            f"distill.loss=distillm needs held-out episodes, and distill.held_out_share={settings.held_out_share} of "
-            f"{len(examples)} episodes gives none: raise it"
-        )
+    _check_held_out(settings, examples, held_out)
     # The held-out loss decides the best model, and when to stop; but DistiLLM answers a rise by itself.
     watched = bool(held_out) and checkpoints is not None and settings.loss != "distillm"
     steps_per_epoch = math.ceil(len(training) / settings.batch_size)
@@ -114,21 +110,7 @@ def train_on_examples(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StopOnRequest(trainer))
-    if checkpoints is not None and trainer.is_world_process_zero():
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        set_aside_later(checkpoints, CHECKPOINT, state)
-    trainer.accelerator.wait_for_everyone()
-    if state is not None:
-        trainer.load_state(state)
-        if trainer.is_world_process_zero():
-            print(f"{name}: continues from {state}", file=sys.stderr, flush=True)
-    trainer.train(resume_from_checkpoint=None if state is None else str(state))
-    if trainer.stopping and trainer.state.global_step < num_steps:
-        step = trainer.state.global_step
-        raise StoppedOnRequestError(
-            f"stopped on request, saved after step {step} of {num_steps}; resume=true continues"
-        )
-    trainer.loss_in_head.remove()
+    _train(trainer, checkpoints, state, name=name, num_steps=num_steps)
     _save_result(trainer, tokenizer, checkpoint)
     if watched and checkpoints is not None and not settings.lora_rank and trainer.is_world_process_zero():
         _keep_last(trainer, checkpoint, checkpoints)
@@ -141,6 +123,27 @@ def train_on_examples(
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step if watched else None,
     }
+
+
+def _train(
+    trainer: DistillationTrainer, checkpoints: Path | None, state: Path | None, *, name: str, num_steps: int
+) -> None:
+    """Trains from `state`, or from the beginning, to the last step."""
+    if checkpoints is not None and trainer.is_world_process_zero():
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        set_aside_later(checkpoints, CHECKPOINT, state)
+    trainer.accelerator.wait_for_everyone()
+    if state is not None:
+        trainer.load_state(state)
+        if trainer.is_world_process_zero():
+            print(f"{name}: continues from {state}", file=sys.stderr, flush=True)
+    trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    step = trainer.state.global_step
+    if trainer.stopping and step < num_steps:
+        raise StoppedOnRequestError(
+            f"stopped on request, saved after step {step} of {num_steps}; resume=true continues"
+        )
+    trainer.loss_in_head.remove()
 
 
 class StopOnRequest(TrainerCallback):
@@ -161,6 +164,16 @@ def _check(settings: DistillConfig, teacher: PreTrainedModel | None, examples: S
         raise ValueError(f"distill.loss={settings.loss} needs a teacher: set teacher.path, or distill.loss=seqkd")
     if not examples:
         raise ValueError("no episodes to distil: collect and filter first, or loosen the filter")
+
+
+def _check_held_out(
+    settings: DistillConfig, examples: Sequence[TrainingExample], held_out: Sequence[TrainingExample]
+) -> None:
+    if settings.loss == "distillm" and not held_out:
+        raise ValueError(
+            f"distill.loss=distillm needs held-out episodes, and distill.held_out_share={settings.held_out_share} of "
+            f"{len(examples)} episodes gives none: raise it"
+        )
 
 
 def _training_arguments(

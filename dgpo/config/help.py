@@ -15,20 +15,21 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 
 from dgpo.config import schema
-from dgpo.config.load import GROUPS, group_choices
+from dgpo.config.load import GROUPS, group_choices, spelt
 from dgpo.config.schema import Config
 
 WIDTH = 118
-STAGE = ("run_dir", "stages", "seed", "resume", "dry_run", "student", "teacher", "hardware")
+STAGE = ("run_dir", "stages", "seed", "resume", "dry_run", "student", "hardware")
 PLAY = ("episode", "retriever")
-# command -> the keys and sections that it reads; one that is not here reads all of them
+# command -> the keys and sections that it reads, as tests/unit/test_dry_runs.py sees them read; one that is not here
+# reads all of them
 SECTIONS: dict[str, tuple[str, ...]] = {
     "download": ("download", "student.path", "teacher.path", "teacher.init"),
     "prepare": ("seed", "prepare"),
     "contamination": ("run_dir", "data", "contamination"),
-    "collect": (*STAGE, "data.collect_file", *PLAY, "collect"),
-    "distill": (*STAGE, *PLAY, "distill"),
-    "train": (*STAGE, "data.train_file", "data.validation_file", *PLAY, "train"),
+    "collect": (*STAGE, "teacher", "data.collect_file", *PLAY, "collect"),
+    "distill": (*STAGE, "teacher", *PLAY, "distill"),
+    "train": (*STAGE, "teacher", "data.train_file", "data.validation_file", *PLAY, "train"),
     "test": (*STAGE, "data.test_files", *PLAY, "test"),
     "arcap": (*STAGE, "data.test_files", *PLAY, "test"),
     "ask": ("run_dir", "student", "hardware", *PLAY, "ask"),
@@ -102,4 +103,4 @@ def _words(comment: tokenize.TokenInfo) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{','.join(map(str, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return spelt(value)

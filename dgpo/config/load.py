@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict
 from functools import lru_cache
 from pathlib import Path
@@ -112,15 +112,15 @@ def chosen(group: str, overrides: Sequence[str]) -> str | None:
 
 def changed_settings(config: Config | dict[str, Any]) -> list[str]:
     """`key=value` of each leaf that differs from what no override at all gives; of a recorded tree as well."""
-    default = dict(_leaves(asdict(_composed(()))))
+    default = dict(leaves(asdict(_composed(()))))
     settings = asdict(config) if isinstance(config, Config) else config
-    return [f"{key}={value}" for key, value in _leaves(settings) if default.get(key, MISSING) != value]
+    return [f"{key}={value}" for key, value in leaves(settings) if default.get(key, MISSING) != value]
 
 
 def recipe_settings(config: Config, section: str) -> list[str]:
     """Each setting of a section on which paper and schema differ: `key=value`, whose it is, and the other."""
-    paper = dict(_leaves(yaml.safe_load((CONFIG_DIR / "recipe" / "paper.yaml").read_text())))
-    recommended, own = dict(_leaves(asdict(Config()))), dict(_leaves(asdict(config)))
+    paper = dict(leaves(yaml.safe_load((CONFIG_DIR / "recipe" / "paper.yaml").read_text())))
+    recommended, own = dict(leaves(asdict(Config()))), dict(leaves(asdict(config)))
     lines = []
     for key in (key for key in paper if key.startswith(f"{section}.")):
         if own[key] == paper[key]:
@@ -133,12 +133,18 @@ def recipe_settings(config: Config, section: str) -> list[str]:
     return lines
 
 
-def _leaves(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything below nested mappings; an empty mapping is a value."""
     for name, value in mapping.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def spelt(value: Any) -> str:
+    """A plain value as an override spells it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_yaml(config: Config) -> str:

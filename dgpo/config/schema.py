@@ -9,10 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-# Coefficient of the teacher term when `train.teacher_term.coef` is not set. The paper's beta for `reward`; for `token`,
-# beside whitened advantages, and for `exact`, where the KL is averaged over all policy tokens, values that learned in
-# the tiny world.
-
 
 @dataclass
 class ModelConfig:
@@ -30,8 +26,8 @@ class TeacherConfig(ModelConfig):
     url_ids: bool = False  # the server takes and returns token ids of teacher.path's tokenizer, as vLLM's can
     url_key_file: str | None = None  # holds the bearer token
     url_concurrency: int = 16  # episodes in flight
-    url_max_retries: int = 5  # of a turn
-    url_timeout_s: float = 300.0  # of a request
+    url_max_retries: int = 5  # how often a turn is asked for again
+    url_timeout_s: float = 300.0  # how long a request may take
 
 
 @dataclass
@@ -58,7 +54,7 @@ class DownloadConfig:
         default_factory=lambda: ["corpus", "index", "train"]
     )  # and benchmarks, nq_annotations, models
     folder: str = "data"  # each goes to a folder of its name below
-    endpoint: str | None = None  # of a mirror; None: HF_ENDPOINT, else the hub
+    endpoint: str | None = None  # a mirror's address; None: HF_ENDPOINT, else the hub
     # Fetched by `models` into the hub's cache (HF_HOME), besides student and teacher: the retriever's encoder
     models: list[str] = field(default_factory=lambda: ["intfloat/e5-base-v2"])
     verify: bool = False  # read again what is there already, and compare its checksums
@@ -107,11 +103,11 @@ class PrepareConfig:
     )
     # whose training questions make train.parquet
     train_sets: list[str] = field(default_factory=lambda: ["nq", "hotpotqa"])
-    allow_other_sizes: bool = False  # than the published ones
+    allow_other_sizes: bool = False  # accept sets whose sizes are not the published ones
     nq_annotations: str | None = None  # NQ's own jsonl, jsonl.gz, or a folder of them: the long answers
     source: str | None = None  # jsonl of your questions and answers
-    name: str = "own"  # data_source of those
-    test_share: float = 0.1  # of them, drawn by seed, where a line names no split
+    name: str = "own"  # the data_source that those questions get
+    test_share: float = 0.1  # share of them that is tested on, drawn by seed, where a line names no split
     documents: str | None = None  # a folder of .txt and .md files, or a jsonl: becomes corpus.jsonl
     passage_words: int = 100  # longer documents are cut
     passage_overlap: int = 0  # words that a passage repeats of the one before
@@ -123,8 +119,8 @@ class PrepareConfig:
 
 @dataclass
 class ContaminationConfig:
-    ngram: int = 8  # words
-    min_share: float = 0.5  # of a test question's n-grams in one training question: a near duplicate
+    ngram: int = 8  # words of one n-gram
+    min_share: float = 0.5  # a training question with this share of a test question's n-grams is a near duplicate
 
 
 @dataclass
@@ -132,17 +128,17 @@ class EpisodeConfig:
     """Rules of one episode; lengths in tokens of the policy's tokenizer."""
 
     max_turns: int = 4  # turns that may search; one last turn without search follows
-    max_turn_tokens: int = 500  # of one turn of the policy
+    max_turn_tokens: int = 500  # what the policy may write in one turn
     max_prompt_tokens: int = 2048  # a longer one is refused before anything starts
     max_response_tokens: int = 4096  # all turns and all observations of the episode
     min_turn_tokens: int = 32  # an observation that leaves less than this for the next turn is not appended
-    topk: int = 3  # passages of a search
-    max_passage_tokens: int = 160  # of each passage that is shown
+    topk: int = 3  # passages that a search returns
+    max_passage_tokens: int = 160  # each passage is cut to this
     max_query_chars: int = 1000  # E5 reads 256 tokens; longer queries are cut and counted
 
     @property
     def max_tokens(self) -> int:
-        """Of the longest episode, prompt and response."""
+        """The length of the longest episode, prompt and response."""
         return self.max_prompt_tokens + self.max_response_tokens
 
 
@@ -150,15 +146,15 @@ class EpisodeConfig:
 class RetrieverConfig:
     url: str = "http://127.0.0.1:8000"  # or several that serve the same, separated by commas
     token_file: str | None = None  # holds the servers' bearer token
-    timeout_s: float = 30.0  # of one request
-    max_retries: int = 4  # of a search that a server refuses or leaves unanswered
+    timeout_s: float = 30.0  # how long one request may take
+    max_retries: int = 4  # further attempts at a search that a server refuses or leaves unanswered
     max_outage_s: float = 300.0  # how long searches wait for servers that are gone to come back
     max_concurrency: int = 64  # requests in flight, of each process that plays episodes
     max_queries_per_request: int = 64  # searches that wait at the same time share requests
     max_failed_share: float = 0.05  # a step with a larger share of failed episodes stops the run, resumable
     # What a server on our own machine holds, for dry runs: 65 for a flat index of Wikipedia. None: not counted.
     host_memory_gb: float | None = None
-    gpu_memory_gb: float = 0.0  # that it takes of each of our GPUs, for dry runs
+    gpu_memory_gb: float = 0.0  # what that server takes of each of our GPUs, for dry runs
     backend: str | None = None  # "package.module:Class", a search of your own instead of the server (docs/extending.md)
     backend_options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of that class
 
@@ -167,17 +163,17 @@ class RetrieverConfig:
 class EngineConfig:
     """vLLM, as used by rollouts, collection and evaluation."""
 
-    dtype: str = "bfloat16"  # of weights and activations
+    dtype: str = "bfloat16"  # type of weights and activations
     enforce_eager: bool = False  # no CUDA graphs: a shorter start, slower steps
     tensor_parallel_size: int = 1  # GPUs of one node that hold one replica
-    gpu_memory_utilization: float = 0.5  # of the whole GPU, for weights and KV cache, where models are trained beside
-    gpu_memory_utilization_alone: float = 0.9  # where none is: collect, test, arcap, ask
+    gpu_memory_utilization: float = 0.5  # share of a GPU for weights and KV cache, beside models that are trained
+    gpu_memory_utilization_alone: float = 0.9  # that share where nothing is trained: collect, test, arcap, ask
     max_num_seqs: int = 256  # episodes that decode at once
-    max_num_batched_tokens: int = 8192  # of one step of the engine
+    max_num_batched_tokens: int = 8192  # tokens of one step of the engine
     chunked_prefill: bool = True  # long prompts are computed in parts, beside the episodes that decode
     concurrency: int = 512  # episodes in flight per engine
     turn_timeout_s: float = 3600.0  # outside RL: a turn that takes longer means that the engine hangs
-    worker_extension: str | None = None  # vLLM's: a class that its workers also are
+    worker_extension: str | None = None  # vLLM's setting: a class that its workers inherit from
     sleep: bool = True  # gives its GPU memory back while models are trained
     # The model runs in the process of vLLM's scheduler, which begins as a copy of the one that starts it and so imports
     # nothing again; one GPU per replica
@@ -192,14 +188,14 @@ class HardwareConfig:
     platform: str = "cuda"  # cuda | cpu
     gpu: str | None = "h200"  # a name in dgpo/hardware/known_gpus.py; None: no GPU to estimate for
     num_nodes: int = 1  # machines of the run
-    gpus_per_node: int = 8  # of each machine
-    host_memory_gb: float | None = 2000.0  # of a node; None: unknown
-    dtype: str = "bfloat16"  # of parameters in the forward pass; the optimiser always keeps float32
+    gpus_per_node: int = 8  # GPUs of each machine
+    host_memory_gb: float | None = 2000.0  # main memory of a node; None: unknown
+    dtype: str = "bfloat16"  # type of parameters in the forward pass; the optimiser always keeps float32
     attention: str = "flash_attention_2"  # transformers' name: flash_attention_2 | sdpa | eager
     remove_padding: bool = True  # sequence packing
     # activations are computed again in the backward pass: less memory, a third more work
     gradient_checkpointing: bool = True
-    micro_batch_size: int = 8  # sequences per GPU and forward: of distillation; of RL without max_tokens_per_gpu
+    micro_batch_size: int = 8  # sequences per GPU and forward, in distill, and in RL without max_tokens_per_gpu
     max_tokens_per_gpu: int | None = 16384  # RL: tokens per GPU and forward, packed from whole episodes
     fsdp_size: int | None = None  # GPUs over which RL's weights and optimiser are sharded; None: all
     # Where RL's weights and optimiser live: none (on the GPU) | idle (in host memory while their model waits) | full
@@ -221,7 +217,7 @@ class HardwareConfig:
 
     @property
     def num_gpus(self) -> int:
-        """All of them; ranks, where there are none."""
+        """GPUs of all nodes; the number of ranks, where there are no GPUs."""
         return self.num_nodes * self.gpus_per_node
 
 
@@ -233,18 +229,18 @@ class CollectConfig:
     # jsonl of other people's episodes as text). Also `collect.from` on the command line
     source: str = "teacher"
     max_questions: int | None = None  # the first so many; None: all
-    samples_per_question: int = 1  # episodes of each
-    temperature: float = 1.0  # of the teacher's sampling
+    samples_per_question: int = 1  # episodes of each question
+    temperature: float = 1.0  # the teacher's, in sampling
 
 
 @dataclass
 class TaidConfig:
     """TAID's target: the teacher's share of its logits rises from `t_start` to `t_end` (paper's values)."""
 
-    t_start: float = 0.4  # of the interpolation between student (0) and teacher (1)
+    t_start: float = 0.4  # where the interpolation between student (0) and teacher (1) begins
     t_end: float = 1.0  # where it ends
     alpha: float = 5e-4  # size of the adaptive increments
-    momentum: float = 0.99  # of the loss's relative change
+    momentum: float = 0.99  # weight of the past in the average of the loss's relative change
 
 
 @dataclass
@@ -252,14 +248,14 @@ class StudentEpisodesConfig:
     """DistiLLM's use of student-generated episodes (dgpo/coldstart/replay.py; defaults of the authors' release)."""
 
     initial_threshold: float = 0.0  # share of steps that train on the student's own episodes
-    increment: float = 0.1  # of the threshold, whenever the held-out loss rises
+    increment: float = 0.1  # added to the threshold whenever the held-out loss rises
     min_rise: float = 0.1  # nats; a smaller rise does not count
     watched: str = "cross_entropy"  # the held-out loss that is meant: cross_entropy | loss (the one that is trained)
     # Whether the level that a rise is measured from follows the held-out loss down; else it moves with the threshold
     # only, from the loss before training, which a student that starts untrained never reaches again.
     level_follows_down: bool = True
     buffer_size: int = 1000  # episodes kept for training more than once
-    temperature: float = 1.0  # of the student's sampling
+    temperature: float = 1.0  # the student's, in sampling
 
 
 @dataclass
@@ -277,25 +273,25 @@ class DistillConfig:
     skew: float = 0.1  # lambda of the skew KLs and of distillm
     jsd_beta: float = 0.5  # the teacher's share in jsd
     taid: TaidConfig = field(default_factory=TaidConfig)
-    student_episodes: StudentEpisodesConfig = field(default_factory=StudentEpisodesConfig)  # of loss=distillm
+    student_episodes: StudentEpisodesConfig = field(default_factory=StudentEpisodesConfig)  # for loss=distillm
     epochs: int = 5  # passes over the kept episodes
     max_steps: int | None = None  # instead of epochs
     batch_size: int = 64  # episodes per step, over all GPUs
     micro_batch_size: int | None = None  # episodes per GPU and forward; None: hardware.micro_batch_size
     learning_rate: float = 1e-4  # at its highest
-    warmup_ratio: float = 0.1  # of all steps
-    min_learning_rate_share: float = 0.05  # of the learning rate, where its cosine ends
+    warmup_ratio: float = 0.1  # share of all steps
+    min_learning_rate_share: float = 0.05  # what its cosine ends at, as a share of the learning rate
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.98])  # AdamW's
-    weight_decay: float = 0.0  # AdamW's; not of biases and norms
+    weight_decay: float = 0.0  # AdamW's; biases and norms have none
     chunk_tokens: int = 128  # policy tokens whose full-vocabulary logits exist at once
     # Rank of LoRA adapters, which are trained in place of all weights and merged at the end; None: no adapters. They
     # want about ten times the learning rate.
     lora_rank: int | None = None
-    sharding: str = "none"  # of the student over the GPUs: none (DDP) | full (FSDP2)
-    held_out_share: float = 0.02  # of the questions, on which the loss is watched
+    sharding: str = "none"  # how the student lies on the GPUs: none (a copy each, DDP) | full (in shards, FSDP2)
+    held_out_share: float = 0.02  # share of the questions that the loss is watched on
     evaluate_every: int | None = None  # steps between held-out losses, each with a checkpoint
     evaluations_per_epoch: int = 1  # where evaluate_every is None
-    # Evaluations without a better held-out loss that end the training; None: never. The best model is kept. Not of
+    # Evaluations without a better held-out loss that end the training; None: never. The best model is kept. Not for
     # distillm, which answers a rising loss by itself.
     patience: int | None = 3
 
@@ -322,17 +318,17 @@ class StabilityConfig:
     patience: int = 3  # steps in a row that break a rule before it alarms
     window: int = 5  # steps in an early value, and in the moving averages of exact match and answer rate
     min_entropy: float = 0.01  # nats per policy token
-    max_entropy_ratio: float = 3.0  # of its early value
-    min_em_share: float = 0.5  # of its best moving average
-    min_answered_share: float = 0.7  # of its best moving average
-    max_repeated_token_share: float = 0.5  # of a step's policy tokens
-    max_truncated_turn_share: float = 0.5  # of a step's turns
-    max_response_fill: float = 0.9  # of episode.max_response_tokens
+    max_entropy_ratio: float = 3.0  # entropy over its early value
+    min_em_share: float = 0.5  # moving average of exact match over its best
+    min_answered_share: float = 0.7  # moving average of the answer rate over its best
+    max_repeated_token_share: float = 0.5  # share of a step's policy tokens
+    max_truncated_turn_share: float = 0.5  # share of a step's turns
+    max_response_fill: float = 0.9  # mean length over episode.max_response_tokens
     max_kl: float = 2.0  # nats per policy token, to the initial policy; to the teacher also
-    max_kl_ratio: float = 4.0  # of its early value
-    max_grad_norm_ratio: float = 10.0  # of its median so far
-    max_rollbacks: int = 2  # of a run; then it stops
-    rollback_learning_rate_scale: float = 0.5  # of the actor's learning rate, once per rollback
+    max_kl_ratio: float = 4.0  # KL over its early value
+    max_grad_norm_ratio: float = 10.0  # gradient norm over its median so far
+    max_rollbacks: int = 2  # a run that needs more stops
+    rollback_learning_rate_scale: float = 0.5  # multiplies the actor's learning rate at every rollback
 
 
 @dataclass
@@ -353,11 +349,11 @@ class TrainConfig:
 
     init: str | None = None  # the checkpoint to start from; None: what `stages` says, else student.path
     algorithm: str = "ppo"  # ppo (GAE, critic) | grpo (group-relative, no critic) | gkd (the teacher term alone)
-    num_steps: int = 1000  # of RL; a learning rate does not depend on it
+    num_steps: int = 1000  # steps of RL; no learning rate depends on their number
     batch_size: int = 512  # questions of a step
     mini_batch_size: int = 256  # episodes of an update: a step makes batch_size * samples_per_question / this of them
     samples_per_question: int = 1  # episodes of each question of a step: GRPO's group
-    temperature: float = 1.0  # of the policy's sampling; log-probs are of the same
+    temperature: float = 1.0  # the policy's, in sampling and in every log-prob
     actor_learning_rate: float = 1e-6  # after the warm-up
     actor_warmup_steps: int = 285  # linear from 0, then constant; the same however many steps are asked for
     critic_learning_rate: float = 1e-5  # after the warm-up
@@ -368,10 +364,10 @@ class TrainConfig:
     clip_ratio: float = 0.2  # PPO's epsilon
     dual_clip: float | None = 3.0  # cap of the ratio where the advantage is negative (arXiv 1912.09729); None: no cap
     value_clip: float = 0.5  # how far a value may move from the old one in an update
-    entropy_coef: float = 0.001  # of the entropy bonus
+    entropy_coef: float = 0.001  # coefficient of the entropy bonus
     gamma: float = 1.0  # discount of rewards
     gae_lambda: float = 1.0  # GAE's lambda
-    init_kl_coef: float = 0.0  # of the penalty to the frozen initial policy (Search-R1: 0.001)
+    init_kl_coef: float = 0.0  # coefficient of the KL penalty to the frozen initial policy (Search-R1: 0.001)
     # reward (Search-R1's PPO: sampled k1, in each token's reward) | loss (its GRPO: the low-variance k3, as a loss)
     init_kl_form: str = "reward"
     reward: str | None = None  # "package.module:function" instead of exact match (docs/extending.md)
@@ -380,7 +376,7 @@ class TrainConfig:
     limits: PhaseLimitsConfig = field(default_factory=PhaseLimitsConfig)
     max_restarts: int = 2  # after a process of the run died or hung; each goes on from the last checkpoint
     save_every: int = 50  # the last step is saved in any case; 0: it alone
-    keep_last: int = 2  # checkpoints
+    keep_last: int = 2  # checkpoints that are kept
     keep_best: int = 1  # checkpoints besides, by exact match on data.validation_file; validated steps are saved then
     # Steps whose checkpoints are kept besides, each as train/models/step_N. A later stage, as in the inverted order,
     # starts from the last of them instead of the last step.
@@ -414,7 +410,7 @@ class TestConfig:
     samples: int = 1  # episodes of each question
     baseline: str | None = None  # the model against which paired differences are shown
     compat: str = "none"  # none | upstream: the protocol of the authors' release, faults included
-    upstream_batch_size: int = 256  # of compat=upstream; the last batch is dropped when it is not full
+    upstream_batch_size: int = 256  # for compat=upstream; the last batch is dropped when it is not full
     loggers: list[str] = field(default_factory=lambda: ["console"])  # console | tensorboard | wandb
 
 
@@ -428,7 +424,7 @@ class AskConfig:
     prompt: str | None = None  # a template with {question}; None: Search-R1's, which the checkpoints were trained on
     corpus: str | None = None  # the retrieval server's named corpus; None: its default
     web: bool = False  # a page on this machine instead of the terminal
-    port: int = 8765  # of that page
+    port: int = 8765  # where that page is
 
 
 @dataclass
@@ -437,9 +433,9 @@ class ExportConfig:
 
     out: str | None = None  # the folder to write
     stage: str | None = None  # distill | train; None: the last that left a model
-    dtype: str | None = None  # of the weights: float32 | bfloat16 | float16; None: as they were trained
+    dtype: str | None = None  # type of the weights: float32 | bfloat16 | float16; None: as they were trained
     push: str | None = None  # user/name of a repository on the hub
-    endpoint: str | None = None  # of the hub; None: HF_ENDPOINT, or huggingface.co
+    endpoint: str | None = None  # the hub's address; None: HF_ENDPOINT, or huggingface.co
     private: bool = False  # a new repository
 
 
@@ -452,7 +448,7 @@ class ReportConfig:
 
 @dataclass
 class DryRunConfig:
-    """`dry_run=true`: check everything, print placement, memory and time, start nothing. True and false in `if`."""
+    """`dry_run=true`: check everything, print placement, memory and time, start nothing. Is true when it is on."""
 
     enabled: bool = False  # check everything and print the plan; `dry_run=true` sets it
     assume: str | None = None  # a `hardware` group to plan for, on a machine that does not have it
@@ -467,11 +463,11 @@ class Config:
     # What the experiment consists of, in order. A stage whose `init` is not set starts from what the stage before it
     # wrote in this run_dir.
     stages: list[str] = field(default_factory=lambda: ["collect", "distill", "train"])
-    table: str = "main"  # of `reproduce`: main | ablation | contrasts | pairs | arcap | figures | teacher_time
-    seeds: list[int] = field(default_factory=list)  # of `reproduce`: the whole table with each of them, and contrasts
-    # Of `reproduce`, by row: overrides of that row alone, such as rows.dgpo=["train.actor_learning_rate=1e-3"]
+    table: str = "main"  # `reproduce`'s: main | ablation | contrasts | pairs | arcap | figures | teacher_time
+    seeds: list[int] = field(default_factory=list)  # `reproduce` makes the whole table with each of them, and contrasts
+    # For `reproduce`, by row: overrides of that row alone, such as rows.dgpo=["train.actor_learning_rate=1e-3"]
     rows: dict[str, list[str]] = field(default_factory=dict)
-    seed: int = 1  # of questions' order, sampling and initial weights
+    seed: int = 1  # decides the order of questions, sampling and initial weights
     resume: bool = False  # go on where the stage stopped, with the same settings
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)
     student: ModelConfig = field(default_factory=ModelConfig)

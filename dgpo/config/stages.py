@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dgpo.config.schema import Config
 
-MODEL_STEPS = "models/steps.json"  # of a stage that leaves several models: name -> step
+MODEL_STEPS = "models/steps.json"  # where a stage leaves several models: name -> step
 STAGES = ("collect", "distill", "train", "test")
 # What processes on other nodes read, each from a working directory of its own.
 SHARED_FILES = [

@@ -95,7 +95,7 @@ def download(config: Config, *, free_bytes: FreeBytes | None = None) -> None:
     for target in targets:
         if settings.pinned:  # large files are known by their SHA-256 before they come
             _check_pin(target, target.parts[0].checksum)
-        _have(target, verify=settings.verify, pinned=settings.pinned)
+        _provide(target, verify=settings.verify, pinned=settings.pinned)
     for name in models:
         _say(f"{name}: {fetch_model(name, endpoint=settings.endpoint)}")
 
@@ -158,7 +158,7 @@ def _check_pin(target: Target, digest: str) -> None:
         )
 
 
-def _have(target: Target, *, verify: bool, pinned: bool = False) -> None:
+def _provide(target: Target, *, verify: bool, pinned: bool = False) -> None:
     """Makes sure that the target is there, whole and right, and recorded."""
     if target.path.is_file():
         if _recorded(target) and not verify:
@@ -171,14 +171,14 @@ def _have(target: Target, *, verify: bool, pinned: bool = False) -> None:
                 f"({target.path.stat().st_size:,} bytes, expected {target.size:,} with other checksums): move it away"
             )
     else:
-        digest = _grow(target)
+        digest = _download_missing(target)
     if pinned:
         _check_pin(target, digest)
     _record(target, digest)
     _say(f"{target.path}: sha256 {digest}")
 
 
-def _grow(target: Target) -> str:
+def _download_missing(target: Target) -> str:
     """Appends what is missing to the partial file, part by part, each checked; then renames it. Returns its SHA-256."""
     target.path.parent.mkdir(parents=True, exist_ok=True)
     _check_partial(target)

@@ -133,24 +133,27 @@ def look_up(repo: str, revision: str, files: Sequence[str], *, endpoint: str | N
     except (HfHubHTTPError, httpx.HTTPError) as error:
         raise _no_answer(api.endpoint, error) from error
     if info.sha is None:
-        raise DgpoError(f"{api.endpoint} does not name the commit of {repo}@{revision}: it has not the hub's layout")
+        raise DgpoError(
+            f"{api.endpoint} does not name the commit of {repo}@{revision}: expected an "
+            "endpoint that answers as huggingface.co does"
+        )
     listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     missing = [name for name in files if name not in listed]
     if missing:
         raise ConfigError(
             f"{key}.files: {repo}@{revision} has no {', '.join(missing)}; it has {', '.join(sorted(listed)[:20])}"
         )
-    known = [_described(listed[name]) or _asked(api, repo, info.sha, name) for name in files]
+    known = [_file_of_listing(listed[name]) or _file_of_headers(api, repo, info.sha, name) for name in files]
     return HubRevision(repo, info.sha, api.endpoint, tuple(known))
 
 
-def _described(sibling: Any) -> HubFile | None:
+def _file_of_listing(sibling: Any) -> HubFile | None:
     """What the listing itself says; mirrors may leave sizes out."""
     checksum = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
     return HubFile(sibling.rfilename, sibling.size, checksum) if sibling.size is not None and checksum else None
 
 
-def _asked(api: Any, repo: str, commit: str, name: str) -> HubFile:
+def _file_of_headers(api: Any, repo: str, commit: str, name: str) -> HubFile:
     """What the headers of the file say."""
     import httpx
     from huggingface_hub import get_hf_file_metadata, hf_hub_url

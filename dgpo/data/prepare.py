@@ -113,10 +113,10 @@ def _benchmarks(config: Config, bad: BadLines, counts: dict[str, Any]) -> tuple[
         if name == "nq" and settings.nq_annotations:
             questions, counts["nq_annotations"] = join_long_answers(questions, Path(settings.nq_annotations), bad)
         tests[name] = question_rows(questions, source=name, split="test", with_passages=True)
-        counts[f"{name}_test"] = described = _described(questions)
-        if not described["with_gold_passages"] and (BENCHMARKS[name].has_evidence or name == "nq"):
+        counts[f"{name}_test"] = sizes = _question_counts(questions)
+        if not sizes["with_gold_passages"] and (BENCHMARKS[name].has_evidence or name == "nq"):
             why = "set prepare.nq_annotations" if name == "nq" else "its metadata holds no known paragraphs"
-            counts[f"{name}_without_gold_passages"] = described["questions"]
+            counts[f"{name}_without_gold_passages"] = sizes["questions"]
             print(f"note: no question of {name} has gold passages ({why}): ARCap measures no evidence on it")
     train: Rows = []
     for name in settings.train_sets:
@@ -144,7 +144,7 @@ def _own_questions(config: Config, bad: BadLines, counts: dict[str, Any]) -> tup
     for question in test:
         tests.setdefault(question.data_source or settings.name, []).append(question)
     for name, group in tests.items():
-        counts[f"{name}_test"] = _described(group)
+        counts[f"{name}_test"] = _question_counts(group)
     return question_rows(train, source=settings.name, split="train", with_passages=False), {
         name: question_rows(group, source=name, split="test", with_passages=True) for name, group in tests.items()
     }
@@ -202,7 +202,7 @@ def _without_overlap(config: Config, train: Rows, tests: Mapping[str, Rows], cou
     return [row for index, row in enumerate(train) if index not in dropped]
 
 
-def _described(questions: Sequence[Question]) -> dict[str, int]:
+def _question_counts(questions: Sequence[Question]) -> dict[str, int]:
     return {
         "questions": len(questions),
         "with_gold_passages": sum(bool(question.gold_passages) for question in questions),

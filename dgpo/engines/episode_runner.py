@@ -18,7 +18,7 @@ from dgpo.agent.plugins import open_search
 from dgpo.agent.protocol import STOP_STRINGS, encode_prompt
 from dgpo.agent.seeds import derive_seed
 from dgpo.agent.trajectory import Trajectory, read_trajectories, write_trajectories
-from dgpo.config.schema import Config
+from dgpo.config.schema import Config, RetrieverConfig
 from dgpo.data.rows import row_golds, row_id, row_question
 from dgpo.engines.bounded_policy import BoundedPolicy
 from dgpo.errors import DataError, DgpoError
@@ -171,20 +171,14 @@ async def play_episodes(
                 partial.append(trajectory)
                 continue
             num_failed += 1
-            allowed = retriever.max_failed_share * max(len(finished), min(len(planned), MIN_EPISODES_FOR_SHARE))
-            if num_failed > allowed:
-                raise DgpoError(
-                    f"{num_failed} of {len(finished)} episodes lost a search at {retriever.backend or retriever.url} "
-                    f"(retriever.max_failed_share={retriever.max_failed_share}): start the retriever again and repeat "
-                    f"the command with resume=true; {len(finished) - num_failed} finished episodes are kept"
-                )
+            _check_failed_share(num_failed, num_finished=len(finished), num_planned=len(planned), retriever=retriever)
 
     try:
         async with open_search(retriever) as search, asyncio.TaskGroup() as workers:
             for _ in range(concurrency or config.hardware.engine.concurrency):
                 workers.create_task(play_pending(search))
     except ExceptionGroup as group:
-        raise group.exceptions[0] from None  # the others are its echoes
+        raise group.exceptions[0] from None  # the first error cancelled the other workers
     finally:
         progress.close()
         partial.close()
@@ -192,6 +186,16 @@ async def play_episodes(
     write_trajectories(path, trajectories)
     partial.remove()
     return trajectories
+
+
+def _check_failed_share(num_failed: int, *, num_finished: int, num_planned: int, retriever: RetrieverConfig) -> None:
+    allowed = retriever.max_failed_share * max(num_finished, min(num_planned, MIN_EPISODES_FOR_SHARE))
+    if num_failed > allowed:
+        raise DgpoError(
+            f"{num_failed} of {num_finished} episodes lost a search at {retriever.backend or retriever.url} "
+            f"(retriever.max_failed_share={retriever.max_failed_share}): start the retriever again and repeat "
+            f"the command with resume=true; {num_finished - num_failed} finished episodes are kept"
+        )
 
 
 def forget_episodes(path: Path, *, unless: Mapping[str, Any] | None = None) -> None:

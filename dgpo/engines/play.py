@@ -18,7 +18,7 @@ from dgpo.engines.policy_pool import PolicyPool, num_engines
 from dgpo.engines.vllm_policy import VllmPolicy
 from dgpo.errors import ConfigError, one_line
 from dgpo.runs.identity import model_identity
-from dgpo.runs.stopping import cancelled_on_request
+from dgpo.runs.stopping import cancel_on_signal
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
@@ -129,7 +129,7 @@ def play_policy(
 
     async def play() -> list[Trajectory]:
         async with policy as opened:
-            with cancelled_on_request():  # after Ray's start, which sets a handler of its own
+            with cancel_on_signal():  # after Ray's start, which sets a handler of its own
                 return await play_episodes(
                     planned, policy=opened, tokenizer=tokenizer, config=config, concurrency=concurrency, **options
                 )

@@ -3,12 +3,12 @@
 | patch | of | what for | goes when |
 |---|---|---|---|
 | `run_in_process` | `vllm.v1.engine.utils.get_mp_context` | a CPU engine is a fork of the process that starts it, and imports nothing again: 2 s instead of 11 | vLLM's CPU platform lets an engine be forked |
-| `bind_engine_cores` | `EngineCoreProc.run_engine_core` | an engine whose starter was killed would keep its GPU | engine processes watch their parent, as vLLM's workers do |
+| `tether_engine_cores` | `EngineCoreProc.run_engine_core` | an engine whose starter was killed would keep its GPU | engine processes watch their parent, as vLLM's workers do |
 | `keep_plain_linears(all_sizes=True)` | `dispatch_cpu_unquantized_gemm` | packed CPU layers have no weight left to replace, so that a trained student cannot be loaded | vLLM replaces weights of packed layers |
 | `keep_plain_linears(all_sizes=False)` | the same | small layers are read faster than oneDNN makes a kernel for a new number of tokens | oneDNN's cache holds kernels of any size |
 | `sample_by_one_number` | `TopKTopPSampler.forward_cpu` | sampling with seeds takes 2.0 instead of 8.7 ms a step | vLLM draws once per sequence |
 
-`FixedWeights` and `ReplaceableWeights` carry them into vLLM's workers: vLLM takes the class by its dotted name
+`EngineWorker` and `ReloadableEngineWorker` carry them into vLLM's workers: vLLM takes the class by its dotted name
 (`worker_extension_cls`, its own extension point). RL's engines are veRL's, whose extension is
 `dgpo.platforms.cpu.vllm_extension` on a CPU and veRL's own on GPUs. tests/contract.py tells when what is patched changes.
 """  # noqa: E501  a table
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # whoever starts an engine need not have read torch
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 # Weights with fewer elements are read faster than oneDNN makes a kernel for a new number of tokens: 0.5 ms per layer of
-# 64 x 320, with batches of ever new sizes. From 896 x 1152 on packing wins in general (scripts/bench/linears.py).
+# 64 x 320, with batches of ever new sizes. From 896 x 1152 on packing wins in general (docs/performance.md).
 MIN_PACKED_ELEMENTS = 1 << 18
 
 # ---- Processes: how engines begin, and that they end with the process that started them.
@@ -60,22 +60,22 @@ def run_in_process() -> None:
     utils.get_mp_context = functools.partial(multiprocessing.get_context, "fork")
 
 
-def bind_engine_cores() -> None:
+def tether_engine_cores() -> None:
     """From now on, engine processes that vLLM starts from this one die with it.
 
     Their workers do so by a pipe of vLLM's own; the engine process itself has nothing of that kind in vLLM 0.28.
     """
     from vllm.v1.engine.core import EngineCoreProc
 
-    if EngineCoreProc.run_engine_core is not _run_bound_engine_core:
+    if EngineCoreProc.run_engine_core is not _run_tethered_engine_core:
         _vllms_own.append(EngineCoreProc.run_engine_core)
-        EngineCoreProc.run_engine_core = staticmethod(_run_bound_engine_core)
+        EngineCoreProc.run_engine_core = staticmethod(_run_tethered_engine_core)
 
 
 _vllms_own: list[Any] = []
 
 
-def _run_bound_engine_core(*args: Any, **kwargs: Any) -> None:
+def _run_tethered_engine_core(*args: Any, **kwargs: Any) -> None:
     """What the engine process runs: vLLM's own function, which in a fresh process is still in its place."""
     from vllm.v1.engine.core import EngineCoreProc
 
@@ -169,7 +169,7 @@ def _forward_cpu(
 # ---- Worker extensions, which vLLM mixes into its worker.
 
 
-class FixedWeights:
+class EngineWorker:
     """A worker that dies with its parent; on a CPU it also samples by one number, and packs large layers only."""
 
     all_linears_plain: ClassVar[bool] = False
@@ -187,7 +187,7 @@ class FixedWeights:
         return super().__new__(cls)
 
 
-class ReplaceableWeights(FixedWeights):
+class ReloadableEngineWorker(EngineWorker):
     """Loads new weights into the running engine. Its method is called by name, through `collective_rpc`."""
 
     all_linears_plain = True

@@ -16,8 +16,8 @@ from dgpo.engines.vllm_patches import run_in_process
 from dgpo.errors import DgpoError, one_line
 
 REAP_TIMEOUT_S = 5.0
-FIXED = "dgpo.engines.vllm_patches.FixedWeights"
-REPLACEABLE = "dgpo.engines.vllm_patches.ReplaceableWeights"
+FIXED = "dgpo.engines.vllm_patches.EngineWorker"
+REPLACEABLE = "dgpo.engines.vllm_patches.ReloadableEngineWorker"
 
 
 class VllmPolicy:

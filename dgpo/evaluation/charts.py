@@ -11,9 +11,10 @@ Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 520, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 34
 NUM_COLOURS = 6  # --line-1 .. of the style sheet
-MAX_POINTS = 300  # of a line: more would be finer than the screen
+MAX_STEPS = 5  # between the ticks of an axis
+MAX_POINTS = 300  # a line with more would be finer than the screen
 SMOOTH_FROM = 60  # points from which a line is drawn as a moving average, with the points themselves behind it
-RADIUS = 120.0  # of a radar
+RADIUS = 120.0  # a radar's
 
 
 def line_chart(
@@ -211,11 +212,11 @@ def _share(value: float, ticks: Sequence[float]) -> float:
     return (value - ticks[0]) / (ticks[-1] - ticks[0])
 
 
-def _ticks(low: float, high: float, *, about: int = 5, smallest: float = 0.0) -> list[float]:
+def _ticks(low: float, high: float, *, smallest: float = 0.0) -> list[float]:
     """Round numbers that enclose [low, high], at least `smallest` apart."""
     span = (high - low) or abs(high) or 1.0
-    power = 10 ** math.floor(math.log10(span / about))
-    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= about)
+    power = 10 ** math.floor(math.log10(span / MAX_STEPS))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= MAX_STEPS)
     step = max(step, smallest)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [round(step * number, 10) for number in range(first, max(last, first + 1) + 1)]

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from dgpo.config.load import leaves, spelt
 from dgpo.errors import ConfigError
 from dgpo.evaluation.curves import RunCurves, read_curves, series
 from dgpo.evaluation.scores import Score, average_samples, group_by, mean_of_sets
@@ -68,9 +68,9 @@ def compare_runs(a: Path, b: Path) -> list[Table]:
     return [_configurations(a, b), _training(a, b), _tests(a, b)]
 
 
-def print_tables(tables: Sequence[Table], console: Console | None = None) -> None:
+def print_tables(tables: Sequence[Table]) -> None:
     """The tables on the console."""
-    console = console or table_console()
+    console = table_console()
     for table in tables:
         shown = RichTable(title=table.title, title_justify="left", title_style="bold")
         for number, name in enumerate(table.head):
@@ -132,7 +132,7 @@ def _configurations(a: Path, b: Path) -> Table:
         if not (left and right):
             continue
         for key in sorted({*left, *right}):
-            values = (_short(left.get(key, "-")), _short(right.get(key, "-")))
+            values = (spelt(left.get(key, "-")), spelt(right.get(key, "-")))
             if values[0] != values[1]:
                 found.setdefault((key, *values), []).append(stage)
     stages = {folder: [stage for stage in STAGES if _stage_settings(folder, stage)] for folder in (a, b)}
@@ -151,22 +151,10 @@ def _stage_settings(folder: Path, stage: str) -> dict[str, Any]:
     """The settings and package versions that a stage recorded, by dotted key; empty where it did not run."""
     record = recorded(folder, stage)
     config = record.get("config", {})
-    settings = {key: value for key, value in _flatten(config) if key not in IGNORED_KEYS}
+    settings = {key: value for key, value in leaves(config) if key not in IGNORED_KEYS}
     settings |= {f"version of {name}": version for name, version in record.get("versions", {}).items()}
     own = str(config.get("run_dir", folder))
     return {key: value.replace(own, "RUN_DIR") if isinstance(value, str) else value for key, value in settings.items()}
-
-
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _short(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _training(a: Path, b: Path) -> Table:

@@ -166,12 +166,12 @@ def compare(scores: Sequence[Score], baseline: Sequence[Score]) -> dict[str, Any
     }
 
 
-def mean_of_sets(values: Sequence[Sequence[float]], *, seed: int = 0) -> tuple[float, float, float]:
+def mean_of_sets(values: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     """Unweighted mean over sets of their means, and its 95% interval with questions resampled within each set."""
     mean = float(np.mean([np.mean(group) for group in values]))
     if len(values) == 1:
-        return (mean, *bootstrap_ci(values[0], seed=seed))
-    generator = np.random.default_rng(seed)
+        return (mean, *bootstrap_ci(values[0]))
+    generator = np.random.default_rng(0)
     resampled = np.zeros(NUM_RESAMPLES)
     for group in values:
         data = np.asarray(group)

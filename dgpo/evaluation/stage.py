@@ -24,7 +24,7 @@ from dgpo.runs.identity import file_identity, model_identity, retriever_identity
 from dgpo.runs.settings import episode_settings
 
 Played = list[tuple[PlannedEpisode, Trajectory]]
-# Decide which episodes are played and how they are scored, and not what happens in one.
+# Keys that decide which episodes are played and how they are scored, but not what happens in one.
 WHICH_EPISODES = ("test.max_questions", "test.samples", "test.compat", "test.upstream_batch_size")
 
 

@@ -78,86 +78,95 @@ class Budget:
 
 def rl_budget(config: Config, models: Models) -> Budget:
     """Memory of the RL stage: a GPU has a shard of everything, and the phases of a step take turns on it."""
-    hardware = config.hardware
-    world = hardware.num_gpus
-    shards = min(hardware.fsdp_size or world, world)
-    value = VALUE_BYTES[hardware.dtype]
-    precision = Precision(value, value)
-    tokens = hardware.max_tokens_per_gpu or hardware.micro_batch_size * config.episode.max_tokens
-    trained = {"actor": models.student.parameters} | ({"critic": models.student.critic} if models.critic else {})
-    chunk = min(tokens, config.train.chunk_tokens)
-    engine = engine_share(config, models.student)
-    exact = models.teacher is not None and has_exact_teacher(config)
-
-    def states(*, using: str | None = None, training: bool = False) -> dict[str, float]:
-        """Sharded weights, optimiser and gradients on the GPU while `using` is at work."""
-        parts = {"weights": 0.0, "gradients": 0.0, "optimiser": 0.0}
-        for name, count in trained.items():
-            here = hardware.offload == "none" or (hardware.offload == "idle" and name == using)
-            parts["weights"] += FLOAT32 * count / shards * here
-            parts["optimiser"] += ADAM * count / shards * (here and (hardware.offload == "none" or training))
-            parts["gradients"] += FLOAT32 * count / shards * (training and name == using and here)
-        return parts
-
-    def gathered(shape: ModelShape) -> float:
-        streamed = FLOAT32 * shape.layer / shards if hardware.offload == "full" else 0.0
-        return memory.gathered_weights(shape, precision) + streamed
-
-    def update(name: str) -> dict[str, float]:
-        shape, checkpointing = models.student, hardware.gradient_checkpointing
-        saved = memory.saved_activations(shape, tokens, precision, checkpointing=checkpointing)
-        workspace = memory.backward_workspace(shape, tokens, precision, checkpointing=checkpointing)
-        # Tied embeddings are whole while the layers run backward, and an output matrix that they are has its gradient.
-        embeddings = value * shape.embedding * (shape.tied * (1 + (name == "actor")) - 1)
-        layers = {
-            "activations": saved + workspace,
-            "sharding buffers": gathered(shape)
-            + memory.reduced_gradients(shape.layer, precision, shards=shards)
-            + embeddings,
-        }
-        # An output matrix of its own is reduced before the layers, any embedding after them.
-        before = saved if name == "actor" and not shape.tied else 0
-        embedding = {
-            "activations": before,
-            "sharding buffers": memory.reduced_gradients(shape.embedding, precision, shards=shards),
-        }
-        loss, read = {"activations": saved, "sharding buffers": gathered(shape)}, {}
-        if name == "actor":
-            loss["logits"] = memory.logits(shape, chunk, exact=exact)
-            # The output matrix's gradient is summed in float32, and then takes the weight's type.
-            loss["sharding buffers"] += shape.embedding * (FLOAT32 + value * (value < FLOAT32))
-            if exact and models.teacher is not None:
-                loss["teacher"] = _teacher_states(models.teacher, precision, tokens)
-                read["teacher"] = loss["teacher"] + memory.gathered_weights(models.teacher, precision)
-                read["teacher"] += memory.forward_workspace(models.teacher, tokens, precision)
-        # The optimiser's step takes the space of one more moment.
-        step = {"optimiser step": FLOAT32 * trained[name] / shards * (hardware.offload != "full")}
-        # These follow each other; the logits are gone when the layers run backward.
-        fullest = max((read, loss, layers, embedding, step), key=lambda parts: sum(parts.values()))
-        return states(using=name, training=True) | fullest
-
-    def score(shape: ModelShape, owner: str | None) -> dict[str, float]:
-        parts = states(using=owner) | {"sharding buffers": gathered(shape)}
-        parts["activations"] = memory.forward_workspace(shape, tokens, precision)
-        if owner != "critic":
-            parts["logits"] = memory.logits(shape, chunk)
-        return parts
-
-    phases = {"generate": states() | engine.awake}
-    scored = [score(models.student, "actor")]
+    gpu, engine = _TrainingGpu(config, models), engine_share(config, models.student)
+    phases = {"generate": gpu.states() | engine.awake}
+    scored = [gpu.score(models.student, "actor")]
     if models.critic:
-        scored.append(score(models.student, "critic"))
+        scored.append(gpu.score(models.student, "critic"))
     phases["score"] = max(scored, key=lambda parts: sum(parts.values()))
-    if models.teacher is not None and not exact:
-        parts = score(models.teacher, None)
+    if models.teacher is not None and not gpu.exact:
+        parts = gpu.score(models.teacher, None)
         frozen = sum(parts.pop(name) for name in ("sharding buffers", "activations", "logits"))
         phases["teacher"] = parts | {"teacher": frozen}
     if models.critic:
-        phases["update critic"] = update("critic")
-    phases["update actor"] = update("actor")
+        phases["update critic"] = gpu.update("critic")
+    phases["update actor"] = gpu.update("actor")
     bucket = memory.weight_bucket(config, models.student) + memory.largest_tensor(models.student)
-    phases["sync weights"] = states() | {"engine weights": engine.weights, "weight sync": bucket}
-    return _finish(config, models, phases, engine, _rl_host(config, models, trained, world))
+    phases["sync weights"] = gpu.states() | {"engine weights": engine.weights, "weight sync": bucket}
+    return _finish(config, phases, engine, _rl_host(config, models, gpu.trained))
+
+
+class _TrainingGpu:
+    """What RL's models take of one GPU while one of them is at work."""
+
+    def __init__(self, config: Config, models: Models) -> None:
+        hardware = self.hardware = config.hardware
+        self.models = models
+        self.shards = min(hardware.fsdp_size or hardware.num_gpus, hardware.num_gpus)
+        self.value = VALUE_BYTES[hardware.dtype]
+        self.precision = Precision(self.value, self.value)
+        self.tokens = hardware.max_tokens_per_gpu or hardware.micro_batch_size * config.episode.max_tokens
+        self.chunk = min(self.tokens, config.train.chunk_tokens)
+        self.trained = {"actor": models.student.parameters} | (
+            {"critic": models.student.critic} if models.critic else {}
+        )
+        self.exact = models.teacher is not None and has_exact_teacher(config)
+
+    def states(self, *, using: str | None = None, training: bool = False) -> dict[str, float]:
+        """Sharded weights, optimiser and gradients on the GPU while `using` is at work."""
+        parts = {"weights": 0.0, "gradients": 0.0, "optimiser": 0.0}
+        offload = self.hardware.offload
+        for name, count in self.trained.items():
+            if offload == "none" or (offload == "idle" and name == using):
+                parts["weights"] += FLOAT32 * count / self.shards
+                if offload == "none" or training:
+                    parts["optimiser"] += ADAM * count / self.shards
+                if training and name == using:
+                    parts["gradients"] += FLOAT32 * count / self.shards
+        return parts
+
+    def gathered(self, shape: ModelShape) -> float:
+        streamed = FLOAT32 * shape.layer / self.shards if self.hardware.offload == "full" else 0.0
+        return memory.gathered_weights(shape, self.precision) + streamed
+
+    def score(self, shape: ModelShape, owner: str | None) -> dict[str, float]:
+        parts = self.states(using=owner) | {"sharding buffers": self.gathered(shape)}
+        parts["activations"] = memory.forward_workspace(shape, self.tokens, self.precision)
+        if owner != "critic":
+            parts["logits"] = memory.logits(shape, self.chunk)
+        return parts
+
+    def update(self, name: str) -> dict[str, float]:
+        """The fullest of an update's parts. They follow each other: backward, the logits are gone."""
+        shape, precision, tokens = self.models.student, self.precision, self.tokens
+        checkpointing = self.hardware.gradient_checkpointing
+        saved = memory.saved_activations(shape, tokens, precision, checkpointing=checkpointing)
+        workspace = memory.backward_workspace(shape, tokens, precision, checkpointing=checkpointing)
+        buffers = self.gathered(shape) + memory.reduced_gradients(shape.layer, precision, shards=self.shards)
+        # Tied embeddings are whole while the layers run backward, and an output matrix that they are has its gradient.
+        if not shape.tied:
+            buffers -= self.value * shape.embedding
+        elif name == "actor":
+            buffers += self.value * shape.embedding
+        layers = {"activations": saved + workspace, "sharding buffers": buffers}
+        embedding = {
+            # An output matrix of its own is reduced before the layers, any embedding after them.
+            "activations": saved if name == "actor" and not shape.tied else 0,
+            "sharding buffers": memory.reduced_gradients(shape.embedding, precision, shards=self.shards),
+        }
+        loss, read = {"activations": saved, "sharding buffers": self.gathered(shape)}, {}
+        if name == "actor":
+            loss["logits"] = memory.logits(shape, self.chunk, exact=self.exact)
+            # The output matrix's gradient is summed in float32, and then takes the weight's type.
+            loss["sharding buffers"] += shape.embedding * (FLOAT32 + (self.value if self.value < FLOAT32 else 0))
+            if self.exact and (teacher := self.models.teacher) is not None:
+                loss["teacher"] = _teacher_states(teacher, precision, tokens)
+                read["teacher"] = loss["teacher"] + memory.gathered_weights(teacher, precision)
+                read["teacher"] += memory.forward_workspace(teacher, tokens, precision)
+        # The optimiser's step takes the space of one more moment.
+        moment = FLOAT32 * self.trained[name] / self.shards if self.hardware.offload != "full" else 0.0
+        parts = (read, loss, layers, embedding, {"optimiser step": moment})
+        return self.states(using=name, training=True) | max(parts, key=lambda each: sum(each.values()))
 
 
 def _teacher_states(teacher: ModelShape, precision: Precision, tokens: int) -> float:
@@ -166,10 +175,12 @@ def _teacher_states(teacher: ModelShape, precision: Precision, tokens: int) -> f
     return precision.value * (2 * tokens * teacher.hidden + teacher.embedding * (1 + teacher.tied))
 
 
-def _rl_host(config: Config, models: Models, trained: Mapping[str, int], world: int) -> dict[str, float]:
+def _rl_host(config: Config, models: Models, trained: Mapping[str, int]) -> dict[str, float]:
     """What one node's host memory holds: frozen models always, trained ones where they are offloaded."""
     hardware = config.hardware
-    share = hardware.gpus_per_node / min(hardware.fsdp_size or world, world)  # copies of a model per node
+    share = hardware.gpus_per_node / min(
+        hardware.fsdp_size or hardware.num_gpus, hardware.num_gpus
+    )  # copies of a model per node
     value = VALUE_BYTES[hardware.dtype]
     host: dict[str, float] = {}
     if models.teacher is not None:
@@ -236,13 +247,13 @@ def distill_budget(config: Config, models: Models) -> Budget:
     if settings.loss == "distillm":
         engine = engine_share(config, shape)
         parts |= engine.awake
-    return _finish(config, models, phases, engine, {})
+    return _finish(config, phases, engine, {})
 
 
 def play_budget(config: Config, models: Models) -> Budget:
     """Memory where an engine has the GPU to itself: collect, test, arcap, ask."""
     engine = engine_share(config, models.student, alone=True)
-    return _finish(config, models, {"generate": dict(engine.awake)}, engine, {})
+    return _finish(config, {"generate": dict(engine.awake)}, engine, {})
 
 
 @dataclass(frozen=True)
@@ -290,7 +301,6 @@ def is_on_this_node(url: str) -> bool:
 
 def _finish(
     config: Config,
-    models: Models,
     phases: dict[str, dict[str, float]],
     engine: EngineShare | None,
     host: dict[str, float],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, product
 from typing import Any
 
+from dgpo.config.load import spelt
 from dgpo.config.schema import Config
 from dgpo.hardware.budget import Budget, Models
 from dgpo.hardware.stages import PLAYING, stage_budget
@@ -34,7 +35,7 @@ def nearest_fit(
             for chosen in combinations(options, number):
                 for changes in product(*chosen):
                     if fits(changes):
-                        return [f"{key}={_shown(value)}" for key, value in changes]
+                        return [f"{key}={spelt(value)}" for key, value in changes]
     return None
 
 
@@ -98,10 +99,6 @@ def _halves(value: int, smallest: int) -> Iterator[int]:
     while value > smallest:
         value = max(smallest, value // 2)
         yield value
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def explain(budget: Budget, overrides: Sequence[str] | None) -> str:

@@ -38,7 +38,7 @@ def placement_table(config: Config, stage: str, models: Models, placement: Place
             str(node),
             ranges(list(own)),
             _trained(stage, models, placement),
-            _frozen(config, stage, models, placement),
+            _frozen(stage, models),
             _engines([replica for replica in placement.replicas if replica[0] in own]),
             _processes(config, stage, node),
         )
@@ -53,8 +53,9 @@ def _trained(stage: str, models: Models, placement: Placement) -> str:
     return f"{names}: {_count(placement.shards, 'shard')}{copies}"
 
 
-def _frozen(config: Config, stage: str, models: Models, placement: Placement) -> str:
-    names = ["teacher"] * (models.teacher is not None) + ["initial policy"] * models.initial_policy
+def _frozen(stage: str, models: Models) -> str:
+    beside = {"teacher": models.teacher is not None, "initial policy": models.initial_policy}
+    names = [name for name, is_there in beside.items() if is_there]
     if not names:
         return "-"
     if stage == "distill":

@@ -32,10 +32,8 @@ def bootstrap_ci(
     return float(low), float(high)
 
 
-def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95, num_samples: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """mean(a) - mean(b) and its interval: (difference, low, high). `a[i]` and `b[i]` score the same question.
+def paired_bootstrap(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """mean(a) - mean(b) and its 95% interval: (difference, low, high). `a[i]` and `b[i]` score the same question.
 
     Questions are resampled, and both scores with them: what makes a question hard for both cancels out.
 
@@ -45,7 +43,7 @@ def paired_bootstrap(
     if len(a) != len(b):
         raise ValueError(f"{len(a)} values against {len(b)}: a paired comparison needs both for every question")
     differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    low, high = bootstrap_ci(differences.tolist(), confidence=confidence, num_samples=num_samples, seed=seed)
+    low, high = bootstrap_ci(differences.tolist())
     return float(differences.mean()), low, high
 
 

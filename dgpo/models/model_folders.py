@@ -55,7 +55,7 @@ def weights_dtype(folder: Path) -> str:
     return names[dtype]
 
 
-def state_dtype(folder: Path) -> None:
+def write_dtype(folder: Path) -> None:
     """Makes `config.json` say what the weights are, so that they are loaded as they are."""
     path = folder / "config.json"
     atomic_write_text(

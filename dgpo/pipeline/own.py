@@ -215,7 +215,7 @@ def _run_stages(stages: Stages, run: Path, common: Sequence[str]) -> None:
 
 
 def _offer_rag(run: Path, overrides: Sequence[str], student: str) -> None:
-    write_asking(run, overrides=_asked(overrides, rag=True), model=student, corpus=CORPUS, examples=[])
+    write_asking(run, overrides=_ask_overrides(overrides, rag=True), model=student, corpus=CORPUS, examples=[])
     print(
         "no questions: the index is built, and the model answers from it without having learnt to search (rag).\n"
         f"To train an agent, put questions with answers into the folder, questions.jsonl with lines such as\n  "
@@ -225,7 +225,7 @@ def _offer_rag(run: Path, overrides: Sequence[str], student: str) -> None:
     )
 
 
-def _asked(overrides: Sequence[str], *, rag: bool = False) -> list[str]:
+def _ask_overrides(overrides: Sequence[str], *, rag: bool = False) -> list[str]:
     """The overrides that decide how a question is played."""
     decide = ("world=", "hardware", "episode.", "ask.", "seed=", "student.trust_remote_code")
     kept = [override for override in overrides if override.startswith(decide)]
@@ -241,7 +241,7 @@ def _finish(
     model = stage_model(config, config.stages[-1])
     questions = [row_question(row) for file in test_files(run) for row in read_rows(file)]
     examples = questions[:: max(1, len(questions) // NUM_EXAMPLES)][:NUM_EXAMPLES]
-    write_asking(run, overrides=_asked(overrides), model=model, corpus=CORPUS, examples=examples)
+    write_asking(run, overrides=_ask_overrides(overrides), model=model, corpus=CORPUS, examples=examples)
     update_summary(run, wall_s=wall_s, seed=config.seed)
     with contextlib.suppress(ValueError, KeyError):
         write_report(run)

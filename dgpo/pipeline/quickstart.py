@@ -24,6 +24,8 @@ from dgpo.runs.asking import write_asking
 from dgpo.runs.replacing import check_target
 from dgpo.runs.summary import read_results
 
+NUM_EXAMPLES = 6  # questions that `ask` offers
+
 
 def quickstart(overrides: Sequence[str] = ()) -> Path:
     """Runs every stage of the experiment into a new `runs/quickstart-<date>-<time>` (or `run_dir=...`).
@@ -86,9 +88,9 @@ def _summarize(folder: Path, stages: Stages, config: Config, peak_bytes: int) ->
     print(f"next: python -m dgpo ask run_dir={folder} ask.web=true", flush=True)
 
 
-def answered(folder: Path, *, count: int = 6) -> list[str]:
+def answered(folder: Path) -> list[str]:
     """Held-out questions that the last model of the test answered rightly: a newcomer's first ones should work."""
     model = list(read_results(folder)["models"])[-1]
     scores = read_jsonl(folder / "test" / model / "scores.jsonl")
     questions = list(dict.fromkeys(score["question"] for score in scores if score["em"]))
-    return questions[:: max(1, len(questions) // count)][:count]
+    return questions[:: max(1, len(questions) // NUM_EXAMPLES)][:NUM_EXAMPLES]

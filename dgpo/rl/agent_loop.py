@@ -36,7 +36,7 @@ class RolloutPolicy:
     async def generate(
         self, token_ids: list[int], *, max_tokens: int, stop: Sequence[str], seed: int | None, request_id: str
     ) -> Generation:
-        # `BoundServer` makes the rest of the turn's sampling parameters, with the engine's tokenizer.
+        # `TetheredServer` makes the rest of the turn's sampling parameters, with the engine's tokenizer.
         params = {**self.sampling_params, "max_tokens": max_tokens, "stop": list(stop), "seed": seed}
         started = time.time()
         output = await self.server.generate(request_id=request_id, prompt_ids=token_ids, sampling_params=params)
@@ -52,7 +52,7 @@ class RolloutPolicy:
         return Generation(list(output.token_ids), list(output.log_probs or ()), reason)
 
 
-class Surroundings:
+class WorkerContext:
     """What the episodes of one Ray worker share: settings, the search with its connections, the reward, the bound.
 
     Args:
@@ -72,7 +72,7 @@ class Surroundings:
         self.slots = asyncio.Semaphore(values["concurrency"] or 1_000_000)
 
 
-surroundings = cache(Surroundings)
+worker_context = cache(WorkerContext)
 
 
 class SearchAgentLoop(AgentLoopBase):
@@ -81,14 +81,14 @@ class SearchAgentLoop(AgentLoopBase):
     Args:
         server_manager: veRL's rollout servers.
         tokenizer: the policy's.
-        settings: of `Surroundings`.
+        settings: of `WorkerContext`.
     """
 
     def __init__(self, *, server_manager: Any, tokenizer: Any, settings: str, **_: Any) -> None:
         # Not veRL's: it makes a builder of chats, which would tokenise sampled text, and warns of models new to it.
         self.server_manager = server_manager
         self.tokenizer = tokenizer
-        self.shared = surroundings(settings)
+        self.shared = worker_context(settings)
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Plays the episode of one data row and scores it.

@@ -22,7 +22,7 @@ from dgpo.config.load import to_yaml
 from dgpo.config.schema import Config
 from dgpo.config.stages import MODEL_STEPS, initial_model, step_model
 from dgpo.files import atomic_write_text, read_jsonl
-from dgpo.models.model_folders import state_dtype, write_generation_config
+from dgpo.models.model_folders import write_dtype, write_generation_config
 from dgpo.runs.alarms import ALARMS
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.checkpoints import checkpoint_steps, writing
@@ -99,5 +99,5 @@ def _validation_scores(folder: Path) -> dict[int, float]:
 
 def _copy(checkpoint: Path, target: Path) -> None:
     shutil.copytree(checkpoint / "actor" / "huggingface", target, copy_function=link_or_copy, dirs_exist_ok=True)
-    state_dtype(target)
+    write_dtype(target)
     write_generation_config(target)

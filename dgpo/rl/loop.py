@@ -48,7 +48,7 @@ from dgpo.runs.checkpoints import FileEntries
 from dgpo.runs.guards import FROM_TRAINED_WEIGHTS, SOURCES, check_finite
 from dgpo.runs.plain_values import load_plain
 from dgpo.runs.rollback import CHECKPOINT, METRICS, keep_last_good
-from dgpo.runs.run_state import DATALOADER, Record, begin_from, prune, save_whole
+from dgpo.runs.run_state import DATALOADER, Record, prune, rewind_to, save_checkpoint
 from dgpo.runs.stability import CollapseDetector, choose_response
 from dgpo.runs.stopping import stop_requested
 from dgpo.runs.watchdog import Watchdog
@@ -202,7 +202,7 @@ class DGPOTrainer(PPOTrainerSync):
         return batch
 
     def _put_engine_to_sleep(self) -> None:
-        """It gives its memory back. Episodes of a dead engine failed at once, before its death was looked for."""
+        """The engine gives its memory back. A dead one failed its episodes before a fault was looked for."""
         try:
             self.checkpoint_manager.sleep_replicas()
             if self.curr_step_profile:
@@ -411,7 +411,7 @@ class DGPOTrainer(PPOTrainerSync):
             self._save_after_step(record, goes_on=response == "save")
         if response == "stop":
             raise RunStoppedError(
-                f"{alarms[0]}. Saved after step {self.global_steps}; resume=true goes on all the same"
+                f"{alarms[0]}. Saved after step {self.global_steps}; resume=true continues in spite of it"
             )
 
     def _response(self, *, first_of_run: bool = False) -> str:
@@ -468,7 +468,7 @@ class DGPOTrainer(PPOTrainerSync):
                 for files in ranks
             ]
 
-        save_whole(
+        save_checkpoint(
             self._checkpoint_folder(),
             write_ranks,
             step=self.global_steps,
@@ -502,12 +502,12 @@ class DGPOTrainer(PPOTrainerSync):
         if checkpoint := self.config.trainer.resume_from_path:
             load_plain(Path(checkpoint) / DATALOADER)  # veRL unpickles whatever it holds
         super()._load_checkpoint()
-        start = begin_from(self.metrics_path, self._checkpoint_folder() if self.global_steps else None)
+        start = rewind_to(self.metrics_path, self._checkpoint_folder() if self.global_steps else None)
         self.detector.restore(start.records)
         self.validation_scores = {
             int(record["step"]): record[VALIDATION_SCORE] for record in start.records if VALIDATION_SCORE in record
         }
-        self.unrecorded = start.unlogged
+        self.unrecorded = start.unrecorded
         if start.kl_coef is not None and self.config.algorithm.use_kl_in_reward:
             self.kl_ctrl_in_reward.value = start.kl_coef
 

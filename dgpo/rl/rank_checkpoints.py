@@ -32,7 +32,7 @@ def _check_content(folder: Path, rank: int) -> None:
         load_shards([paths[min(rank, len(paths) - 1)]])
 
 
-def own_entries(folder: str, *, rank: int) -> FileEntries:
+def rank_entries(folder: str, *, rank: int) -> FileEntries:
     """Entries of the files that a rank wrote: its shards, and on rank 0 what all share.
 
     Made where the bytes still are in memory, by all ranks at once, and not by one process over a network.
@@ -72,7 +72,7 @@ class _Resharding:
         manager, folder = self.manager, Path(local_path)
         models = load_shards(shard_paths(folder, "model"))
         manager.model.load_state_dict(
-            {name: _own_part(models, name, like=value) for name, value in manager.model.state_dict().items()}
+            {name: _rank_part(models, name, like=value) for name, value in manager.model.state_dict().items()}
         )
         if manager.optimizer is not None:
             self._load_optimizer(folder)
@@ -84,7 +84,7 @@ class _Resharding:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state = {
             index: {
-                name: _own_part([rank["state"][index] for rank in saved], name, like=parameters[index])
+                name: _rank_part([rank["state"][index] for rank in saved], name, like=parameters[index])
                 for name in entries
             }
             for index, entries in saved[0]["state"].items()
@@ -100,7 +100,7 @@ class _Resharding:
             self.manager.lr_scheduler.load_state_dict(extra["lr_scheduler"])
 
 
-def _own_part(ranks: list[dict[str, Any]], name: str, *, like: torch.Tensor) -> Any:
+def _rank_part(ranks: list[dict[str, Any]], name: str, *, like: torch.Tensor) -> Any:
     """This rank's part of a saved tensor, sharded as `like`; plain values and unsharded tensors as they are."""
     if name not in ranks[0]:
         raise DataError(f"the checkpoint has no {name}: it is of another model")

@@ -19,20 +19,20 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from dgpo.engines.turn_sampling import sampling_arguments
-from dgpo.engines.vllm_patches import bind_engine_cores, run_in_process
+from dgpo.engines.vllm_patches import run_in_process, tether_engine_cores
 from dgpo.rl.weight_sync import tag_receiver
 
 POLL_S = 0.5
 TAKE_WEIGHTS = "update_weights_from_ipc"  # of veRL's worker extension
 
 
-class BoundServer(vLLMHttpServer):
+class TetheredServer(vLLMHttpServer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         tag_receiver()
 
     async def run_server(self, args: argparse.Namespace) -> None:
-        bind_engine_cores()
+        tether_engine_cores()
         if args.distributed_executor_backend == "uni":
             run_in_process()
         await super().run_server(args)
@@ -47,8 +47,7 @@ class BoundServer(vLLMHttpServer):
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **others: Any
     ) -> Any:
-        """veRL's, sampled as every turn of an episode is; a request that finds the engine dead is sooner than the next
-        look.
+        """veRL's, sampled as every turn of an episode is. A request may find the engine dead before the next poll does.
 
         Args:
             sampling_params: veRL's own, with the turn's `max_tokens`, `stop` and `seed`.
@@ -75,10 +74,10 @@ class BoundServer(vLLMHttpServer):
             os._exit(1)
 
 
-class BoundReplica(vLLMReplica):
+class TetheredReplica(vLLMReplica):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.server_class = ray.remote(BoundServer)
+        self.server_class = ray.remote(TetheredServer)
 
 
-RolloutReplicaRegistry.register("vllm", lambda: BoundReplica)
+RolloutReplicaRegistry.register("vllm", lambda: TetheredReplica)

@@ -26,7 +26,7 @@ from dgpo.rl.exports import export_models
 from dgpo.rl.terminal import LOG, divert
 from dgpo.runs.artifacts import MANIFEST, prepare_run_folder, read_manifest
 from dgpo.runs.checkpoints import checkpoint_steps, newest_whole, read_seal, set_aside_later
-from dgpo.runs.faults import forget_failure, told_by_name, write_failure
+from dgpo.runs.faults import forget_failure, translated_ray_errors, write_failure
 from dgpo.runs.identity import file_identity, model_identity, retriever_identity
 from dgpo.runs.owner import owned
 from dgpo.runs.processes import end_processes, mark, mark_processes
@@ -34,7 +34,7 @@ from dgpo.runs.remains import remove_remains
 from dgpo.runs.replacing import check_target
 from dgpo.runs.rollback import CHECKPOINT, EVENTS, after_rollbacks, roll_back
 from dgpo.runs.settings import fixed_settings, record_or_check
-from dgpo.runs.stopping import filed_on_request
+from dgpo.runs.stopping import stop_file_on_signal
 
 # What veRL's workers expect of Ray's start (`verl.trainer.constants_ppo`, which takes seconds to import). A variable of
 # the shell wins.
@@ -193,7 +193,8 @@ def _run_verl(config: Config, folder: Path) -> None:
         log = folder.resolve() / LOG
         ray_cluster.connect(config.hardware, token_folder=folder, environment=environment, listener=divert(log))
         ray_cluster.claim()
-        with told_by_name(folder), filed_on_request(folder):  # after Ray's start, which sets a handler of its own
+        # After Ray's start, which sets a handler of its own.
+        with translated_ray_errors(folder), stop_file_on_signal(folder):
             # With the driver: where another node is lost, the trainer is there to say so.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
             runner = ray.remote(TaskRunner).options(scheduling_strategy=here).remote()

@@ -20,7 +20,7 @@ from dgpo.algorithms.selective_kl import TEACHER_FORMS
 from dgpo.platforms import token_engine  # noqa: F401  registers veRL's engine of GPUs
 from dgpo.rl.exact_loss import ExactTeacherLoss, TeacherReader
 from dgpo.rl.frozen import FrozenWorker
-from dgpo.rl.rank_checkpoints import load_rank, own_entries
+from dgpo.rl.rank_checkpoints import load_rank, rank_entries
 from dgpo.rl.updates import num_skipped, set_learning_rate
 from dgpo.runs.checkpoints import FileEntries
 
@@ -77,7 +77,7 @@ class TeacherGuidedWorker(ActorRolloutRefWorker):
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> FileEntries:
         """Returns the entries of the files that this rank wrote."""
         super().save_checkpoint(local_path, *args, **kwargs)
-        return own_entries(local_path, rank=self.rank)
+        return rank_entries(local_path, rank=self.rank)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
@@ -98,7 +98,7 @@ class SeededTrainingWorker(TrainingWorker):
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> FileEntries:
         """Returns the entries of the files that this rank wrote."""
         super().save_checkpoint(local_path, *args, **kwargs)
-        return own_entries(local_path, rank=self.rank)
+        return rank_entries(local_path, rank=self.rank)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:

@@ -35,7 +35,7 @@ def writing(target: Path) -> Iterator[Path]:
     If the block raises, the space is given back and the target stays as it was.
 
     Raises:
-        OSError: ENOSPC, whatever the block raised for want of space: torch's own error speaks of positions.
+        OSError: ENOSPC, whatever the block raised on a full disk: torch's own error speaks of positions.
     """
     temporary = target.with_name(f".{target.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)

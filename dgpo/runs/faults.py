@@ -18,7 +18,7 @@ DISK_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWri
 
 
 @contextlib.contextmanager
-def told_by_name(folder: Path) -> Iterator[None]:
+def translated_ray_errors(folder: Path) -> Iterator[None]:
     """Turns what Ray raises into the error that is behind it.
 
     Raises:
@@ -56,7 +56,7 @@ def reason_of_death(error: BaseException) -> str:
 def disk_full(folder: Path) -> RunStoppedError:
     free_mb = shutil.disk_usage(folder).free / 1e6
     return RunStoppedError(
-        f"a write to {folder} failed for want of space ({free_mb:.0f} MB are free now): make room, then resume=true "
+        f"a write to {folder} failed: the disk is full ({free_mb:.0f} MB are free now): make room, then resume=true "
         "continues",
         kind="DiskFullError",
     )

@@ -11,7 +11,7 @@ from dgpo.errors import NonFiniteError
 NUM_NAMED = 4  # episodes named in a message
 
 SOURCES = {
-    "rm_scores": "the reward function returned it: mend train.reward",
+    "rm_scores": "the reward function returned it: correct train.reward",
     "rollout_log_probs": "the rollout engine sampled with it: its copy of the weights is damaged",
     "old_log_probs": "the student computed it: its weights are damaged; go on from an earlier checkpoint with a lower "
     "train.actor_learning_rate",

@@ -33,21 +33,21 @@ DATALOADER, DRIVER = "data.pt", "driver.pt"
 
 
 @dataclass(frozen=True)
-class Start:
+class RunState:
     """What the driver goes on with.
 
     Attributes:
         records: of the steps so far, from `metrics.jsonl`.
-        unlogged: the record of the checkpoint's own step, where its process ended before it was written.
+        unrecorded: the record of the checkpoint's own step, where its process ended before it was written.
         kl_coef: of the penalty to the initial policy, which an adaptive controller changes.
     """
 
     records: list[Record]
-    unlogged: Record | None = None
+    unrecorded: Record | None = None
     kl_coef: float | None = None
 
 
-def save_whole(
+def save_checkpoint(
     folder: Path,
     write_ranks: Callable[[Path], Sequence[FileEntries]],
     *,
@@ -86,14 +86,14 @@ def save_whole(
         before = [other for other in checkpoint_steps(folder.parent, CHECKPOINT) if other != step]
         kept = f"the one after step {before[-1]} is whole" if before else "there is none before it"
         raise RunStoppedError(
-            f"the checkpoint after step {step} could not be written ({_reason(error)}); {kept}. When that is mended, "
-            "repeat the command with resume=true",
+            f"the checkpoint after step {step} could not be written ({_reason(error)}); {kept}. When that is "
+            "corrected, repeat the command with resume=true",
             kind="CheckpointNotSavedError",
         ) from error
     atomic_write_text(folder.parent / TRACKER, str(step))
 
 
-def begin_from(metrics: Path, checkpoint: Path | None) -> Start:
+def rewind_to(metrics: Path, checkpoint: Path | None) -> RunState:
     """Makes the files of the stage agree with a checkpoint: later records and alarms go, the steps will be repeated.
 
     Args:
@@ -104,11 +104,11 @@ def begin_from(metrics: Path, checkpoint: Path | None) -> Start:
     records = drop_records_after(metrics, step)
     drop_records_after(metrics.with_name(ALARMS), step)
     if checkpoint is None:
-        return Start(records)
+        return RunState(records)
     state = load_plain(checkpoint / DRIVER)
     _set_random_state(state["rng"])
     logged = any(record["step"] == step for record in records)
-    return Start(records, None if logged else state["record"], state["kl_coef"])
+    return RunState(records, None if logged else state["record"], state["kl_coef"])
 
 
 def prune(
@@ -123,9 +123,9 @@ def prune(
     steps = checkpoint_steps(folder, CHECKPOINT)
     for step in steps_to_delete(steps, scores, keep_last=keep_last, keep_best=keep_best, keep=keep):
         # First out of the way: what a kill leaves of it is then no checkpoint, and removed at the next start.
-        doomed = folder / f".{CHECKPOINT}{step}.writing"
-        (folder / f"{CHECKPOINT}{step}").rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        removed = folder / f".{CHECKPOINT}{step}.writing"
+        (folder / f"{CHECKPOINT}{step}").rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def _random_state() -> dict[str, Any]:

@@ -25,8 +25,9 @@ NOISE_SIGMAS = 4.0
 
 ADVICE = {
     "non_finite": "the last finite checkpoint is sound; lower train.actor_learning_rate or train.critic_learning_rate",
-    "entropy_low": "the policy says one thing only; raise train.entropy_coef, or lower train.actor_learning_rate",
-    "entropy_high": "the policy comes apart; lower train.actor_learning_rate or train.entropy_coef",
+    "entropy_low": "the policy writes almost the same tokens every time; raise train.entropy_coef, or lower "
+    "train.actor_learning_rate",
+    "entropy_high": "the policy writes almost at random; lower train.actor_learning_rate or train.entropy_coef",
     "em_fall": "go back to the checkpoint before the fall; lower train.actor_learning_rate, or raise "
     "train.teacher_term.coef or train.init_kl_coef",
     "answer_fall": "look at the episodes: does it search without end, or lose the format? Go back to the checkpoint "

@@ -35,14 +35,14 @@ def stopped_by_sigterm() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def raised_on_request() -> Iterator[None]:
+def raise_on_signal() -> Iterator[None]:
     """While the context lasts, a signal raises StopRequested in the main thread."""
     with _handled_by(_raise):
         yield
 
 
 @contextlib.contextmanager
-def filed_on_request(folder: Path) -> Iterator[None]:
+def stop_file_on_signal(folder: Path) -> Iterator[None]:
     """While the context lasts, the first signal writes a file into `folder`, a second one raises StopRequested.
 
     For work in other processes, on this node or another, that asks `stop_requested(folder)` between its steps.
@@ -69,7 +69,7 @@ def stop_requested(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def cancelled_on_request() -> Iterator[None]:
+def cancel_on_signal() -> Iterator[None]:
     """While the context lasts, a signal cancels the current asyncio task, which then raises StopRequested here."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None

@@ -10,6 +10,8 @@ tokenizer/, models/student_untrained/, models/teacher_untrained/
 world.json              the settings, for the stages that follow
 """
 
+from __future__ import annotations
+
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -56,13 +58,13 @@ class WorldSettings:
 
 
 def real_world(settings: WorldSettings) -> tuple[World, list[str], list[str]]:
-    """Return the real world and the ISO codes of its train and test countries."""
+    """The real world and the ISO codes of its train and test countries."""
     world = load_real_world(cities_per_country=settings.cities_per_country)
     return world, *split_countries(world, test_fraction=settings.test_fraction, seed=settings.seed)
 
 
 def build_world(out: Path, settings: WorldSettings) -> dict[str, int]:
-    """Write everything that the module's docstring lists below `out`; return counts. The same seed, the same files.
+    """Writes everything that the module's docstring lists below `out`; returns counts. The same seed, the same files.
 
     Raises:
         ConfigError: `out` exists.
@@ -114,7 +116,7 @@ def _question_sets(
     train_isos: Sequence[str],
     test_isos: Sequence[str],
 ) -> dict[str, list[tuple[str, Question]]]:
-    """Return (corpus name, question) pairs of each split, in random order."""
+    """(corpus name, question) pairs of each split, in random order."""
     rng = random.Random(f"{settings.seed}/questions")
     # Every permuted world gets an equal share; all countries take part, because none of their facts are real.
     share = -(-(settings.num_collect + settings.num_train) // len(permuted))
@@ -158,7 +160,7 @@ def question_row(
     country_split: Mapping[str, str],
     settings: WorldSettings,
 ) -> dict[str, Any]:
-    """Return a data row; `extra_info.corpus` names the world that the agent searches in.
+    """A data row; `extra_info.corpus` names the world that the agent searches in.
 
     Its gold passages are those that state the facts that the question needs, in the order in which it needs them.
     """

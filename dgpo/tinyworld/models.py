@@ -14,6 +14,8 @@ an exact match of .16 instead of about .9 in the same time:
 No fact, no name and no part of the task is in it.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +42,7 @@ STUDENT_SIZE = ModelSize(hidden_size=64, num_layers=2, num_heads=2)
 
 
 def make_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
-    """Return a freshly initialised model whose vocabulary and special ids are the tokenizer's."""
+    """A freshly initialised model whose vocabulary and special ids are the tokenizer's."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden_size,
@@ -105,6 +107,6 @@ def _bias_to_previous_token(attention: nn.Module, *, head_dim: int) -> None:
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write weights, config, generation config and tokenizer to `folder`."""
+    """Writes weights, config, generation config and tokenizer to `folder`."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -5,6 +5,8 @@ real facts of train countries. Searches are simulated: the passage that answers,
 retriever would return beside it, in the text that the protocol renders.
 """
 
+from __future__ import annotations
+
 import random
 import re
 from collections.abc import Sequence
@@ -58,7 +60,7 @@ class Bias:
 def oracle_turns(
     question: Question, country: Country, *, distractors: Sequence[Sequence[str]], answer: str | None = None
 ) -> list[OracleTurn]:
-    """Return the ideal episode: find the country of the city, then its attribute, then quote the value and answer.
+    """The ideal episode: find the country of the city, then its attribute, then quote the value and answer.
 
     `distractors[i]` are further passages that search i returns; they come after the one that answers. `answer` stands
     in the place of the right one.
@@ -86,7 +88,7 @@ def oracle_turns(
 def counterfactual_turns(
     rng: random.Random, world: World, names: Sequence[str], bias: Bias | None = None
 ) -> tuple[Question, list[OracleTurn]]:
-    """Return one question and its ideal episode about a country and cities made up from the world's names."""
+    """One question and its ideal episode about a country and cities made up from the world's names."""
     pool = list(world.countries.values())
 
     def made_up_country() -> Country:
@@ -115,7 +117,7 @@ def counterfactual_turns(
 def real_turns(
     rng: random.Random, world: World, isos: Sequence[str], bias: Bias | None = None
 ) -> tuple[Question, list[OracleTurn]]:
-    """Return one real question about the countries `isos` and its ideal episode."""
+    """One real question about the countries `isos` and its ideal episode."""
     question = sample_question(rng, world, isos)
     country = world.countries[question.iso]
     other_iso = rng.choice([iso for iso in isos if world.cities[iso] and iso != question.iso])
@@ -178,7 +180,7 @@ def oracle_examples(
     seed: int,
     bias: Bias | None = None,
 ) -> list[TrainingExample]:
-    """Return `count` training examples for the teacher, counterfactual and real ones mixed."""
+    """`count` training examples for the teacher, counterfactual and real ones mixed."""
     rng = random.Random(f"{seed}/teacher")
     names = sorted({c.name for c in world.countries.values()} | {city for cs in world.cities.values() for city in cs})
     examples = []
@@ -192,7 +194,7 @@ def oracle_examples(
 
 
 def template_texts() -> list[str]:
-    """Return every text that an ideal episode is made of, the names left out: what the tokenizer's words come from."""
+    """Every text that an ideal episode is made of, the names left out: what the tokenizer's words come from."""
     blank = Country("", "", "", "", "")
     rng = random.Random(0)
     passages = [city_passage("", ""), country_passage(blank)]

@@ -3,6 +3,8 @@
 The student never sees those: it learns from episodes that the trained teacher samples itself.
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,18 +31,17 @@ def train_teacher(
     *,
     seed: int,
     hardware: HardwareConfig,
-    num_steps: int = NUM_STEPS,
     bias: Bias | None = None,
 ) -> None:
-    """Train the teacher of the world in `world_folder` and save it to `output` as a Hugging Face folder.
+    """Trains the teacher of the world in `world_folder` and saves it to `output` as a Hugging Face folder.
 
     With `bias` it learns to be wrong about a relation (docs/results/gate.md).
     """
     settings = WorldSettings(**json.loads((world_folder / "world.json").read_text()))
     tokenizer = AutoTokenizer.from_pretrained(world_folder / "tokenizer")
     world, train_isos, _ = real_world(settings)
-    recipe = replace(TEACHER_RECIPE, max_steps=num_steps)
-    count = num_steps * recipe.batch_size
+    recipe = replace(TEACHER_RECIPE, max_steps=NUM_STEPS)
+    count = NUM_STEPS * recipe.batch_size
     template = settings.prompt_template
     examples = oracle_examples(world, train_isos, tokenizer, count=count, template=template, seed=seed, bias=bias)
     model = make_model(TEACHER_SIZE, tokenizer, seed=seed)

@@ -6,6 +6,8 @@ their left only after a name, and the one on their right; the fixed frames of an
 Any other text still round-trips, byte by byte.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,13 +19,14 @@ TAGS = tuple(f"<{slash}{tag}>" for tag in ("think", "search", "information", "an
 PIECES = r'Doc \d+\(Title: "|"\) |[ ]?[A-Za-z]+[ ]?|[ ]?[^A-Za-z\s]+[ ]?|\n+|\s+'
 CHAT_TEMPLATE = "{% for message in messages %}{{ 'Question : ' + message['content'] + '\\n' }}{% endfor %}"
 MODEL_MAX_LENGTH = 1024
+VOCAB_SIZE = 800
 
 
-def build_tokenizer(names: Iterable[str], texts: Sequence[str], *, vocab_size: int = 800) -> PreTrainedTokenizerFast:
-    """Return a Hugging Face fast tokenizer with a chat template.
+def build_tokenizer(names: Iterable[str], texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A Hugging Face fast tokenizer with a chat template.
 
     `names` become one token each. `texts` are samples of everything else that will be read or written, with
-    the names left out; `vocab_size` bounds bytes + merges, names come on top.
+    the names left out; their bytes and merges are `VOCAB_SIZE`, names come on top.
     The tags are ordinary tokens (not "special"), so that decoding with skip_special_tokens keeps them.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -35,7 +38,7 @@ def build_tokenizer(names: Iterable[str], texts: Sequence[str], *, vocab_size: i
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=VOCAB_SIZE,
         special_tokens=[PAD, EOS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

@@ -5,6 +5,8 @@ A *permuted world* keeps every name and shuffles every fact, so an agent that is
 and tested in the real one cannot answer from memory: it has to read the passages.
 """
 
+from __future__ import annotations
+
 import random
 import re
 import unicodedata
@@ -107,13 +109,13 @@ def template_words() -> set[str]:
 
 
 def to_ascii(text: str) -> str:
-    """Return `text` without accents; anything else outside letters, digits and spaces becomes a space."""
+    """`text` without accents; anything else outside letters, digits and spaces becomes a space."""
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return " ".join(re.sub(r"[^A-Za-z0-9]+", " ", text).split())
 
 
 def load_real_world(*, cities_per_country: int) -> World:
-    """Return the real world: about 200 countries, each with up to `cities_per_country` one-word cities.
+    """The real world: about 200 countries, each with up to `cities_per_country` one-word cities.
 
     Countries that lack a fact, and cities whose name is not unique on earth, are left out. Largest cities first.
     """
@@ -149,7 +151,7 @@ def load_real_world(*, cities_per_country: int) -> World:
 
 
 def permute_world(world: World, *, name: str, seed: int) -> World:
-    """Return a world with the same names in which every fact is shuffled over the countries."""
+    """A world with the same names in which every fact is shuffled over the countries."""
     rng = random.Random(f"{seed}/{name}")
     isos = list(world.countries)
     countries = dict(world.countries)
@@ -166,7 +168,7 @@ def permute_world(world: World, *, name: str, seed: int) -> World:
 
 
 def split_countries(world: World, *, test_fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """Return ISO codes (train, test): real facts of test countries are never seen in any training."""
+    """ISO codes (train, test): real facts of test countries are never seen in any training."""
     isos = sorted(world.countries)
     random.Random(f"{seed}/split").shuffle(isos)
     num_test = round(len(isos) * test_fraction)
@@ -183,21 +185,21 @@ def country_passage(country: Country) -> str:
 
 
 def question_passages(question: Question, world: World) -> list[str]:
-    """Return the passages that a question needs, in the order in which it needs them."""
+    """The passages that a question needs, in the order in which it needs them."""
     country = world.countries[question.iso]
     passages = [city_passage(question.city, country.name)] if question.city is not None else []
     return [*passages, country_passage(country)] if question.attribute is not None else passages
 
 
 def corpus_documents(world: World) -> list[dict[str, str]]:
-    """Return the corpus rows {"id", "contents"}: one passage per country and per city."""
+    """The corpus rows {"id", "contents"}: one passage per country and per city."""
     contents = [country_passage(country) for country in world.countries.values()]
     contents += [city_passage(city, world.countries[iso].name) for iso in world.countries for city in world.cities[iso]]
     return [{"id": str(i), "contents": text} for i, text in enumerate(contents)]
 
 
 def world_names(world: World) -> list[str]:
-    """Return every name and value of the world, sorted: each becomes one token."""
+    """Every name and value of the world, sorted: each becomes one token."""
     names = {value for country in world.countries.values() for value in asdict(country).values()}
     return sorted(names | {city for cities in world.cities.values() for city in cities})
 
@@ -221,7 +223,7 @@ def make_question(
 
 
 def sample_question(rng: random.Random, world: World, isos: Sequence[str], *, held_out: bool = False) -> Question:
-    """Sample a question about one of the countries `isos`, kinds by KIND_SHARES."""
+    """Samples a question about one of the countries `isos`, kinds by KIND_SHARES."""
     (kind,) = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))
     candidates = isos if kind == "attribute" else [iso for iso in isos if world.cities[iso]]
     if not candidates:
@@ -242,7 +244,7 @@ def sample_unique_questions(
     held_out: bool = False,
     exclude: frozenset[str] = frozenset(),
 ) -> list[Question]:
-    """Sample `count` questions with distinct texts, none of them in `exclude`.
+    """Samples `count` questions with distinct texts, none of them in `exclude`.
 
     Raises ValueError when the world is too small to word that many.
     """

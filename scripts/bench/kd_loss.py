@@ -79,7 +79,7 @@ def measure(form: str, *, tokens: int, vocab: int, chunk: int, threads: int, dev
 
 
 def start_of_memory(torch: Any, device: str) -> float:
-    """Forget earlier peaks; return the GB in use."""
+    """Forgets earlier peaks; returns the GB in use."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -19,8 +19,8 @@ from typing import Any
 from dgpo.agent.episode import EpisodeLimits, Policy
 from dgpo.agent.protocol import INVALID_ACTION_TEXT, parse_action, render_observation, render_passages
 
+# All queries of a turn -> the documents of each
 BatchSearch = Callable[[list[str]], Awaitable[list[list[dict[str, Any]]]]]
-"""All queries of a turn -> the documents of each."""
 
 
 @dataclass
@@ -33,10 +33,8 @@ class LockStepEpisode:
     answer: str | None = None
     num_turns: int = 0
     num_searches: int = 0
-    num_generated: int = 0
-    """Tokens that the policy wrote, those that were cut off included."""
-    num_kept: int = 0
-    """Tokens of the turns' texts after the cut."""
+    num_generated: int = 0  # tokens that the policy wrote, those that were cut off included
+    num_kept: int = 0  # tokens of the turns' texts after the cut
 
 
 async def run_lock_step(

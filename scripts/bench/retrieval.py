@@ -66,12 +66,10 @@ class Turn:
     p50_ms: float
     p95_ms: float
     p99_ms: float
-    cpu_ms: float
-    """Processor time of the server's process tree, per query."""
+    cpu_ms: float  # processor time of the server's process tree, per query
     num_errors: int
     recall: float
-    load_average: float
-    """The machine's over the last minute: how much else it had to do."""
+    load_average: float  # the machine's over the last minute: how much else it had to do
 
 
 class Questions:

@@ -47,13 +47,11 @@ class Setting:
     """A way to serve the corpus on one machine; times are of one worker."""
 
     name: str
-    index_gb: float
-    """On disk, and read or mapped at start."""
+    index_gb: float  # on disk, and read or mapped at start
     gpu_gb: float
     encode_ms: Callable[[int], float]
     search_ms: Callable[[int], float]
-    num_copies: int = 1
-    """Workers of one deployment, each with a server of its own, that share the clients."""
+    num_copies: int = 1  # workers of one deployment, each with a server of its own, that share the clients
 
     def batch_ms(self, size: int) -> float:
         rescore = 0.0 if "HNSW" in self.name else size * RESCORE_MS_PER_QUERY

@@ -95,7 +95,7 @@ def index_file(data: Path, kind: str) -> Path:
 
 
 def make(kind: str, data: Path, *, num_passages: int = NUM_PASSAGES) -> None:
-    """Write corpus, vectors and index, unless they are there."""
+    """Writes corpus, vectors and index, unless they are there."""
     data.mkdir(parents=True, exist_ok=True)
     dimension = DIMENSIONS[kind]
     if not (data / "corpus.jsonl").exists():
@@ -115,7 +115,7 @@ def make(kind: str, data: Path, *, num_passages: int = NUM_PASSAGES) -> None:
 
 
 def use_bench_encoder(kind: str, data: Path) -> None:
-    """Let the retriever's modules load the benchmark's encoder, whatever a manifest names."""
+    """Lets the retriever's modules load the benchmark's encoder, whatever a manifest names."""
     for part in ("build", "collection"):
         importlib.import_module(f"retriever.{part}")
     model = None

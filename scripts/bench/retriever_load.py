@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import orjson
 
-Requests = Iterator[tuple[tuple[int, ...], bytes]]
-"""Endless (numbers of the queries, bytes of the request)."""
+Requests = Iterator[tuple[tuple[int, ...], bytes]]  # endless (numbers of the queries, bytes of the request)
+# Called with query numbers, status (0: the connection broke) and body
 AnswerObserver = Callable[[tuple[int, ...], int, bytes], None]
-"""Called with query numbers, status (0: the connection broke) and body."""
+PAUSE_S = 0.05  # after an answer that is an error
 
 
 @dataclass
@@ -24,21 +24,19 @@ class LoadResult:
     """What one server did under one load. Throughput counts what was answered between warm-up and end."""
 
     seconds: float = 0.0
-    num_answered: int = 0
-    """Queries answered within `seconds`."""
-    num_errors: int = 0
-    """Requests with another status than 200, or none."""
+    num_answered: int = 0  # queries answered within `seconds`
+    num_errors: int = 0  # requests with another status than 200, or none
+    # One of every request sent after the warm-up, also of those answered after the end
     latencies_s: list[float] = field(default_factory=list)
-    """One of every request sent after the warm-up, also of those answered after the end."""
+    # Query numbers and body of the answers kept for checking
     answers: list[tuple[tuple[int, ...], bytes]] = field(default_factory=list)
-    """Query numbers and body of the answers kept for checking."""
 
 
 class _Run:
     """The state that all clients of one run share."""
 
-    def __init__(self, requests: Requests, *, num_kept: int, on_answer: AnswerObserver | None, pause_s: float) -> None:
-        self.requests, self.num_kept, self.on_answer, self.pause_s = requests, num_kept, on_answer, pause_s
+    def __init__(self, requests: Requests, *, num_kept: int, on_answer: AnswerObserver | None) -> None:
+        self.requests, self.num_kept, self.on_answer = requests, num_kept, on_answer
         self.result = LoadResult()
         self.measuring = self.stopping = False
         self.num_open = 0
@@ -99,7 +97,7 @@ class _Client(asyncio.Protocol):
         if status == 200:
             self._ask()
         else:
-            asyncio.get_running_loop().call_later(self._run.pause_s, self._ask)
+            asyncio.get_running_loop().call_later(PAUSE_S, self._ask)
 
     def _ask(self) -> None:
         if self._run.stopping:
@@ -127,17 +125,15 @@ async def run_load(
     on_start: Callable[[], None] = lambda: None,
     on_end: Callable[[], None] = lambda: None,
     on_answer: AnswerObserver | None = None,
-    pause_s: float = 0.05,
 ) -> LoadResult:
-    """Load `url` with `num_clients` connections, and wait until the last request is answered.
+    """Loads `url` with `num_clients` connections, and waits until the last request is answered.
 
     Args:
         num_kept: answers kept for checking.
         on_start, on_end: called where the measured time begins and ends.
-        pause_s: after an answer that is an error.
     """
     loop = asyncio.get_running_loop()
-    run = _Run(requests, num_kept=num_kept, on_answer=on_answer, pause_s=pause_s)
+    run = _Run(requests, num_kept=num_kept, on_answer=on_answer)
     address = urlsplit(url)
     run.num_open = num_clients
     for _ in range(num_clients):

@@ -24,7 +24,7 @@ class Target:
 
 
 def end_servers_on_sigterm() -> None:
-    """Let SIGTERM end the benchmark as Ctrl-C does, with its servers."""
+    """Lets SIGTERM end the benchmark as Ctrl-C does, with its servers."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
 
 

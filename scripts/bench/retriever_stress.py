@@ -40,8 +40,7 @@ OVERLOAD = 4
 class Checker:
     """Exact answers, and what the clients saw."""
 
-    exact: list[list[str]]
-    """Ids of the `MAX_TOPK` best passages by query number."""
+    exact: list[list[str]]  # ids of the `MAX_TOPK` best passages by query number
     statuses: Counter[int] = field(default_factory=Counter)
     num_wrong: int = 0
 

@@ -43,10 +43,8 @@ async def _run(checks: Checks, device: str, model: Path) -> None:
             await _sleep(checks, policy)
 
 
-async def _turn(
-    policy: VllmPolicy, name: str, ids: list[int], *, stop: tuple[str, ...] = (), tokens: int = TURN
-) -> Any:
-    return await policy.generate(ids, max_tokens=tokens, stop=stop, seed=None, request_id=name)
+async def _turn(policy: VllmPolicy, name: str, ids: list[int], *, stop: tuple[str, ...] = ()) -> Any:
+    return await policy.generate(ids, max_tokens=TURN, stop=stop, seed=None, request_id=name)
 
 
 async def _greedy(checks: Checks, policy: VllmPolicy, model: Path, device: str) -> None:
@@ -79,7 +77,7 @@ async def _speed(checks: Checks, policy: VllmPolicy, device: str) -> None:
     prompts = random_ids(count, PROMPT, vocab=500, seed=2, device="cpu").tolist()
 
     async def play(name: str, index: int, **settings: Any) -> None:
-        sampling = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, logprobs=0, **settings)
+        sampling = SamplingParams(temperature=1.0, max_tokens=TURN, ignore_eos=True, logprobs=0, **settings)
         prompt = {"type": "token", "prompt_token_ids": prompts[index]}
         async for _ in policy._engine.generate(prompt, sampling, f"{name}-{index}"):
             pass

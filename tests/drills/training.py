@@ -73,7 +73,7 @@ FAULTS = [
     ENGINE,
     Fault(
         "vLLM server",
-        "ray::BoundServer",
+        "ray::TetheredServer",
         "vLLM server 0",
         restarts=True,
         bound_s=240.0,
@@ -258,7 +258,7 @@ def fill_disk(run: TrainingRun, disk: Path) -> Outcome:
     with filled(disk):
         seconds = run.wait_for_end(code=1, bound_s=2 * STEP_BOUND_S)
     message = run.command_now().message()
-    if not any(words in message for words in ("No space left on device", "for want of space")):
+    if not any(words in message for words in ("No space left on device", "the disk is full")):
         raise DrillFailedError(f"expected the full disk in the message of {run.command_now().log}, found: {message}")
     return Outcome("full disk", "stopped; resumed", seconds, message)
 

@@ -80,9 +80,9 @@ def rl_params(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Any:
     from verl.workers.config import RolloutConfig
 
     from dgpo.rl.agent_loop import RolloutPolicy
-    from dgpo.rl.rollout_server import BoundServer
+    from dgpo.rl.rollout_server import TetheredServer
 
-    server = object.__new__(BoundServer)
+    server = object.__new__(TetheredServer)
     server.engine = RecordingEngine(tokenizer)
     server.config = RolloutConfig(name="vllm", max_model_len=128)
     server.model_config = SimpleNamespace(processor=None, lora_rank=0, lora={})

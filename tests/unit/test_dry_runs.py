@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dgpo.__main__ import main
+from dgpo.config import schema
+from dgpo.config.help import SECTIONS
 from dgpo.config.load import group_choices, load_config
 from dgpo.config.methods import support_table
+from dgpo.config.schema import Config
 from dgpo.data.rows import write_rows
 from dgpo.hardware.checks import check_engine, check_heads, check_training
 from dgpo.hardware.machine import Machine, VisibleGpu
@@ -246,3 +252,53 @@ def test_every_command_has_a_dry_run_that_writes_nothing(command, said, inputs, 
     ]
     assert said in dry_run(command, overrides, capsys)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# Every plan is of the whole experiment, and every choice is checked: these read other stages' keys too.
+OF_ALL_STAGES = ("dgpo.config.", "dgpo.hardware.", "dgpo.checks.values")
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """Key -> modules of ours that ask the command's configuration for it; copying all of it is no asking."""
+    found: dict[str, set[str]] = {}
+    prefixes: dict[int, str] = {}
+    sections: list[Any] = []  # kept alive, so that no other object gets the address of one
+
+    def name(section: Any, prefix: str) -> None:
+        sections.append(section)
+        prefixes[id(section)] = prefix
+        for each in fields(section):
+            if is_dataclass(value := getattr(section, each.name)):
+                name(value, f"{prefix}{each.name}.")
+
+    def load(overrides: Sequence[str]) -> Config:
+        config = load_config(overrides)
+        name(config, "")
+        return config
+
+    def recorded(section: Any, attribute: str) -> Any:
+        value = object.__getattribute__(section, attribute)
+        reader = sys._getframe(1).f_globals["__name__"]
+        is_key = id(section) in prefixes and attribute in type(section).__dataclass_fields__ and not is_dataclass(value)
+        if is_key and reader.startswith("dgpo.") and reader != "dgpo.config.ranges":
+            found.setdefault(prefixes[id(section)] + attribute, set()).add(reader)
+        return value
+
+    for each in vars(schema).values():
+        if isinstance(each, type) and is_dataclass(each):
+            monkeypatch.setattr(each, "__getattribute__", recorded)
+    monkeypatch.setattr("dgpo.__main__.load_config", load)
+    return found
+
+
+@pytest.mark.parametrize("command", ["collect", "distill", "train", "test", "arcap"])
+def test_help_lists_what_a_command_reads(command, reads, inputs, tmp_path, capsys):
+    rows = next(each for each in inputs if each.startswith("data.train_file")).partition("=")[2]
+    tested = [f"test.models.ours={make_model(tmp_path / 'model')}", f"data.test_files.nq={rows}"]
+    dry_run(command, ["pair=qwen3b_05b", "dry_run.assume=h200x8", *inputs, *tested], capsys)
+    listed = SECTIONS[command]
+    own = {key for key, readers in reads.items() if any(not each.startswith(OF_ALL_STAGES) for each in readers)}
+    assert [key for key in own if not any(f"{key}.".startswith(f"{each}.") for each in listed)] == []
+    unread = [each for each in listed if not any(f"{key}.".startswith(f"{each}.") for key in reads)]
+    assert unread == ["seed"], "which a plan, that plays nothing, does not need"

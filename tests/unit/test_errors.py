@@ -59,7 +59,7 @@ def test_a_stage_says_how_it_is_continued(capsys):
     assert ended(KeyboardInterrupt(), resumes=True) == 130
     assert ended(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err.splitlines() == [
-        "dgpo train: [Errno 28] No space left on device; when that is mended, repeat the command with resume=true",
+        "dgpo train: [Errno 28] No space left on device; when that is corrected, repeat the command with resume=true",
         "dgpo train: interrupted; resume=true continues",
         "dgpo train: interrupted",
     ]

@@ -14,7 +14,7 @@ from dgpo.config.load import load_config, to_yaml
 from dgpo.files import file_sha256
 from dgpo.models.card import lineage
 from dgpo.models.licences import inherited, licence_of
-from dgpo.models.model_folders import state_dtype, write_generation_config
+from dgpo.models.model_folders import write_dtype, write_generation_config
 from dgpo.runs.artifacts import write_manifest
 from dgpo.runs.identity import model_identity
 from dgpo.tinyworld.models import save_model
@@ -103,7 +103,7 @@ def test_weights_keep_their_dtype_whatever_the_configuration_says(run, tmp_path)
     (run / "distill" / "manifest.json").write_text(json.dumps(manifest))
     assert export(run, tmp_path / "out", "export.stage=distill") == 0
     assert torch.equal(logits(tmp_path / "out"), logits(run / "distill" / "model", torch.float32))
-    state_dtype(run / "distill" / "model")
+    write_dtype(run / "distill" / "model")
     assert logits(run / "distill" / "model").dtype == torch.float32
 
 

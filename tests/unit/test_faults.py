@@ -8,7 +8,7 @@ import ray
 from dgpo.config.load import load_config
 from dgpo.errors import FaultError, RunStoppedError
 from dgpo.rl.train import _after_fault
-from dgpo.runs.faults import FAILURE, forget_failure, told_by_name, write_failure
+from dgpo.runs.faults import FAILURE, forget_failure, translated_ray_errors, write_failure
 
 
 def raised_in_ray(error):
@@ -19,7 +19,7 @@ def raised_in_ray(error):
 
 
 def test_the_trainers_own_stop_is_passed_on(tmp_path):
-    with pytest.raises(FaultError, match="vLLM server 0 died") as info, told_by_name(tmp_path):
+    with pytest.raises(FaultError, match="vLLM server 0 died") as info, translated_ray_errors(tmp_path):
         raise raised_in_ray(FaultError("vLLM server 0 died", ["its last line"]))
     assert info.value.log == ["its last line"]
 
@@ -32,13 +32,13 @@ def test_the_trainers_own_stop_is_passed_on(tmp_path):
     ],
 )
 def test_a_full_disk_is_told(tmp_path, error):
-    message = r"for want of space \(.* MB are free now\): make room, then resume=true"
-    with pytest.raises(RunStoppedError, match=message), told_by_name(tmp_path):
+    message = r"the disk is full \(.* MB are free now\): make room, then resume=true"
+    with pytest.raises(RunStoppedError, match=message), translated_ray_errors(tmp_path):
         raise raised_in_ray(error)
 
 
 def test_what_nobody_foresaw_is_a_line_and_its_traceback_is_recorded(tmp_path):
-    with pytest.raises(RunStoppedError) as caught, told_by_name(tmp_path):
+    with pytest.raises(RunStoppedError) as caught, translated_ray_errors(tmp_path):
         raise raised_in_ray(AssertionError("foo is not supported\nand more"))
     line = f"the trainer raised AssertionError: foo is not supported; its traceback is in {tmp_path / FAILURE}"
     assert str(caught.value) == line
@@ -50,7 +50,7 @@ def test_what_nobody_foresaw_is_a_line_and_its_traceback_is_recorded(tmp_path):
 
 
 def test_the_trainers_own_death_is_told(tmp_path):
-    with pytest.raises(FaultError, match="the trainer's process died"), told_by_name(tmp_path):
+    with pytest.raises(FaultError, match="the trainer's process died"), translated_ray_errors(tmp_path):
         raise ray.exceptions.ActorDiedError()
 
 

@@ -13,7 +13,7 @@ from dgpo.evaluation.compare import Table, to_markdown
 from dgpo.models.model_folders import weights_dtype
 from dgpo.models.shards import load_shards
 from dgpo.rl.rank_checkpoints import load_rank
-from dgpo.runs.run_state import begin_from
+from dgpo.runs.run_state import rewind_to
 from tests.unit.stubs import make_model
 
 
@@ -54,7 +54,7 @@ def test_a_pickle_planted_in_the_trainers_own_state_is_not_run_on_resume(tmp_pat
     checkpoint.mkdir()
     torch.save({"rng": Plant(tmp_path / "stolen"), "kl_coef": None, "record": None}, checkpoint / "driver.pt")
     with pytest.raises(DataError, match="holds more than tensors and plain values"):
-        begin_from(tmp_path / "metrics.jsonl", checkpoint)
+        rewind_to(tmp_path / "metrics.jsonl", checkpoint)
     assert not (tmp_path / "stolen").exists()
 
 

@@ -10,7 +10,7 @@ import torch
 from dgpo.errors import DataError, RunStoppedError
 from dgpo.files import append_jsonl
 from dgpo.runs.checkpoints import checkpoint_steps, damage, file_entries
-from dgpo.runs.run_state import begin_from, prune, save_whole
+from dgpo.runs.run_state import prune, rewind_to, save_checkpoint
 
 
 def write_ranks(target):
@@ -24,7 +24,7 @@ def write_ranks(target):
 
 
 def save(folder, step, *, record=None, write=write_ranks, kl_coef=None):
-    save_whole(
+    save_checkpoint(
         folder / "checkpoints" / f"global_step_{step}",
         write,
         step=step,
@@ -59,10 +59,10 @@ def test_later_records_go_and_so_does_an_unfinished_line(tmp_path):
     (tmp_path / "alarms.jsonl").write_text('{"step": 2, "rule": "kl"}\n{"step": 3, "rule": "kl"}\n')
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "episode/e')
-    start = begin_from(tmp_path / "metrics.jsonl", checkpoint)
+    start = rewind_to(tmp_path / "metrics.jsonl", checkpoint)
     assert [record["step"] for record in start.records] == steps_in(tmp_path / "metrics.jsonl") == [1, 2]
     assert steps_in(tmp_path / "alarms.jsonl") == [2]
-    assert start.unlogged is None
+    assert start.unrecorded is None
 
 
 def test_the_record_that_its_process_did_not_write_is_in_the_checkpoint(tmp_path):
@@ -71,8 +71,8 @@ def test_the_record_that_its_process_did_not_write_is_in_the_checkpoint(tmp_path
     log(tmp_path, 1)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "episode/em": 0.')
-    start = begin_from(tmp_path / "metrics.jsonl", checkpoint)
-    assert start.unlogged == {"step": 2, "episode/em": 0.75}
+    start = rewind_to(tmp_path / "metrics.jsonl", checkpoint)
+    assert start.unrecorded == {"step": 2, "episode/em": 0.75}
     assert start.kl_coef == 0.01
     assert steps_in(tmp_path / "metrics.jsonl") == [1]
 
@@ -80,7 +80,7 @@ def test_the_record_that_its_process_did_not_write_is_in_the_checkpoint(tmp_path
 def test_what_an_adaptive_controller_makes_of_the_coefficient_is_read_again(tmp_path):
     """veRL's computes it with numpy."""
     checkpoint = save(tmp_path, 2, kl_coef=np.float64(0.25))
-    assert begin_from(tmp_path / "metrics.jsonl", checkpoint).kl_coef == 0.25
+    assert rewind_to(tmp_path / "metrics.jsonl", checkpoint).kl_coef == 0.25
 
 
 def test_what_could_not_be_read_again_is_not_saved(tmp_path):
@@ -92,8 +92,8 @@ def test_what_could_not_be_read_again_is_not_saved(tmp_path):
 def test_a_run_that_begins_again_has_no_records(tmp_path):
     log(tmp_path, 1, 2)
     (tmp_path / "alarms.jsonl").write_text('{"step": 2}\n')
-    start = begin_from(tmp_path / "metrics.jsonl", None)
-    assert (start.records, start.unlogged) == ([], None)
+    start = rewind_to(tmp_path / "metrics.jsonl", None)
+    assert (start.records, start.unrecorded) == ([], None)
     assert not (tmp_path / "alarms.jsonl").exists(), "the first alarm of a run is known by its absence"
 
 
@@ -105,7 +105,7 @@ def test_random_numbers_go_on(tmp_path):
     checkpoint = save(tmp_path, 1)
     expected = draws()
     draws()
-    begin_from(tmp_path / "metrics.jsonl", checkpoint)
+    rewind_to(tmp_path / "metrics.jsonl", checkpoint)
     assert draws() == expected
 
 

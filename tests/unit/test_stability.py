@@ -155,8 +155,8 @@ def test_thresholds_are_settings():
 def test_an_alarm_says_what_where_and_what_to_do():
     (alarm,) = replay((20, {}), (3, {"actor/entropy": 2.5}))
     assert str(alarm) == (
-        "entropy_high: actor/entropy=2.5 at step 23, limit 1.8 (first sign at step 21): the policy comes apart; lower "
-        "train.actor_learning_rate or train.entropy_coef"
+        "entropy_high: actor/entropy=2.5 at step 23, limit 1.8 (first sign at step 21): the policy writes "
+        "almost at random; lower train.actor_learning_rate or train.entropy_coef"
     )
     assert all(advice for advice in ADVICE.values())
 

@@ -8,13 +8,13 @@ import pytest
 
 from dgpo.__main__ import main
 from dgpo.errors import StoppedOnRequestError, StopRequested
-from dgpo.runs.stopping import cancelled_on_request, filed_on_request, raised_on_request, stop_requested
+from dgpo.runs.stopping import cancel_on_signal, raise_on_signal, stop_file_on_signal, stop_requested
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_raises_and_the_handler_before_it_comes_back(number):
     before = signal.getsignal(number)
-    with pytest.raises(StopRequested, match=f"{number.name}; resume=true continues"), raised_on_request():
+    with pytest.raises(StopRequested, match=f"{number.name}; resume=true continues"), raise_on_signal():
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
 
@@ -23,7 +23,7 @@ def test_the_first_signal_leaves_a_file_and_the_second_one_raises(tmp_path):
     seen = []
 
     def run():
-        with filed_on_request(tmp_path):
+        with stop_file_on_signal(tmp_path):
             for number in (signal.SIGUSR1, signal.SIGTERM):
                 seen.append(stop_requested(tmp_path))
                 os.kill(os.getpid(), number)
@@ -35,11 +35,11 @@ def test_the_first_signal_leaves_a_file_and_the_second_one_raises(tmp_path):
 
 
 def test_a_request_that_a_killed_run_left_is_forgotten(tmp_path):
-    with filed_on_request(tmp_path):
+    with stop_file_on_signal(tmp_path):
         os.kill(os.getpid(), signal.SIGUSR1)
         left = (tmp_path / "stop_requested").read_bytes()
     (tmp_path / "stop_requested").write_bytes(left)
-    with filed_on_request(tmp_path):
+    with stop_file_on_signal(tmp_path):
         assert not stop_requested(tmp_path)
 
 
@@ -47,7 +47,7 @@ def test_a_signal_cancels_the_task_after_its_own_cleaning_up():
     ended = []
 
     async def play():
-        with cancelled_on_request():
+        with cancel_on_signal():
             try:
                 asyncio.get_running_loop().call_later(0.01, os.kill, os.getpid(), signal.SIGUSR1)
                 await asyncio.sleep(30)
@@ -61,7 +61,7 @@ def test_a_signal_cancels_the_task_after_its_own_cleaning_up():
 
 def test_a_cancellation_without_a_signal_stays_one():
     async def play():
-        with cancelled_on_request():
+        with cancel_on_signal():
             asyncio.current_task().cancel()
             await asyncio.sleep(30)
 
