@@ -98,6 +98,7 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         stage, settings = CASES[options.case]
         common = [*COMMON, *settings, *sized_for_cpu(), f"student.path={options.student}", f"run_dir={folder}"]
+        common += [f"train.init={options.student}"] if options.case == "ppo" else []
         common += [f"teacher.path={options.teacher or options.student}", f"data.train_file={folder}/data/train.parquet"]
         common += [f"data.collect_file={folder}/data/train.parquet", "train.mini_batch_size=8", *options.overrides]
         stages = Stages(folder, report_every_s=30)
