@@ -3,8 +3,8 @@
     python scripts/bench/own_folder.py --passages passages.jsonl.gz --questions questions.jsonl.gz --out folder
 
 Passages are `{"id", "title", "text"}`, questions `{"question", "golden_answers", "source", "gold_passages"}` with the
-ids of passages. Documents are all passages of the titles that answer the chosen questions, and others. PopQA's questions
-on places of birth have one wording, those of NQ each their own; both are divided by document.
+ids of passages. Documents are all passages of the titles that answer the chosen questions, and others. PopQA's on
+places of birth have one wording, those of NQ each their own; both are divided by document.
 """
 
 from __future__ import annotations
