@@ -6,7 +6,7 @@
 
 | case | what runs |
 |---|---|
-| ppo | one step of RL with a critic and the exact form, 8 episodes; the teacher is a twin of the student unless it is named |
+| ppo | one step of RL with a critic and the exact form, 8 episodes; the teacher is a twin of the student by default |
 | grpo | one step of RL without teacher and critic, 8 episodes of at most 800 tokens |
 | distill | two steps of the cold start by full-vocabulary KL from the teacher, with adapters |
 
