@@ -67,7 +67,7 @@ def _updates(checks: Checks, seen: dict[str, dict[str, Any]]) -> None:
 
 def _in_process(checks: Checks, part: str, device: str, folder: Path) -> dict[str, Any]:
     """What the part found; nothing, and a failed check, where it did not end well."""
-    context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")  # CUDA cannot be forked
+    context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")  # CUDA cannot be forked
     process = context.Process(target=work, args=(part, device, folder))
     process.start()
     process.join(LIMIT[device])
@@ -177,7 +177,7 @@ def _batch(config: Config, device: str, *, gate: bool = False) -> Any:
     from dgpo.platforms.token_engine import GATE_KEY
 
     rows = examples(device)
-    columns = {
+    columns: dict[str, list[Any]] = {
         "input_ids": [[*row.prompt_ids, *row.response_ids] for row in rows],
         "position_ids": [range(len(row.prompt_ids) + len(row.response_ids)) for row in rows],
         "prompts": [row.prompt_ids for row in rows],
