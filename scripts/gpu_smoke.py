@@ -6,13 +6,14 @@
 
 Models of the real shapes are made on the spot, with random weights. Each step has a limit of its own; one whose
 packages are missing is SKIPped with the reason, and --budget drops steps from the end. The status is 0 where no step
-failed. The steps are in scripts/smoke/, one file each; there is no step 3, veRL's engines are run by step 5.
+failed. The steps are in scripts/smoke/, one file each. A step that leaves processes behind has failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -49,11 +50,14 @@ class Step:
 STEPS = (
     Step(1, "environment", 15, 90, ("torch",)),
     Step(2, "kernels", 30, 120, ("torch", "transformers")),
+    Step(3, "engines", 90, 240, ("torch", "transformers", "verl", "ray")),
     Step(4, "generation", 90, 240, ("torch", "transformers", "vllm")),
     Step(5, "training", 170, 300, ("torch", "transformers", "verl", "ray", "vllm")),
     Step(6, "coldstart", 60, 180, ("torch", "transformers", "accelerate")),
 )
 CPU_LIMIT_FACTOR = 4
+PR_SET_CHILD_SUBREAPER = 36  # prctl: what a step leaves behind becomes a child of this process
+END_S = 10  # for processes that end by themselves after their step
 
 
 def main() -> int:
@@ -106,26 +110,55 @@ def _run_step(step: Step, options: argparse.Namespace, folder: Path, left: float
     command += ["--cpu"] if options.device == "cpu" else []
     limit = step.limit * (CPU_LIMIT_FACTOR if options.device == "cpu" else 1)
     started, log = time.monotonic(), options.out / f"{step.number}-{step.name}.log"
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    there, left_over = _descendants(), {}
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             process.wait(timeout=limit)
             reason = f"ended with {process.returncode}: {_last_line(log)}"
+            left_over = _left_over(there)
         except subprocess.TimeoutExpired:
             reason = f"not done after {limit} s"
         finally:
-            _kill_group(process.pid)
+            for pid in _descendants().keys() - there.keys():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
     result["seconds"] = round(time.monotonic() - started, 1)
     answer = own / "result.json"
     if not answer.is_file():
         return {**result, "status": "fail", "reason": reason}
-    return {**result, **json.loads(answer.read_text())}
+    result |= json.loads(answer.read_text())
+    if left_over:
+        result |= {"status": "fail", "reason": f"it left processes behind: {', '.join(left_over.values())}"}
+    return result
 
 
-def _kill_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+def _left_over(there: dict[int, str]) -> dict[int, str]:
+    """What a step's ended process has left alive, after a while."""
+    deadline = time.monotonic() + END_S
+    while (left := {pid: name for pid, name in _descendants().items() if pid not in there}) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.1)
+    return left
+
+
+def _descendants() -> dict[int, str]:
+    """Living processes below this one: pid -> name."""
+    parents, names = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            pid, _, rest = path.read_text().partition(" (")
+            name, _, fields = rest.rpartition(") ")
+            state, parent = fields.split()[:2]
+            if state != "Z":
+                parents[int(pid)], names[int(pid)] = int(parent), name
+    found = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {pid: names[pid] for pid in found - {os.getpid()}}
 
 
 def _run_here(options: argparse.Namespace) -> int:

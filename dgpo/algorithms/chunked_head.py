@@ -157,8 +157,9 @@ class _Chunks:
 
 
 def _dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """[N] sums of products by row, without the products."""
-    return torch.linalg.vecdot(left, right)
+    """[N] sums of products by row, without the products, and in their own type, which autocast would lower."""
+    with torch.autocast(left.device.type, enabled=False):
+        return torch.linalg.vecdot(left, right)
 
 
 def _float(logits: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from dgpo.files import atomic_write_text
 
 ITEMS = ("corpus", "index", "train", "benchmarks", "nq_annotations", "models")
 MANIFEST = "download.json"
+KNOWN_BYTES = {"PeterJinGo/wiki-18-e5-index": 64.6e9}  # by data set, for plans without a network
 FreeBytes = Callable[[Path], int]
 
 
@@ -82,7 +83,7 @@ def download(config: Config, *, free_bytes: FreeBytes | None = None) -> None:
     unknown = [what for what in settings.what if what not in ITEMS]
     if unknown or not settings.what:
         raise ConfigError(f"download.what={settings.what}: expected one or more of {', '.join(ITEMS)}")
-    targets = [target for what in settings.what if what != "models" for target in _targets(config, what)]
+    targets, unanswered = _look_up(config)
     for target in targets:
         there = ", there already" if target.path.is_file() else ""
         _say(f"{target.path}: {readable(target.size)} from {target.source.repo}@{target.source.commit[:12]}{there}")
@@ -90,6 +91,9 @@ def download(config: Config, *, free_bytes: FreeBytes | None = None) -> None:
     models = hub_models(config) if "models" in settings.what else []
     for name in models:
         _say(f"{name}: a model of the hub, into {_cache()}")
+    if unanswered:
+        _say("note: no answer, so this is what the configuration names, at sizes as far as they are known")
+        raise unanswered
     if config.dry_run:
         return
     for target in targets:
@@ -98,6 +102,39 @@ def download(config: Config, *, free_bytes: FreeBytes | None = None) -> None:
         _provide(target, verify=settings.verify, pinned=settings.pinned)
     for name in models:
         _say(f"{name}: {fetch_model(name, endpoint=settings.endpoint)}")
+
+
+def _look_up(config: Config) -> tuple[list[Target], DgpoError | None]:
+    """What is to be had, and, of a dry run, the first address that did not answer: the hub is not asked again then."""
+    targets, unanswered = [], None
+    for what in config.download.what:
+        if what == "models":
+            continue
+        try:
+            if unanswered and what != "nq_annotations":
+                raise unanswered
+            targets += _targets(config, what)
+        except ConfigError:
+            raise
+        except DgpoError as error:
+            if not config.dry_run:
+                raise
+            unanswered = unanswered or error
+            _say_unseen(config, what)
+    return targets, unanswered
+
+
+def _say_unseen(config: Config, what: str) -> None:
+    folder = Path(config.download.folder) / what
+    if what == "nq_annotations":
+        address = config.download.nq_annotations
+        _say(f"{folder / Path(address).name}: size unknown, from {address}")
+        return
+    settings: HubFilesConfig = getattr(config.download, what)
+    size = KNOWN_BYTES.get(settings.repo)
+    for name in [settings.joined] if settings.joined else settings.files:
+        about = f"about {readable(size)}" if size else "size unknown"
+        _say(f"{folder / name}: {about}, from {settings.repo}@{settings.revision}")
 
 
 def hub_models(config: Config) -> list[str]:
@@ -285,7 +322,7 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def readable(count: int) -> str:
+def readable(count: float) -> str:
     """Bytes in the largest decimal unit that leaves at least a tenth."""
     unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if count >= s / 10), ("kB", 1e3))
     return f"{count / size:.1f} {unit}"

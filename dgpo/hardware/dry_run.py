@@ -14,7 +14,7 @@ from dgpo.config.schema import Config
 from dgpo.errors import ConfigError
 from dgpo.hardware.budget import Models, find_gpu, is_on_this_node
 from dgpo.hardware.checks import check_engine, check_heads, check_training
-from dgpo.hardware.disk import DOWNLOAD, stage_disk
+from dgpo.hardware.disk import hub_disk
 from dgpo.hardware.fit import explain, nearest_fit
 from dgpo.hardware.gpu_hours import paper_gpu_hours
 from dgpo.hardware.known_gpus import GIB
@@ -23,6 +23,7 @@ from dgpo.hardware.placement import place
 from dgpo.hardware.report import (
     Rows,
     Rows3,
+    besides,
     experiment_table,
     facts,
     memory_facts,
@@ -32,7 +33,7 @@ from dgpo.hardware.report import (
     time_facts,
     time_table,
 )
-from dgpo.hardware.stages import stage_budget, stage_models, stage_throughput
+from dgpo.hardware.stages import hours_and_disk, stage_budget, stage_models, stage_throughput
 
 WIDTH = 120
 
@@ -102,8 +103,7 @@ def _print_plan(console: Console, config: Config, stage: str, models: Models, ro
             hours = f"{paper_gpu_hours(config) or 0:,.0f} GPU hours of H200, scaled from the authors' run"
             parts.append(("", facts([("the paper", hours)])))
     parts.append(("The experiment, estimated", experiment_table(_experiment(config))))
-    beside = f"corpus and index of Wikipedia {DOWNLOAD / 1e9:.0f} GB, and the hub's models"
-    parts.append(("", facts([("besides", beside)])))
+    parts.append(("", facts([("besides", besides(*hub_disk(config)))])))
     for title, table in parts:
         if title:
             console.print(f"\n{title}")
@@ -113,13 +113,8 @@ def _print_plan(console: Console, config: Config, stage: str, models: Models, ro
 
 def _experiment(config: Config) -> Rows3:
     """(stage, hours, bytes on the disk) of every stage, and the test at the end, on this hardware."""
-    rows = []
-    for stage in (*config.stages, "test"):
-        models, _ = stage_models(_tested(config) if stage == "test" else config, stage)
-        estimate = stage_throughput(config, stage, models) if models else None
-        hours = estimate.total_hours if estimate else None
-        rows.append((stage, hours, sum(stage_disk(config, stage, models).values()) if models else 0.0))
-    return rows
+    rows = [(stage, *hours_and_disk(config, stage)) for stage in config.stages]
+    return [*rows, ("test", *hours_and_disk(_tested(config), "test"))]
 
 
 def _tested(config: Config) -> Config:

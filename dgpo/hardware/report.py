@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
 
 from dgpo.config.schema import Config
 from dgpo.hardware.budget import PARTS, Budget, Models, is_on_this_node
+from dgpo.hardware.disk import DOWNLOAD
 from dgpo.hardware.known_gpus import GIB
 from dgpo.hardware.placement import Placement, ranges
 from dgpo.hardware.throughput import Throughput, average_episode
@@ -126,13 +127,13 @@ def time_table(estimate: Throughput) -> Table:
     for part in estimate.seconds:
         table.add_column(part, justify="right")
     table.add_column("together", justify="right", style="bold")
-    table.add_row(*(_duration(seconds) for seconds in [*estimate.seconds.values(), estimate.step_s]))
+    table.add_row(*(duration(seconds) for seconds in [*estimate.seconds.values(), estimate.step_s]))
     return table
 
 
 def time_facts(estimate: Throughput, num_gpus: int) -> Rows:
     """What follows for the whole stage."""
-    whole = f"{_duration(estimate.total_hours * 3600)}, {estimate.total_hours * num_gpus:,.1f} GPU hours"
+    whole = f"{duration(estimate.total_hours * 3600)}, {estimate.total_hours * num_gpus:,.1f} GPU hours"
     rows = [(f"{estimate.steps} steps" if estimate.steps > 1 else "stage", whole)]
     rows.append(("speed", f"{estimate.episodes_per_hour:,.0f} episodes/hour"))
     if estimate.tokens_per_s:
@@ -146,12 +147,18 @@ def experiment_table(rows: Rows3) -> Table:
     for column in ("stage", "time", "disk in run_dir, GB"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage, hours, size in rows:
-        table.add_row(stage, "-" if hours is None else _duration(3600 * hours), f"{size / 1e9:.1f}" if size else "")
+        table.add_row(stage, "-" if hours is None else duration(3600 * hours), f"{size / 1e9:.1f}" if size else "")
     table.add_section()
     total = sum(hours or 0.0 for _, hours, _ in rows)
     known = any(hours is not None for _, hours, _ in rows)
-    table.add_row("total", _duration(3600 * total) if known else "-", f"{sum(size for *_, size in rows) / 1e9:.1f}")
+    table.add_row("total", duration(3600 * total) if known else "-", f"{sum(size for *_, size in rows) / 1e9:.1f}")
     return table
+
+
+def besides(hub: Mapping[str, float], unknown: Sequence[str]) -> str:
+    """What is needed on the disk outside `run_dir`: bytes of the hub's models, and those whose size is not known."""
+    models = f"{sum(hub.values()) / 1e9:.1f} GB" + (f" without {', '.join(unknown)}" if unknown else "")
+    return f"corpus and index of Wikipedia {DOWNLOAD / 1e9:.0f} GB, the hub's models {models}"
 
 
 def _grid() -> Table:
@@ -162,7 +169,7 @@ def _gib(size: float, *, always: bool = False) -> str:
     return f"{size / GIB:.2f}" if always or size else ""
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

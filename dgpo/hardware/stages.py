@@ -6,6 +6,7 @@ from dgpo.config.methods import algorithm_of, has_teacher
 from dgpo.config.schema import Config
 from dgpo.config.stages import initial_model
 from dgpo.hardware.budget import Budget, Models, distill_budget, play_budget, rl_budget
+from dgpo.hardware.disk import stage_disk
 from dgpo.hardware.shapes import ModelShape, find_shape
 from dgpo.hardware.throughput import (
     Throughput,
@@ -57,11 +58,17 @@ def stage_throughput(config: Config, stage: str, models: Models, *, rows: int | 
 
 def gpu_hours(config: Config, stage: str) -> float | None:
     """GPU hours of a whole stage on the configured GPUs; None where a model's shape, or the GPU, is not known."""
+    hours, _ = hours_and_disk(config, stage)
+    return None if hours is None else hours * config.hardware.num_gpus
+
+
+def hours_and_disk(config: Config, stage: str) -> tuple[float | None, float]:
+    """A whole stage's hours by the clock, None where they are not known, and bytes in `run_dir`."""
     models, _ = stage_models(config, stage)
-    estimate = stage_throughput(config, stage, models) if models else None
-    if estimate is None:
-        return None
-    return estimate.total_hours * config.hardware.num_gpus
+    if models is None:
+        return None, 0.0
+    estimate = stage_throughput(config, stage, models)
+    return estimate.total_hours if estimate else None, sum(stage_disk(config, stage, models).values())
 
 
 def _played_model(config: Config, stage: str) -> str:

@@ -26,7 +26,7 @@ from dgpo.data.rows import read_rows, row_question
 from dgpo.errors import ConfigError
 from dgpo.evaluation.scores import compare
 from dgpo.files import atomic_write_text, read_jsonl
-from dgpo.hardware.machine import check_start
+from dgpo.hardware.machine import check_start, memory_limit
 from dgpo.metrics.exact_match import exact_match
 from dgpo.models.smollm2 import NAME as SMALL_MODEL
 from dgpo.models.smollm2 import find_gguf
@@ -119,8 +119,7 @@ def default_student() -> str:
     Raises:
         ConfigError: the hub does not answer, and the package is not installed.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if memory >= HUB_MODEL_MEMORY and hub_answers():
+    if memory_limit() >= HUB_MODEL_MEMORY and hub_answers():
         return HUB_MODEL
     find_gguf()
     return SMALL_MODEL

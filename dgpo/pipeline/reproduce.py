@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,11 @@ from dgpo.evaluation.paper import (
 from dgpo.evaluation.report import write_report
 from dgpo.evaluation.scores import Score, compare
 from dgpo.files import atomic_write_text, read_jsonl
+from dgpo.hardware.disk import hub_disk
 from dgpo.hardware.gpu_hours import gpu_hours_range
 from dgpo.hardware.machine import check_start
+from dgpo.hardware.report import besides
+from dgpo.hardware.stages import hours_and_disk
 from dgpo.pipeline import tiny
 from dgpo.pipeline.missing import missing
 from dgpo.pipeline.over_seeds import write_over_seeds
@@ -111,14 +115,27 @@ def _over_seeds(config: Config, overrides: Sequence[str]) -> Path | None:
 def _dry_run(pairs: Sequence[str], folder: Path, config: Config, own: Sequence[str]) -> None:
     """Prints the plans, then once what is missing; the tiny world makes its own inputs."""
     faults, notes = [], []
+    costs: dict[str, Cost] = {}  # pairs share stages, which have the same name
+    hub: dict[str, float] = {}
+    unsized: dict[str, None] = {}
     for pair in pairs:
         inputs = ["student.path=student", "teacher.path=teacher"] if pair == "tiny" else [f"pair={pair}"]
         plan = _plan(pair, folder, config, inputs, own)
-        _print_plan(pair, plan)
+        costs |= _print_plan(pair, plan)
         if pair != "tiny":
-            found = missing(load_config([*inputs, *own, "dry_run=true"]), plan)
+            own_config = load_config([*inputs, *own, "dry_run=true"])
+            sizes, unknown = hub_disk(own_config)
+            hub, unsized = hub | sizes, unsized | dict.fromkeys(unknown)
+            found = missing(own_config, plan)
             faults += found[0]
             notes += found[1]
+    total = Cost.sum(costs.values())
+    print(
+        f"all together: {total.hours:.0f} hours ({total.counted:.0f} GPU hours counted, {total.paper:.0f} as in the "
+        f"paper), {total.disk / 1e9:.0f} GB in run_dir"
+    )
+    if hub:
+        print(f"besides: {besides(hub, list(unsized))}")
     for name, lines in (("note", dict.fromkeys(notes)), ("missing", dict.fromkeys(faults))):
         for line in lines:
             print(f"{name}: {line}")
@@ -157,22 +174,49 @@ def _inputs(pair: str, stages: Stages, folder: Path, config: Config) -> Iterator
         yield inputs
 
 
-def _print_plan(pair: str, plan: Plan) -> None:
+@dataclass(frozen=True)
+class Cost:
+    """What a stage, or several one after the other, take; 0 where it is not known.
+
+    Attributes:
+        counted, paper: GPU hours by arithmetic, and scaled from the authors' run.
+        hours: by the clock, of those counted.
+        disk: bytes in `run_dir`.
+    """
+
+    counted: float = 0.0
+    paper: float = 0.0
+    hours: float = 0.0
+    disk: float = 0.0
+
+    @classmethod
+    def of(cls, stage: PlannedStage) -> Cost:
+        hours, disk = hours_and_disk(stage.config, stage.stage)
+        return cls(*(gpu_hours_range(stage.config, stage.stage) or (0.0, 0.0)), hours or 0.0, disk)
+
+    @classmethod
+    def sum(cls, costs: Iterable[Cost]) -> Cost:
+        return cls(*map(sum, zip(*map(astuple, costs), strict=True)))
+
+    def cells(self) -> list[str]:
+        """Of the table; nothing where it is not known, or is little."""
+        hours = [f"{value:.1f}" if value else "-" for value in (self.counted, self.paper, self.hours)]
+        return [*hours, f"{self.disk / 1e9:.1f}" if self.disk else ""]
+
+
+def _print_plan(pair: str, plan: Plan) -> dict[str, Cost]:
+    """Returns what each stage takes."""
     table = Table(title=f"Stages for {pair}", title_justify="left")
-    for column in ("stage", "starts from", "GPU hours: counted", "as in the paper", ""):
+    for column in ("stage", "starts from", "GPU hours: counted", "as in the paper", "hours", "disk, GB", ""):
         table.add_column(column, justify="left" if column in ("stage", "starts from", "") else "right")
-    totals = [0.0, 0.0]
+    costs = {stage.name: Cost.of(stage) for stage in plan.stages}
     for stage in plan.stages:
-        config = stage.config
-        hours = gpu_hours_range(config, stage.stage)
-        totals = [total + (hours or (0.0, 0.0))[i] for i, total in enumerate(totals)]
-        before = getattr(getattr(config, stage.stage, None), "init", None)
+        before = getattr(getattr(stage.config, stage.stage, None), "init", None)
         state = "done" if stage.is_done else "begun" if stage.has_begun else ""
-        shown = [f"{value:.1f}" for value in hours] if hours else ["-", "-"]
-        table.add_row(stage.name, before or "", *shown, state)
-    if any(totals):
-        table.add_row("total", "", *(f"{total:.0f}" for total in totals), "")
+        table.add_row(stage.name, before or "", *costs[stage.name].cells(), state)
+    table.add_row("total", "", *Cost.sum(costs.values()).cells(), "")
     Console(width=_width()).print(table)
+    return costs
 
 
 def _write(folder: Path, table: str, plans: Mapping[str, Plan]) -> Path:

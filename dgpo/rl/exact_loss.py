@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from verl.trainer.ppo.core_algos import agg_loss
+from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
@@ -57,19 +59,28 @@ class TeacherReader:
         gated = gate.repeat_interleave(data["input_ids"].offsets().diff())
         # Every rank runs the forward pass, on one row of its own if it has no gated one: FSDP's collectives need all.
         rows = gate.nonzero()[:, 0].tolist() or [0]
-        hidden, head = self._states([data["input_ids"][row] for row in rows])
+        is_packed = tu.get_non_tensor_data(data=data, key="use_remove_padding", default=True)
+        hidden, head = self._states([data["input_ids"][row] for row in rows], is_packed=is_packed)
         kept = predicts[gated] if gate.any() else torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         return TeacherStates(at=gated[predicts], hidden=hidden[kept], head=head)
 
     @torch.no_grad()
-    def _states(self, sequences: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Final hidden states of whole sequences, packed [sum of lengths, H], and the output matrix."""
+    def _states(self, sequences: list[torch.Tensor], *, is_packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final hidden states of whole sequences, packed [sum of lengths, H], and the output matrix.
+
+        The model reads them as it does the student's: in one row, where positions that start anew separate them, or in
+        padded rows.
+        """
         lengths = [len(sequence) for sequence in sequences]
-        input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        attention = (positions[None] < torch.tensor(lengths, device=input_ids.device)[:, None]).long()
-        states = self.engine.module(input_ids=input_ids, attention_mask=attention, use_cache=False).logits
-        hidden = torch.cat([row[:length] for row, length in zip(states, lengths, strict=True)])
+        positions = [torch.arange(length, device=sequences[0].device) for length in lengths]
+        if is_packed:
+            inputs = {"input_ids": torch.cat(sequences)[None], "position_ids": torch.cat(positions)[None]}
+            hidden = self.engine.module(**inputs, attention_mask=None, use_cache=False).logits[0]
+        else:
+            ones = [torch.ones_like(each) for each in positions]
+            rows, mask = (pad_sequence(each, batch_first=True) for each in (sequences, ones))
+            states = self.engine.module(input_ids=rows, attention_mask=mask, use_cache=False).logits
+            hidden = torch.cat([row[:length] for row, length in zip(states, lengths, strict=True)])
         head = self.engine.output_layer.weight
         if isinstance(head, DTensor):
             head = head.to(hidden.device).full_tensor()

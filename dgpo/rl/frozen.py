@@ -25,7 +25,7 @@ def restore_rotary_tables(model: nn.Module) -> None:
     """Computes the tables of every rotary embedding anew: rounded to bfloat16, angles are off by up to half a radian at
     position 500, and by more behind it."""
     for module in model.modules():
-        if "inv_freq" in module._buffers:
+        if any(name.endswith("inv_freq") for name in module._buffers):  # Gemma 3 has one for each type of layer
             anew: Any = type(module)(module.config)
             for name, table in anew.named_buffers(recurse=False):
                 module.register_buffer(name, table.to(module.get_buffer(name).device), persistent=False)

@@ -246,17 +246,17 @@ class DGPOTrainer(PPOTrainerSync):
         checked.extra_info["use_dynamic_bsz"] = True  # its size divides by nothing in particular
         self._compute_old_log_prob(checked, metrics)
         difference = self._log_prob_difference(checked)
-        reused = difference <= tolerance
+        reused = difference["rollout/log_prob_diff_max"] <= tolerance
         metrics["rollout/log_probs_reused"] = float(reused)
         if not reused:
             return self._compute_old_log_prob(batch, metrics)
-        metrics["rollout/log_prob_diff_max"] = difference
+        metrics.update(difference)
         data = _get(batch, ["rollout_log_probs"])
         data["old_log_probs"] = data.pop("rollout_log_probs")
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=data)
         return batch
 
-    def _log_prob_difference(self, batch: KVBatchMeta) -> float:
+    def _log_prob_difference(self, batch: KVBatchMeta) -> dict[str, float]:
         fields = ["rollout_log_probs", "old_log_probs", "response_mask"]
         data = _get(batch, fields)
         rollout, trainer, mask = (data.to_padded_tensor()[name] for name in fields)
@@ -332,9 +332,7 @@ class DGPOTrainer(PPOTrainerSync):
         """How far the student is from the rollout's copy of it, and from the initial policy."""
         mask = given["response_mask"]
         if not metrics.get("rollout/log_probs_reused"):
-            metrics["rollout/log_prob_diff_max"] = log_prob_disagreement(
-                given["rollout_log_probs"], given["old_log_probs"], mask
-            )
+            metrics.update(log_prob_disagreement(given["rollout_log_probs"], given["old_log_probs"], mask))
         if self.settings.teacher.needs_initial_policy:
             metrics["actor/kl_to_init"] = sampled_kl(given["old_log_probs"] - given["ref_log_prob"], mask)
 

@@ -85,9 +85,13 @@ def teacher_kl_metrics(
     return metrics
 
 
-def log_prob_disagreement(rollout: torch.Tensor, trainer: torch.Tensor, response_mask: torch.Tensor) -> float:
-    """Largest |difference| in nats between what the rollout engine and the trainer say of the same sampled tokens.
+def log_prob_disagreement(
+    rollout: torch.Tensor, trainer: torch.Tensor, response_mask: torch.Tensor
+) -> dict[str, float]:
+    """Largest and mean |difference| in nats between what rollout engine and trainer say of the same sampled tokens.
 
     Beyond rounding it means that the two do not see the same tokens or weights. All arguments are [B, T].
     """
-    return ((rollout - trainer).abs() * response_mask).max().item()
+    differences = (rollout - trainer).abs() * response_mask
+    mean = masked_mean(differences, response_mask)
+    return {"rollout/log_prob_diff_max": differences.max().item(), "rollout/log_prob_diff_mean": mean.item()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dgpo.config.methods import has_teacher
 from dgpo.config.model_files import check_model_folder
-from dgpo.config.stages import initial_model, is_planned
+from dgpo.config.stages import initial_model
 from dgpo.errors import ConfigError
 from dgpo.slurm.options import JobOptions
 
@@ -46,15 +46,24 @@ def _indexes(options: JobOptions) -> Iterator[str]:
 def _models(options: JobOptions) -> Iterator[str]:
     config = options.config
     wanted: dict[str, str | None] = {"teacher.path": config.teacher.path} if "collect" in options.stages else {}
+    if "test" in options.stages:
+        wanted |= {f"test.models.{name}": path for name, path in config.test.models.items()}
     for stage in options.stages:
         if stage in ("distill", "train"):
             wanted.update([initial_model(config, stage)])
     if "train" in options.stages and has_teacher(config, "train"):
         wanted["teacher.path"] = config.teacher.path
     for key, path in wanted.items():
-        if path and is_planned(config, path):
+        if path and _is_written(options, Path(path).absolute()):
             continue
         try:
             check_model_folder(path, key=key)
         except ConfigError as error:
             yield str(error)
+
+
+def _is_written(options: JobOptions, path: Path) -> bool:
+    """Whether a job of the chain leaves this model; with several seeds, whose folders differ, any stage of theirs."""
+    stages = options.config.stages if options.seeds else options.stages
+    folders = [options.run_dir / stage for stage in stages if stage in ("distill", "train")]
+    return any(path == folder / "model" or path.parent == folder / "models" for folder in folders)

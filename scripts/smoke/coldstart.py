@@ -81,7 +81,7 @@ def train(variant: Variant) -> None:
     folder.mkdir(exist_ok=True)
     if variant.sharding == "full":
         _alone_in_a_group()
-    config, small = _config(variant), variant.layers is not None
+    config, small = load_config(settings(variant)), variant.layers is not None
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None  # as Llama's
     # On a CPU from the same numbers as on the GPU: they are drawn here, and moved.
@@ -125,16 +125,16 @@ def train(variant: Variant) -> None:
     (folder / f"{variant.name}.json").write_text(json.dumps(seen))
 
 
-def _config(variant: Variant) -> Config:
+def settings(variant: Variant) -> list[str]:
     hardware = ["hardware=cpu"] if variant.device == "cpu" else ["hardware=h200x8", "hardware.gpus_per_node=1"]
     if variant.device == "cuda" and (variant.layers or not _has_flash_attention()):
         hardware += ["hardware.attention=sdpa"]
-    settings = [f"distill.max_steps={STEPS}", "distill.batch_size=8", "distill.micro_batch_size=4"]
-    settings += ["distill.held_out_share=0", "distill.warmup_ratio=0", "distill.learning_rate=1e-3"]
-    settings += ["distill.kl_ratio=0.5", "distill.evaluate_every=1", f"distill.sharding={variant.sharding}"]
+    distill = [f"distill.max_steps={STEPS}", "distill.batch_size=8", "distill.micro_batch_size=4"]
+    distill += ["distill.held_out_share=0", "distill.warmup_ratio=0", "distill.learning_rate=1e-3"]
+    distill += ["distill.kl_ratio=0.5", "distill.evaluate_every=1", f"distill.sharding={variant.sharding}"]
     if variant.device == "cuda":
-        settings += ["episode.max_prompt_tokens=64", "episode.max_response_tokens=448"]
-    return load_config([*hardware, *settings])
+        distill += ["episode.max_prompt_tokens=64", "episode.max_response_tokens=448"]
+    return [*hardware, *distill]
 
 
 def _has_flash_attention() -> bool:

@@ -31,9 +31,13 @@ def run(checks: Checks, *, device: str, folder: Path) -> None:
     asyncio.run(_run(checks, device, model))
 
 
-async def _run(checks: Checks, device: str, model: Path) -> None:
+def settings(device: str) -> list[str]:
     group = "cpu" if device == "cpu" else "h200x8"
-    hardware = load_config([f"hardware={group}", "hardware.engine.gpu_memory_utilization_alone=0.3"]).hardware
+    return [f"hardware={group}", "hardware.engine.gpu_memory_utilization_alone=0.3"]
+
+
+async def _run(checks: Checks, device: str, model: Path) -> None:
+    hardware = load_config(settings(device)).hardware
     started = time.perf_counter()
     async with SleepingPolicy(str(model), hardware=hardware, max_model_len=CONTEXT, temperature=0, seed=1) as policy:
         checks.number("start, s", time.perf_counter() - started)
@@ -77,7 +81,7 @@ async def _speed(checks: Checks, policy: VllmPolicy, device: str) -> None:
     prompts = random_ids(count, PROMPT, vocab=500, seed=2, device="cpu").tolist()
 
     async def play(name: str, index: int, **settings: Any) -> None:
-        sampling = SamplingParams(temperature=1.0, max_tokens=TURN, ignore_eos=True, logprobs=0, **settings)
+        sampling = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, logprobs=0, **settings)
         prompt = {"type": "token", "prompt_token_ids": prompts[index]}
         async for _ in policy._engine.generate(prompt, sampling, f"{name}-{index}"):
             pass
@@ -88,9 +92,9 @@ async def _speed(checks: Checks, policy: VllmPolicy, device: str) -> None:
         "one output, seeds": {"output_kind": RequestOutputKind.FINAL_ONLY, "seed": 1},
         "an output per token": {"output_kind": RequestOutputKind.CUMULATIVE},
     }
-    for way, settings in ways.items():
+    for way, sampling in ways.items():
         started = time.perf_counter()
-        await asyncio.gather(*(play(way, index, **settings) for index in range(count)))
+        await asyncio.gather(*(play(way, index, **sampling) for index in range(count)))
         if way != "warm":
             checks.number(f"tokens per s, {count} episodes, {way}", count * tokens / (time.perf_counter() - started))
 

@@ -20,6 +20,7 @@ from dgpo.algorithms.fused_linear import fused_linear_loss
 from dgpo.hardware import memory
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+PEAK_TOLERANCE = 0.15  # of measured memory against the plan's
 CHUNK = 64
 DIVERGENCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "forward KL": divergences.forward_kl,
@@ -72,10 +73,12 @@ def _exact(checks: Checks, tensors: dict[str, torch.Tensor], dtype: torch.dtype)
     hidden, head = (tensors[name].clone().requires_grad_() for name in ("hidden", "head"))
     at = torch.arange(len(hidden), device=hidden.device) % 2 == 0
     teacher = TeacherStates(at, tensors["teacher_hidden"][at], tensors["teacher_head"])
-    with _Peak(hidden.device.type) as peak:
-        terms = token_terms(
-            hidden, head=head, targets=tensors["targets"], temperature=1.0, chunk_size=CHUNK, teacher=teacher
-        )
+    device = hidden.device.type
+    with _Peak(device) as peak:
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):  # as in RL
+            terms = token_terms(
+                hidden, head=head, targets=tensors["targets"], temperature=1.0, chunk_size=CHUNK, teacher=teacher
+            )
         terms.sum().backward()
     exact = _in_float64(tensors)
     states = exact["hidden"].requires_grad_()
@@ -91,7 +94,7 @@ def _exact(checks: Checks, tensors: dict[str, torch.Tensor], dtype: torch.dtype)
     checks.below(f"  their gradient, {_name(dtype)}", relative_error(hidden.grad, states.grad), TOLERANCE[dtype])
     if peak.bytes is not None:  # chunks, and the output matrix's gradient in float32 and its own type (budget.py)
         estimate = memory.CHUNK_COPIES[True] * 4 * CHUNK * len(head) + head.numel() * (4 + head.element_size())
-        checks.number(f"their peak over its estimate, {_name(dtype)}", peak.bytes / estimate)
+        checks.within(f"  their peak, over the plan's, {_name(dtype)}", peak.bytes / estimate, 1, PEAK_TOLERANCE)
 
 
 def _fused(checks: Checks, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -120,7 +123,7 @@ def _fused(checks: Checks, tensors: dict[str, torch.Tensor], dtype: torch.dtype)
         checks.below(f"  gradient of the {name}, {_name(dtype)}", error, TOLERANCE[dtype])
     if peak.bytes is not None:  # the output matrix's gradient, and four chunks in float32
         estimate = head.numel() * head.element_size() + 4 * 4 * CHUNK * len(head)
-        checks.number(f"fused loss's peak over its estimate, {_name(dtype)}", peak.bytes / estimate)
+        checks.within(f"  its peak, over the plan's, {_name(dtype)}", peak.bytes / estimate, 1, PEAK_TOLERANCE)
 
 
 def _divergences(checks: Checks, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:

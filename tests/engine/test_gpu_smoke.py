@@ -32,7 +32,7 @@ def test_what_needs_torch_and_transformers_only(tmp_path):
 
 @pytest.mark.slow
 def test_what_needs_vllm_and_verl(tmp_path):
-    steps = rehearse(tmp_path, "4,5")
+    steps = rehearse(tmp_path, "3,4,5")
     assert {name: step["status"] for name, step in steps.items()} == dict.fromkeys(steps, "pass")
 
 
@@ -62,3 +62,21 @@ def test_a_step_that_raises_says_what(tmp_path):
     result = one(tmp_path, name="no_such_step")
     assert result["status"] == "fail"
     assert "no_such_step" in result["reason"]
+
+
+def test_a_step_that_leaves_a_process_behind_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_smoke, "_left_over", lambda there: {1: "sleep"})
+    result = one(tmp_path)
+    assert (result["status"], result["reason"]) == ("fail", "it left processes behind: sleep")
+
+
+def test_what_a_session_of_its_own_leaves_is_seen():
+    there = gpu_smoke._descendants()
+    process = gpu_smoke.subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        assert {pid: name for pid, name in gpu_smoke._descendants().items() if pid not in there} == {
+            process.pid: "sleep"
+        }
+    finally:
+        process.kill()
+        process.wait()

@@ -46,6 +46,16 @@ def case():
     }
 
 
+def test_autocast_lowers_the_products_alone(case):
+    """What RL runs in on a GPU: states and output matrices in bfloat16, log-probs and their sums in float32."""
+    teacher = TeacherStates(AT, case["teacher"].hidden.bfloat16(), case["teacher"].head.bfloat16())
+    given = {**case, "hidden": case["hidden"].detach().bfloat16(), "head": case["head"].detach().bfloat16()}
+    given["teacher"] = teacher
+    plain = token_terms(**given, chunk_size=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(token_terms(**given, chunk_size=3), plain)
+
+
 def test_hand_worked_values():
     # Student (3/4, 1/4), teacher (1/2, 1/2): KL = 3/4 ln(3/2) + 1/4 ln(1/2).
     terms = token_terms(

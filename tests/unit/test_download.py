@@ -276,6 +276,20 @@ def test_a_dry_run_shows_the_plan_and_fetches_nothing(hub, tmp_path, capsys):
     assert files(tmp_path) == []
 
 
+def test_a_dry_run_without_a_hub_shows_what_is_known_and_ends_as_without_a_hub(tmp_path, capsys):
+    with serving() as server:
+        url = server.url
+    overrides = [f"download.endpoint={url}", f"download.folder={tmp_path}", "dry_run=true"]
+    assert main(["download", *overrides, "download.what=[corpus,index,benchmarks]"]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/corpus/wiki-18.jsonl.gz: size unknown, from PeterJinGo/wiki-18-corpus@main" in said
+    assert f"{tmp_path}/index/e5_Flat.index: about 64.6 GB, from PeterJinGo/wiki-18-e5-index@main" in said
+    assert said.count(f"{tmp_path}/benchmarks/") == 9
+    assert "note: no answer" in said
+    assert f"dgpo download: {url} does not answer" in said.splitlines()[-1]
+    assert files(tmp_path) == []
+
+
 ADDRESS = "/bucket/v1.0-simplified/nq-dev-all.jsonl.gz"
 
 

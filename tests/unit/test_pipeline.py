@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -259,6 +260,7 @@ def test_a_dry_run_prints_the_plan_and_all_that_is_missing_once(no_hub, tmp_path
     captured = capsys.readouterr()
     assert f"Stages for {'llama8b_1b' if table == 'pairs' else 'qwen3b_05b'}" in captured.out
     assert "total" in captured.out
+    assert captured.out.count("all together: ") == 1
     lines = [line for line in captured.out.splitlines() if line.startswith("missing: ")]
     assert len(lines) == len(set(lines))
     assert sum("data.collect_file: data file '/nowhere/train.parquet'" in line for line in lines) == 1
@@ -266,6 +268,22 @@ def test_a_dry_run_prints_the_plan_and_all_that_is_missing_once(no_hub, tmp_path
     assert sum("retriever" in line for line in lines) == 1
     assert f"{len(lines)} things are missing, listed above" in captured.err
     assert not (tmp_path / "tables").exists()
+
+
+def test_a_plan_counts_stages_that_pairs_share_once(no_hub, tmp_path, capsys):
+    """PPO of the 0.5B student is in two pairs, and is run once; the same disk is planned as for a run of its own."""
+    overrides = ["data=prepared", "retriever.url=http://127.0.0.1:9", f"run_dir={tmp_path}", "dry_run=true"]
+    main(["reproduce", "table=pairs", "dry_run.assume=h200x8", *overrides])
+    said = " ".join(capsys.readouterr().out.split())
+    rows = [row.split("│") for row in re.findall(r"│ total │ │([^A-Z]*?)│ │", said)]
+    counted, _, hours, disk = (sum(map(float, column)) for column in zip(*rows, strict=True))
+    ppo = re.search(r"│ Qwen2.5-0.5B-Instruct/ppo/train │ │ ([\d.]+) │ [\d.]+ │ ([\d.]+) │ ([\d.]+)", said)
+    together = re.search(r"all together: (\d+) hours \((\d+) GPU hours counted, \d+ as in the paper\), (\d+) GB", said)
+    assert len(rows) == 3
+    assert int(together[1]) == pytest.approx(hours - float(ppo[2]), abs=1)
+    assert int(together[2]) == pytest.approx(counted - float(ppo[1]), abs=2)
+    assert int(together[3]) == pytest.approx(disk - float(ppo[3]), abs=2)
+    assert "besides: corpus and index of Wikipedia 70 GB, the hub's models " in said
 
 
 def test_the_methods_page_is_what_the_presets_say():

@@ -11,8 +11,9 @@ from dgpo.config.load import load_config
 from dgpo.config.model_files import HubUnreachableError, model_file
 from dgpo.hardware import dry_run
 from dgpo.hardware.budget import rl_budget
-from dgpo.hardware.disk import stage_disk
+from dgpo.hardware.disk import hub_disk, stage_disk
 from dgpo.hardware.memory import weight_bucket
+from dgpo.hardware.report import besides
 from dgpo.hardware.shapes import known_shape, shape_from_config
 from dgpo.hardware.stages import stage_models
 from dgpo.rl.verl_config import has_request_seeds, to_verl
@@ -33,6 +34,7 @@ def test_a_plan_for_another_machine_needs_neither_data_nor_a_server(stage, no_hu
     assert main([stage, "dry_run.assume=h200x8", *overrides]) == 0
     plan = capsys.readouterr().out
     assert "note:" in plan
+    assert "the hub's models 7" in plan or "the hub's models 1" in plan
     for row in ("collect", "distill", "train", "test", "total"):
         assert f"\n{row}" in plan.partition("The experiment, estimated")[2]
     assert main([stage, "dry_run=true", *overrides]) == 2
@@ -88,6 +90,16 @@ def test_the_disk_of_rl_counts_the_checkpoint_that_is_being_written():
     assert stage_disk(config, "train", models)["checkpoints"] == pytest.approx(
         (config.train.keep_last + 1) * one, rel=0.01
     )
+
+
+def test_the_disk_of_hub_models_is_two_bytes_a_parameter(no_hub):
+    config = load_config(["pair=qwen3b_05b", "teacher.path=Qwen/Qwen2.5-3B-Instruct"])
+    sizes, unknown = hub_disk(config)
+    student, teacher = known_shape("qwen2.5-0.5b"), known_shape("qwen2.5-3b")
+    assert sizes[config.student.path] == 2 * student.parameters
+    assert sizes[config.teacher.path] == 2 * teacher.parameters
+    assert unknown == ["intfloat/e5-base-v2"]
+    assert besides(sizes, unknown).endswith(f"{sum(sizes.values()) / 1e9:.1f} GB without intfloat/e5-base-v2")
 
 
 def test_a_cached_model_is_read_without_a_question_to_the_hub(tmp_path, monkeypatch):

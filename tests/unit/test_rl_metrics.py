@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dgpo.rl.metrics import choose_monitored, episode_metrics, sampled_kl, teacher_kl_metrics
+from dgpo.rl.metrics import choose_monitored, episode_metrics, log_prob_disagreement, sampled_kl, teacher_kl_metrics
 
 
 def test_kl_is_reported_apart_for_failed_correct_and_all_episodes():
@@ -67,3 +67,11 @@ def test_shares_are_of_all_tokens_and_turns_of_the_step():
 def test_a_sampled_kl_is_the_mean_over_policy_tokens():
     log_ratio = torch.tensor([[1.0, -0.5, 99.0], [2.5, 99.0, 99.0]])
     assert sampled_kl(log_ratio, torch.tensor([[1, 1, 0], [1, 0, 0]])) == pytest.approx(1.0)
+
+
+def test_engine_and_trainer_are_compared_on_policy_tokens_by_the_largest_and_the_mean_difference():
+    rollout, trainer = torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[-1.25, -2.0, -1.0]])
+    assert log_prob_disagreement(rollout, trainer, torch.tensor([[1.0, 1.0, 0.0]])) == {
+        "rollout/log_prob_diff_max": 0.25,
+        "rollout/log_prob_diff_mean": 0.125,
+    }

@@ -148,6 +148,22 @@ def test_what_the_jobs_would_miss_is_said_before_they_wait_in_the_queue(tmp_path
         assert "data.train_file" not in captured.err
 
 
+@pytest.mark.parametrize(
+    ("model", "stages", "is_missing"),
+    [
+        ("/nowhere/model", "train,test", True),
+        ("{run_dir}/train/model", "train,test", False),
+        ("{run_dir}/train/models/best", "train,test", False),
+        ("{run_dir}/train/model", "test", True),
+    ],
+)
+def test_a_tested_model_is_there_or_a_job_before_writes_it(model, stages, is_missing, tmp_path, capsys):
+    run = [f"run_dir={tmp_path}", "experiment=ppo", f"test.models.own={model}"]
+    assert main([*SERVED, *run, "--stages", stages, "--dry-run"]) == 2
+    said = f"test.models.own={model.format(run_dir=tmp_path)}: no such folder" in capsys.readouterr().err
+    assert said is is_missing
+
+
 def test_jobs_are_submitted_in_order_and_cancelled_when_one_is_refused(tmp_path, monkeypatch, capsys, nothing_missing):
     """With an sbatch that knows two jobs and refuses the third."""
     log = tmp_path / "log"
