@@ -83,9 +83,18 @@ def prepare(config: Config) -> Path:
         inputs |= {} if own else {"benchmarks": settings.benchmarks}
         inputs["unusable_lines"] = bad.reasons
         write_manifest(folder, stage="prepare", inputs=inputs, config=asdict(settings), counts=counts, seed=config.seed)
-    for line in (*bad.reasons, *_summary(out, counts)):
+    for line in (*bad.reasons, *_summary(out, counts), f"next: {_next_command(out, config)}"):
         print(line)
     return out
+
+
+def _next_command(out: Path, config: Config) -> str:
+    settings = config.prepare
+    if settings.documents is not None:
+        return f"python -m retriever.build --corpus {out / 'corpus.jsonl'} --out indexes/{settings.name}"
+    if settings.source is not None:
+        return f"python -m dgpo test data.test_files.{settings.name}={out / f'{settings.name}_test.parquet'} ..."
+    return f"python -m dgpo collect pair=qwen3b_05b data=prepared prepare.out={out}"
 
 
 def _benchmarks(config: Config, bad: BadLines, counts: dict[str, Any]) -> tuple[Rows, dict[str, Rows]]:

@@ -73,7 +73,7 @@ def _write(config: Config, out: Path) -> None:
             seed=manifest["seed"],
             settings=_settings(config),
         )
-    print(f"exported {model} as {out}", file=sys.stderr)
+    print(f"exported {model} as {out}; next: python -m dgpo ask ask.model={out}", file=sys.stderr)
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def import_checkpoint(arguments: Sequence[str]) -> Path:
             counts={"parameters": sum(parameter.numel() for parameter in model.parameters())},
             seed=0,
         )
-    print(f"imported {folder} as {out}", file=sys.stderr)
+    print(f"imported {folder} as {out}; next: train.init={out}, or test.models.NAME={out}", file=sys.stderr)
     return out
 
 
