@@ -58,8 +58,9 @@ def arcap_section(arcap: Mapping[str, Any], *, pair: str | None) -> str:
     labels = [f"{DIMENSIONS[dimension][1]}, {name}" for dimension, name in axes]
     shapes = {model: [_value(values, *axis) for axis in axes] for model, values in models.items()}
     radar = radar_chart(labels, shapes, title="Capabilities (shares)") if len(axes) >= 3 else ""
-    note = protocol_note({arcap["temperature"]}, upstream=arcap["hits"] != "ours")
-    paper = f"{_PAPER} {escape(note)}" if pair else ""
+    paper = ""
+    if pair:
+        paper = f"{_PAPER} {escape(protocol_note({arcap['temperature']}, upstream=arcap['hits'] != 'ours'))}"
     return (
         '<section id="arcap"><h2>What the agent can do (ARCap)</h2><p><i>source referencing</i>: gold passages given, '
         "the answer at once (EM). <i>using evidence</i>: the same passages, but it may think and search (EM). <i>query "

@@ -100,6 +100,8 @@ def test_the_torn_last_line_of_a_run_in_progress_is_left_out(tmp_path):
 
 
 ARCAP = {
+    "hits": "ours",
+    "temperature": 0.0,
     "models": {
         "dgpo": {
             "checkpoint": "x",
@@ -119,6 +121,8 @@ ARCAP = {
 
 def test_arcap_is_drawn_as_a_radar_beside_a_table_with_the_papers_numbers():
     section = arcap_section(json.loads(json.dumps(ARCAP)), pair="qwen3b_05b")
+    assert "single samples at temperature 1" in section
+    assert "ours are greedy" in section
     assert section.count('fill-opacity=".1"') == 2
     assert (
         '0.600 <small>/</small> <small class="paper">0.565</small><small class="under">[0.50, 0.70]</small>' in section
