@@ -13,6 +13,9 @@ from dgpo.hardware.known_gpus import GIB, KNOWN_GPUS, Gpu
 from dgpo.hardware.memory import ADAM, FLOAT32, Precision
 from dgpo.hardware.shapes import ModelShape
 
+# Code and tables of torch, Ray and vLLM in all processes of RL, where they share memory with the models: what a step of
+# SmolLM2-135M took beyond the rest of its plan (scripts/bench/real_memory.py ppo, 14.0 GiB of 10.3).
+LIBRARIES = 3.7 * GIB
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PARTS = (
     "weights",
@@ -191,7 +194,8 @@ def _rl_host(config: Config, models: Models, trained: Mapping[str, int]) -> dict
         per_parameter = FLOAT32 + ADAM + (FLOAT32 if hardware.offload == "full" else 0)
         host |= {name: per_parameter * count * share for name, count in trained.items()}
     loading = _loading(config, models) - sum(host.values())
-    return host | ({"loading": loading} if loading > 0 else {})
+    host |= {"loading": loading} if loading > 0 else {}
+    return host | ({"libraries of all processes": LIBRARIES} if hardware.platform == "cpu" else {})
 
 
 def _loading(config: Config, models: Models) -> float:

@@ -43,7 +43,8 @@ def served(model: Path, port: int, log: Path) -> Iterator[subprocess.Popen[bytes
             time.sleep(0.3)
         yield process
     finally:
-        kill_all(process)
+        if process.poll() is None:
+            kill_all(process)
 
 
 def answers(port: int) -> bool:

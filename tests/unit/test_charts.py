@@ -115,7 +115,7 @@ ARCAP = {
             },
         },
         "kd": {"checkpoint": "y", "query_rewriting": {"nq": {"hit": 0.2, "hit_ci95": [0.1, 0.3], "num_questions": 9}}},
-    }
+    },
 }
 
 

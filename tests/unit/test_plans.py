@@ -12,6 +12,7 @@ from dgpo.config.model_files import HubUnreachableError, model_file
 from dgpo.hardware import dry_run
 from dgpo.hardware.budget import rl_budget
 from dgpo.hardware.disk import hub_disk, stage_disk
+from dgpo.hardware.known_gpus import GIB
 from dgpo.hardware.memory import weight_bucket
 from dgpo.hardware.report import besides
 from dgpo.hardware.shapes import known_shape, shape_from_config
@@ -49,7 +50,7 @@ def test_a_laptops_plan_is_compared_with_its_memory(monkeypatch, no_hub, tmp_pat
     budget = rl_budget(dry_run._with_own_memory(config), models)
     assert budget.capacity == 23e9 - sum(budget.host.values())
     assert budget.problem.startswith("update actor needs")
-    assert "GiB per rank and its engine, of 2" in budget.problem
+    assert f"GiB per rank and its engine, of {budget.capacity / GIB:.1f}" in budget.problem
     config.episode.max_prompt_tokens, config.episode.max_response_tokens = 128, 512
     assert rl_budget(dry_run._with_own_memory(config), models).problem is None
     assert dry_run._with_own_memory(load_config(["dry_run.assume=cpu"])).hardware.host_memory_gb is None
