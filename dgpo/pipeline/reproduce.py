@@ -73,8 +73,8 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
     config = load_config(overrides)
     if config.seeds:
         return _over_seeds(config, overrides)
-    check_start(config, "train")
     pairs = _pairs(config, overrides)
+    check_start(config, "train")
     folder = Path(config.run_dir)
     own = [o for o in overrides if not o.startswith(("pair=", "run_dir=", "dry_run", "table=", "rows."))]
     if config.dry_run.assume:
