@@ -74,18 +74,19 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
     if config.seeds:
         return _over_seeds(config, overrides)
     pairs = _pairs(config, overrides)
-    check_start(config, "train")
     folder = Path(config.run_dir)
     own = [o for o in overrides if not o.startswith(("pair=", "run_dir=", "dry_run", "table=", "rows."))]
     if config.dry_run.assume:
         own = [*(o for o in own if not o.startswith("hardware=")), f"hardware={config.dry_run.assume}"]
     if config.dry_run:
+        check_start(config, "train")
         _dry_run(pairs, folder, config, own)
         return None
     with owned(folder / "reproduce"):
         record_or_check_command(
             folder / SETTINGS, [*own, *(f"rows.{row}={given}" for row, given in config.rows.items())]
         )
+        check_start(config, "train")
         stages = Stages(folder)
         plans: dict[str, Plan] = {}
         for pair in pairs:
