@@ -196,9 +196,9 @@ def test_a_bad_line_is_named_with_file_number_and_reason(tmp_path, line, reason)
     assert len(read(path, limit=1)) == 1
 
 
-def test_all_bad_lines_are_counted_and_the_first_ten_shown(tmp_path):
+def test_all_bad_lines_are_counted_and_the_first_three_shown(tmp_path):
     path = write(tmp_path / "mine.jsonl", ["?"] * 12)
-    with pytest.raises(DataError, match=r"^12 unusable lines.* line 10: .*; and 2 more\. Correct"):
+    with pytest.raises(DataError, match=r"^12 unusable lines.* line 3: .*; and 9 more\. Correct"):
         read(path, limit=11)
 
 
