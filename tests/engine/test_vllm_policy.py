@@ -1,6 +1,7 @@
 """vLLM as an episode policy, on a tiny random model: ids verbatim, log-probs of the model, seeds, stop strings."""
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -108,7 +109,10 @@ def generations(tmp_path_factory):
 
 def children():
     """Command lines by process id; multiprocessing's own tracker lives as long as this process."""
-    found = {(process.pid, " ".join(process.cmdline())) for process in psutil.Process().children(recursive=True)}
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended, and that nobody has waited for
+            found.add((process.pid, " ".join(process.cmdline())))
     return {(pid, command) for pid, command in found if "resource_tracker" not in command}
 
 
