@@ -24,10 +24,8 @@ MAX_BACKOFF_S = 10.0
 MAX_RETRY_AFTER_S = 30.0  # a server that asks for more is treated as asking for this much
 CONNECT_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 30.0  # a first search may wait for what the server loads
-FIRST_LEFT_OUT_S, MAX_LEFT_OUT_S = (
-    1.0,
-    30.0,
-)  # how long a failed server is left out; doubles with every failure in a row
+FIRST_LEFT_OUT_S = 1.0  # how long a failed server is left out; doubles with every failure in a row
+MAX_LEFT_OUT_S = 30.0
 GONE = (502, 503, 504)  # answers of a proxy whose server is gone or not ready yet
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from dgpo.data.rows import read_rows, row_id, row_question
 from dgpo.engines.environment import export_environment
 from dgpo.errors import DataError
 from dgpo.hardware.dry_run import print_dry_run
-from dgpo.runs.artifacts import prepare_run_folder, read_manifest, write_manifest
+from dgpo.runs.artifacts import prepare_run_folder, write_manifest
 from dgpo.runs.identity import file_identity, model_identity, retriever_identity
 from dgpo.runs.owner import owned
 from dgpo.runs.settings import fixed_settings, is_finished, record_or_check
@@ -52,7 +52,6 @@ def distill(config: Config) -> Path | None:
     if config.dry_run:
         print_dry_run(config, "distill", _plan(config), notes)
         return None
-    read_manifest(collected, stage="collect")
     output = Path(config.run_dir) / "distill"
     with owned(output):
         _distill(config, collected, output)

@@ -181,9 +181,8 @@ def _teacher_states(teacher: ModelShape, precision: Precision, tokens: int) -> f
 def _rl_host(config: Config, models: Models, trained: Mapping[str, int]) -> dict[str, float]:
     """What one node's host memory holds: frozen models always, trained ones where they are offloaded."""
     hardware = config.hardware
-    share = hardware.gpus_per_node / min(
-        hardware.fsdp_size or hardware.num_gpus, hardware.num_gpus
-    )  # copies of a model per node
+    shards = min(hardware.fsdp_size or hardware.num_gpus, hardware.num_gpus)
+    share = hardware.gpus_per_node / shards  # copies of a model per node
     value = VALUE_BYTES[hardware.dtype]
     host: dict[str, float] = {}
     if models.teacher is not None:

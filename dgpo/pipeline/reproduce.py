@@ -20,6 +20,7 @@ from rich.table import Table
 
 from dgpo.config.load import chosen, group_choices, load_config
 from dgpo.config.schema import Config
+from dgpo.config.stages import MODEL_STEPS
 from dgpo.errors import ConfigError
 from dgpo.evaluation.arcap_chart import ARCAP_FILE
 from dgpo.evaluation.paper import (
@@ -47,6 +48,7 @@ from dgpo.pipeline.over_seeds import write_over_seeds
 from dgpo.pipeline.plan import Plan, PlannedStage, distinct, plan_table
 from dgpo.pipeline.processes import Stages, python_module
 from dgpo.pipeline.reuse import is_current
+from dgpo.runs.alarms import ALARMS
 from dgpo.runs.owner import owned
 from dgpo.runs.settings import record_or_check_command
 
@@ -266,7 +268,7 @@ def collect_rows(plans: Mapping[str, Plan], *, baseline: str) -> list[dict[str, 
             results = json.loads((test.run_dir / "test" / "results.json").read_text())
             tested = distinct(test.models)
             numbers = {"last": row, "best": f"{row}-best", "paper": f"{row}-paper"}
-            record: dict[str, Any] = {"pair": pair, "row": row, "rule": RULES.get(row, "last")}
+            record: dict[str, Any] = {"pair": pair, "row": row, "rule": _rule(row, test)}
             for column, name in numbers.items():
                 if name in tested:
                     shown = _numbers(results["models"][tested[name]])
@@ -275,6 +277,18 @@ def collect_rows(plans: Mapping[str, Plan], *, baseline: str) -> list[dict[str, 
             record["temperature"], record["protocol"] = results["temperature"], results["protocol"]
             rows.append({"best": None, "paper": None, **record})
     return rows
+
+
+def _rule(row: str, test: PlannedStage) -> str:
+    """How the paper's checkpoint was chosen; or what stands there, where none is from before the collapse."""
+    rule = RULES.get(row, "last")
+    if rule == "before_collapse":
+        stage = Path(test.models[f"{row}-paper"]).parents[1]
+        alarms = read_jsonl(stage / ALARMS, growing=True)
+        step = json.loads((stage / MODEL_STEPS).read_text())[rule] if alarms else 0
+        if alarms and step > alarms[0]["first_step"] - 2:
+            return f"step {step}, the first kept: none is from before the collapse"
+    return rule
 
 
 def _numbers(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,10 +18,11 @@ from dgpo.config.load import group_choices, load_config
 from dgpo.errors import ConfigError
 from dgpo.evaluation.evaluate import evaluate
 from dgpo.evaluation.paper import EXACT_MATCH, LABELS, ROWS, RULES, SETS, UNTRAINED, paper_value
+from dgpo.files import append_jsonl
 from dgpo.hardware.gpu_hours import PAPER_GPU_HOURS, gpu_hours_range, paper_gpu_hours
 from dgpo.pipeline.over_seeds import write_over_seeds
 from dgpo.pipeline.plan import Plan, PlannedStage, distinct, plan_table
-from dgpo.pipeline.reproduce import collect_rows, render_markdown
+from dgpo.pipeline.reproduce import _rule, collect_rows, render_markdown
 from dgpo.pipeline.reuse import is_current
 from dgpo.runs.artifacts import write_manifest
 from tests.unit.fake_model import FakeModel, fake_config, make_question, use_model
@@ -411,3 +413,15 @@ def test_settings_of_a_row_are_of_that_row_alone(tmp_path):
 def test_seeds_and_rows_without_sense_are_refused(overrides, message, tmp_path, capsys):
     assert main(["reproduce", *overrides, f"run_dir={tmp_path}"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("step", "rule"), [(4, "before_collapse"), (5, "step 5, the first kept: none is from before")])
+def test_a_checkpoint_that_is_not_from_before_the_collapse_is_not_called_so(tmp_path, step, rule):
+    stage = tmp_path / "train"
+    (stage / "models").mkdir(parents=True)
+    (stage / "models" / "steps.json").write_text(json.dumps({"before_collapse": step}))
+    test = SimpleNamespace(models={"grpo-paper": str(stage / "models" / "before_collapse")})
+    assert _rule("grpo", test) == "before_collapse", "no alarm"
+    append_jsonl(stage / "alarms.jsonl", [{"step": 8, "first_step": 6}])
+    assert _rule("grpo", test).startswith(rule)
+    assert _rule("ppo", test) == "step_200"
