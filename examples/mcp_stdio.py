@@ -67,6 +67,6 @@ def run(agent: Agent, lines: TextIO, out: TextIO) -> None:
 
 if __name__ == "__main__":
     messages = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # of this process and of the engine's
+    os.dup2(2, 1)  # what this process and the engine's print goes to stderr
     with Agent(sys.argv[1]) as loaded:
         run(loaded, sys.stdin, messages)

@@ -187,7 +187,7 @@ def open_scan(
     if engine == "auto":
         engine = "torch" if device != "cpu" and index_type in ROW_DTYPES else "faiss"
     if engine != "torch":
-        gpu = int(device.partition(":")[2] or 0) if engine == "faiss-gpu" else None  # of "cuda:1"
+        gpu = int(device.partition(":")[2] or 0) if engine == "faiss-gpu" else None  # "cuda:1" -> 1
         scan = FaissScan(path, index_type, num_threads=num_threads, gpu=gpu, search_params=search_params)
         return scan, scan.rows()
     if index_type not in ROW_DTYPES:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 LoadFunction = Callable[[LoadProgress], Collection]
 Result = TypeVar("Result")
 
-HIT_BYTES = 80  # of one row number and one score in two tuples, on 64-bit CPython
+HIT_BYTES = 80  # a row number and a score in two tuples, on 64-bit CPython
 NOTHING = Hits((), ())  # found for an empty query, or with topk 0
 CLIENT_GONE = 499  # never sent; it counts in the metrics, under the status that nginx made known
 
@@ -254,7 +254,7 @@ class Service:
             raise RequestError(503, "the server is stopping", self._retry_after()) from None
         except RequestError:
             raise
-        except RetrieverError as error:  # of files that changed: the same for every search to come
+        except RetrieverError as error:  # files changed: every search to come fails alike
             logger.error("%s", error)
             raise RequestError(503, str(error), self._retry_after()) from None
         except Exception as error:

@@ -69,7 +69,7 @@ def update_state(state: TaidState, loss: float, *, step: int, schedule: TaidSche
         return TaidState(t=state.t, previous_loss=loss, mean_change=state.mean_change)
     change = (state.previous_loss - loss) / (state.previous_loss + _EPSILON)
     mean_change = schedule.momentum * state.mean_change + (1 - schedule.momentum) * change
-    sigmoid = (1 + math.tanh(mean_change / 2)) / 2  # of any change: exp(-mean_change) could overflow
+    sigmoid = (1 + math.tanh(mean_change / 2)) / 2  # finite for any change: exp(-mean_change) could overflow
     increment = schedule.alpha * sigmoid * (1 - state.t)
     linear = schedule.t_start + (schedule.t_end - schedule.t_start) * step / schedule.num_steps
     t = min(schedule.t_end, max(linear, state.t + increment))

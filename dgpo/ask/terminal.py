@@ -16,7 +16,7 @@ from dgpo.ask.trace import Piece, titles_of
 
 STYLES = {"think": "blue", "search": "yellow", "information": "green", "answer": "bold", "text": "dim", "note": "red"}
 LABEL_WIDTH = 13
-SOURCE_CHARS = 100  # of a passage
+SOURCE_CHARS = 100  # shown per passage
 # A model or a passage may hold escape sequences, which a terminal would obey.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

@@ -19,7 +19,7 @@ from dgpo.errors import ConfigError
 from dgpo.hardware.checks import check_engine
 from dgpo.hardware.machine import check_start
 
-LOGGERS = ("console", "tensorboard", "wandb")  # of the test
+LOGGERS = ("console", "tensorboard", "wandb")
 
 
 def check_test(config: Config, stage: str = "test") -> list[str]:

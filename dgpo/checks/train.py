@@ -25,7 +25,7 @@ from dgpo.errors import ConfigError
 from dgpo.hardware.checks import check_engine, check_training
 from dgpo.hardware.machine import check_start
 
-LOGGERS = {  # of veRL's `Tracking` -> the package of each
+LOGGERS = {  # backend of veRL's `Tracking` -> the package it needs
     "console": None,
     "file": None,
     "tensorboard": "tensorboard",

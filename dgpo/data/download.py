@@ -38,7 +38,7 @@ class Target:
     """One file to have on disk: its parts on the hub, one after the other."""
 
     what: str
-    folder: Path  # of `what`, with its manifest
+    folder: Path  # holds `what` and its manifest
     name: str  # below it
     source: HubRevision
     revision: str  # as it was asked for

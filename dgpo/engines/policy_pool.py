@@ -18,7 +18,7 @@ from dgpo.engines import ray_cluster
 from dgpo.engines.vllm_policy import VllmPolicy
 from dgpo.errors import DgpoError, one_line
 
-START_TIMEOUT_S = 3600.0  # of all engines; of waiting for the cluster's GPUs too
+START_TIMEOUT_S = 3600.0  # for all engines together, the wait for the cluster's GPUs included
 STOP_TIMEOUT_S = 60.0
 
 
@@ -83,7 +83,7 @@ class PolicyPool:
         import ray
 
         engines, self._engines = self._engines, []
-        with contextlib.suppress(TimeoutError):  # of an engine that hangs; it ends with Ray
+        with contextlib.suppress(TimeoutError):  # an engine that hangs ends with Ray
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await asyncio.gather(*(each.stop.remote() for each in engines), return_exceptions=True)
         ray.shutdown()

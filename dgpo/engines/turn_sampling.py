@@ -38,7 +38,7 @@ def sampling_arguments(
         "detokenize": bool(stop) or streamed,
         "skip_special_tokens": False,  # a tokenizer may hold the tags as special tokens: they still stop a turn
         "spaces_between_special_tokens": False,  # the text that is parsed has none
-        "logprobs": 0 if log_probs else None,  # of the sampled token only
+        "logprobs": 0 if log_probs else None,  # 0: the sampled token's only
         "seed": seed if temperature > 0 else None,
         # An output for every token, with all its log-probs, would keep the front end's one thread busy.
         "output_kind": RequestOutputKind.DELTA if streamed else RequestOutputKind.FINAL_ONLY,

@@ -103,7 +103,7 @@ class VllmPolicy:
             "tensor_parallel_size": settings.tensor_parallel_size,
             "gpu_memory_utilization": (
                 settings.gpu_memory_utilization
-                if self.replaceable_weights  # of a model in training
+                if self.replaceable_weights  # the model is in training beside the engine
                 else settings.gpu_memory_utilization_alone
             ),
             "max_num_seqs": settings.max_num_seqs,

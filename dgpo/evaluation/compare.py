@@ -30,7 +30,7 @@ from dgpo.runs.summary import read_results, table_console
 STAGES = ("collect", "distill", "train", "test")
 SECTION = b"\n## Configuration\n"  # the first of every comparison
 IGNORED_KEYS = ("run_dir", "resume", "dry_run")  # where and how a stage was started, not what it did
-LAST_STEPS = 10  # of training that both runs logged, over which metrics are averaged
+LAST_STEPS = 10  # metrics are averaged over this many of the last steps that both runs logged
 METRICS = (
     "episode/em",
     "episode/answered",

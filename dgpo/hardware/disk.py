@@ -11,7 +11,7 @@ from dgpo.hardware.shapes import find_shape
 HUB = 2  # bytes of a parameter there
 STATE = FLOAT32 + ADAM  # weights and moments
 DISTILL_CHECKPOINTS = 3  # the newest, the one before it, and the best (dgpo/coldstart/train.py)
-DOWNLOAD = 70e9  # of Wikipedia: corpus, index, training questions (docs/data.md)
+DOWNLOAD = 70e9  # Wikipedia's corpus, its index and the training questions (docs/data.md)
 
 
 def stage_disk(config: Config, stage: str, models: Models) -> dict[str, float]:

@@ -6,8 +6,8 @@ from dgpo.config.methods import has_teacher
 from dgpo.config.schema import Config
 from dgpo.hardware.stages import gpu_hours, stage_models
 
-# "About one day on 8 H200s" (paper, appendix) for 1000 steps of 512 episodes with a student of 0.49 billion parameters,
-# of which scoring by the teacher took 9.5%.
+# "About one day on 8 H200s" (paper, appendix) for 1000 steps of 512 episodes with a student of 0.49 billion parameters.
+# Scoring by the teacher took 9.5% of it.
 PAPER_GPU_HOURS = 24 * 8
 PAPER_EPISODES = 1000 * 512
 PAPER_TEACHER_SHARE = 0.095

@@ -17,10 +17,10 @@ from dgpo.errors import ConfigError
 from dgpo.hardware.budget import find_gpu
 from dgpo.hardware.known_gpus import GIB
 
-LEAST_DRIVER = 580  # of torch's CUDA 13 build
+LEAST_DRIVER = 580  # torch's CUDA 13 build needs it
 CUDA_13 = 13_000  # as libcuda counts
 LEAST_SHARED_MEMORY = 1e9  # bytes; a container gets 64 MB unless told otherwise
-LEAST_SHARE_OF_MEMORY = 0.95  # of what a GPU of that name has
+LEAST_SHARE_OF_MEMORY = 0.95  # a GPU that reports less than this of its data sheet is another one
 CPUS_PER_GPU = 3  # veRL's bundles (single_controller/ray/base.py)
 WITHOUT_FLASH_ATTENTION = "hardware.attention=sdpa hardware.remove_padding=false hardware.max_tokens_per_gpu=null"
 CLUSTER_TIMEOUT_S = 5.0
@@ -45,7 +45,7 @@ class Machine:
 
     gpus: list[VisibleGpu]
     cores: int  # that this process may use
-    memory: float  # of the machine, or of the control group that this process is in
+    memory: float  # the machine's, or that of this process's control group
     shared_memory: float
     compiler: str | None
     headers: Path | None  # Python.h

@@ -15,7 +15,7 @@ ADAM = 2 * FLOAT32  # two moments
 PROCESS = 0.75 * GIB
 COMMUNICATION = 1.0 * GIB
 ALLOCATOR_SLACK = 0.05
-CUDA_GRAPHS = 0.7 * GIB  # of vLLM; they stay when it sleeps
+CUDA_GRAPHS = 0.7 * GIB  # vLLM's; they stay when it sleeps
 # Float32 tensors of [chunk, vocabulary] at the peak of `dgpo.algorithms.chunked_head`: log-probs and probabilities, and
 # with the teacher in the loss both models' and their difference's product.
 CHUNK_COPIES = {False: 2, True: 5}

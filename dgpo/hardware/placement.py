@@ -13,9 +13,9 @@ class Placement:
 
     nodes: int
     gpus: int  # per node
-    replicas: list[list[int]]  # of the engine: GPUs, numbered over all nodes
+    replicas: list[list[int]]  # each of the engine's: its GPUs, numbered over all nodes
     shards: int  # GPUs that hold one copy of a trained model; 0: nothing is trained
-    copies: int  # of it
+    copies: int  # how many such groups there are
 
 
 def place(config: Config, stage: str) -> Placement:

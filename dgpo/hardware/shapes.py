@@ -32,7 +32,7 @@ class ModelShape:
     tied: bool  # the output matrix is the embedding
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3, Gemma 3
-    norms: int = 2  # of a layer; Gemma 3 also normalises what attention and MLP return
+    norms: int = 2  # per layer; Gemma 3 also normalises what attention and MLP return
 
     @property
     def query_size(self) -> int:

@@ -11,14 +11,14 @@ from dgpo.hardware.memory import FLOAT32, kv_bytes_per_token
 from dgpo.hardware.shapes import ModelShape
 
 # Assumed shares of the data sheet, and times that no data sheet names.
-TRAIN_UTILISATION = 0.35  # of arithmetic
+TRAIN_UTILISATION = 0.35  # share of the arithmetic
 PREFILL_UTILISATION = 0.4
 DECODE_UTILISATION = 0.6
 BANDWIDTH_UTILISATION = 0.7
 LINK_UTILISATION = 0.7
 DECODE_OVERHEAD_S = 0.006  # vLLM's own work per decoding step
 STEP_OVERHEAD_S = 3.0  # Ray, transfer of the batch, waking and putting the engine to sleep
-SEARCH_S = 0.3  # of a search
+SEARCH_S = 0.3
 CPU_ADAM_BYTES = 30e9  # per second, of the optimiser step in host memory
 
 # An episode, in the authors' setting.
@@ -27,7 +27,7 @@ READ_TOKENS = 1500  # prompt and passages
 SEARCHES = 1.5
 LONGEST_EPISODE = 4.0  # what the longest of a batch writes and searches, times the average
 TEACHER_EXACT_MATCH = 0.36  # share of the teacher's episodes that are kept (paper, table 2)
-FAILED_SHARE = 0.65  # of the student's episodes, which a teacher with gate=failed scores
+FAILED_SHARE = 0.65  # share of the student's episodes that a teacher with gate=failed scores
 TRAINING_QUESTIONS = 169_615  # NQ and HotpotQA
 TEST_QUESTIONS = 51_713
 

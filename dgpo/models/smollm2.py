@@ -44,7 +44,7 @@ def convert_smollm2(folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # a killed run may have left one
     partial.mkdir(parents=True)
     # transformers reads the whole file four times over, seconds each
     with mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):

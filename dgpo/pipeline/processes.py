@@ -18,7 +18,7 @@ from dgpo.errors import DgpoError
 SERVER_START_TIMEOUT_S = 120.0
 MEMORY_SAMPLE_S = 2.0
 LOG_TAIL_LINES = 25
-TAIL_BYTES = 4096  # of a log, in which its last line is looked for
+TAIL_BYTES = 4096  # a log's last line is looked for in its last bytes
 LINE_WIDTH = 120
 
 
@@ -107,7 +107,7 @@ def retrieval_server(stages: Stages, indexes: Path, *, default: str) -> Iterator
     Nothing is written beside the indexes, which may be someone else's. The server dies with this process.
     """
     port_file = stages.logs / "retriever.port"
-    port_file.unlink(missing_ok=True)  # of a run that was killed
+    port_file.unlink(missing_ok=True)  # a killed run may have left one
     command = [*python_module("retriever.serve"), "--port", "0", "--port-file", str(port_file), "--default", default]
     for path in sorted(indexes.iterdir()):
         if path.is_dir():

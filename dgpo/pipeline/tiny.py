@@ -10,7 +10,7 @@ from dgpo.pipeline.processes import Stages, python_module, retrieval_server
 from dgpo.runs.artifacts import MANIFEST
 
 OVERRIDES = ("world=tiny", "hardware=cpu")
-CORPUS = "real"  # of its questions
+CORPUS = "real"  # holds the answers to its questions
 
 
 def build_missing(stages: Stages, folder: Path, *, seed: int) -> None:

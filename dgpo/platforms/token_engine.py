@@ -22,8 +22,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from dgpo.algorithms.chunked_head import ENTROPY, LOG_PROB, TEACHER_KL, TeacherStates, token_terms
 from dgpo.platforms import CHUNK
 
-KL_KEY = "teacher_reverse_kl"  # of a micro-batch's outputs, where a teacher is read
-GATE_KEY = "teacher_gate"  # of a micro-batch: [B] 1 where the exact teacher term applies
+KL_KEY = "teacher_reverse_kl"  # key of a micro-batch's outputs, where a teacher is read
+GATE_KEY = "teacher_gate"  # key of a micro-batch: [B], 1 where the exact teacher term applies
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class RolloutPolicy:
     def __init__(self, server: Any, sampling_params: Mapping[str, Any]) -> None:
         self.server = server
         self.sampling_params = sampling_params
-        self.spans: list[tuple[str, float, float]] = []  # of generations and, by `TimedSearch`, of searches
+        self.spans: list[tuple[str, float, float]] = []  # generations, and searches by `TimedSearch`
         self.extra_fields: dict[str, Any] = {}
 
     async def generate(

@@ -26,7 +26,7 @@ from dgpo.files import write_jsonl
 FOLDER = "episodes"
 # What the records are made of, as the batch names it.
 FIELDS = ("prompts", "responses", "response_mask", "old_log_probs", "raw_prompt", "reward_model")
-DECIMALS = 4  # of a log-prob
+DECIMALS = 4  # kept per log-prob
 
 
 class EpisodeLog:

@@ -65,7 +65,7 @@ class Played:
     keys: list[str]
     scores: list[dict[str, float]]
     spans: dict[str, list[list[Any]]]  # episode -> (name, start, end)
-    failures: list[str]  # of those that could not be played or scored
+    failures: list[str]  # why episodes could not be played or scored
 
 
 class DGPOTrainer(PPOTrainerSync):
@@ -92,8 +92,8 @@ class DGPOTrainer(PPOTrainerSync):
         self.validation_scores: dict[int, float] = {}  # step -> exact match
         self.questions_before: dict[str, Any] | None = None  # the dataloader's state before it drew a step's questions
         self.started = 0.0  # when the step in progress began
-        self.seconds: dict[str, float] = {}  # of each part of the step in progress
-        self.step_seconds: list[float] = []  # of the steps of this process
+        self.seconds: dict[str, float] = {}  # part of the step in progress -> its time
+        self.step_seconds: list[float] = []  # one per step that this process took
         self.spans: list[tuple[str, float, float]] = []  # when each part began and ended
 
     def fit(self, agent_loop_manager: Any) -> None:

@@ -23,7 +23,7 @@ from dgpo.engines.vllm_patches import run_in_process, tether_engine_cores
 from dgpo.rl.weight_sync import tag_receiver
 
 POLL_S = 0.5
-TAKE_WEIGHTS = "update_weights_from_ipc"  # of veRL's worker extension
+TAKE_WEIGHTS = "update_weights_from_ipc"  # a method of veRL's worker extension
 
 
 class TetheredServer(vLLMHttpServer):

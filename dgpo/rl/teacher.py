@@ -25,7 +25,7 @@ from dgpo.algorithms.selective_kl import TEACHER_FORMS, TeacherForm, compute_gat
 from dgpo.rl.metrics import choose_monitored, teacher_kl_metrics
 from dgpo.rl.settings import TeacherSettings
 
-Scores = Sequence[Mapping[str, float]]  # of each episode, from `dgpo.agent.scoring`
+Scores = Sequence[Mapping[str, float]]  # one per episode, from `dgpo.agent.scoring`
 
 
 class Teacher:

@@ -46,7 +46,7 @@ VERL_ENVIRONMENT = {
         "TRANSFER_QUEUE_ENABLE": "1",
     }.items()
 }
-EXIT_GRACE_S = 20.0  # of a run's processes, from the end of their driver until they are killed
+EXIT_GRACE_S = 20.0  # between the end of a run's driver and the killing of its processes
 
 
 def train(config: Config) -> Path | None:

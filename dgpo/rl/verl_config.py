@@ -46,7 +46,7 @@ def to_verl(config: Config, folder: Path, checkpoint: Path | None = None) -> Dic
     with open_dict(verl):
         for key, value in values.items():
             OmegaConf.update(verl, key, value, force_add=True)
-        verl.actor_rollout_ref.teacher = asdict(teacher_settings(config))  # of our worker; veRL reads nothing of it
+        verl.actor_rollout_ref.teacher = asdict(teacher_settings(config))  # our worker reads it, veRL does not
     return verl
 
 

@@ -16,7 +16,7 @@ from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedW
 from dgpo.runs.processes import run_tag
 from dgpo.runs.remains import SEGMENT
 
-JOB = "VERL_RAY_JOB_ID"  # of which veRL's receiver makes the name of its socket
+JOB = "VERL_RAY_JOB_ID"  # veRL's receiver names its socket after it
 
 
 def tag_receiver() -> None:

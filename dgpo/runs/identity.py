@@ -119,7 +119,7 @@ def _digests(paths: Sequence[Path]) -> list[str]:
     resolved = [path.resolve() for path in paths]
     found = {path: _known(path, remembered) for path in resolved}
     unknown = [path for path, digest in found.items() if digest is None]
-    marks = {path: _mark(path) for path in unknown}  # of before: what changes meanwhile is read again
+    marks = {path: _mark(path) for path in unknown}  # taken before reading: what changes meanwhile is read again
     with ThreadPoolExecutor(NUM_HASHING_THREADS) as pool:
         found |= dict(zip(unknown, pool.map(file_sha256, unknown), strict=True))
     large = {path: mark for path, mark in marks.items() if mark["size"] >= REMEMBERED_BYTES and _settled(mark)}

@@ -100,7 +100,7 @@ class CollapseDetector:
         self.settings = settings
         self.num_questions = num_questions
         self._history: dict[str, list[float]] = {}
-        self._best: dict[str, float] = {}  # of the moving averages
+        self._best: dict[str, float] = {}  # metric -> the best of its moving averages
         self._streaks: dict[tuple[str, str], _Streak] = {}
 
     def observe(self, record: Record) -> list[Alarm]:

@@ -55,7 +55,7 @@ def stop_file_on_signal(folder: Path) -> Iterator[None]:
         path.touch()
         print(f"{signal.Signals(number).name}: stops after this step; a second signal ends it at once", flush=True)
 
-    path.unlink(missing_ok=True)  # of a run that was killed
+    path.unlink(missing_ok=True)  # a killed run may have left one
     try:
         with _handled_by(request):
             yield

@@ -23,7 +23,7 @@ from dgpo.errors import DgpoError, FaultError
 from dgpo.runs.faults import reason_of_death
 
 POLL_S = 1.0
-ANSWER_TIMEOUT_S = 60.0  # of an idle actor that is asked who it is
+ANSWER_TIMEOUT_S = 60.0  # an idle actor that is asked who it is has this long
 DEATH_NOTICE_S = 5.0  # after an error, until Ray has told of the death that may be behind it
 NODE_NOTICE_S = 60.0  # the same of a whole node, which Ray gives up after half a minute of silence
 # How gloo and NCCL say that another rank has gone.

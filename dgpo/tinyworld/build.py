@@ -48,7 +48,7 @@ class WorldSettings:
     seed: int
     num_worlds: int = 4  # permuted ones; a question does not tell which world it is from, so few are enough
     cities_per_country: int = 4
-    test_fraction: float = 0.2  # of the countries
+    test_fraction: float = 0.2  # share of the countries
     num_collect: int = 1200
     num_train: int = 3200
     num_validation: int = 256

@@ -37,7 +37,7 @@ DISK_BYTES_PER_S = 3e9  # one NVMe drive
 HOST_TO_GPU_BYTES_PER_S = 8e9  # from pageable memory
 NODE_CORES, NODE_EFFICIENCY = 64, 0.6
 NODE_BYTES_PER_S = 300e9
-AMX_SPEED_UP = 4.0  # of 16-bit products over AVX512_BF16
+AMX_SPEED_UP = 4.0  # 16-bit products, against AVX512_BF16
 E5_OVER_MINILM = 8.0  # 86 M parameters in the layers against 10.6 M
 HNSW_GROWTH = 3.0  # 21 M rows against 30,000: a longer walk, and rows outside the caches
 

@@ -36,9 +36,9 @@ from dgpo.hardware.throughput import PREFILL_UTILISATION, decode_step_s
 BFLOAT16 = 2
 PROMPT_TOKENS = 180
 PASSAGE_TOKENS = 150
-SEARCH_SHARES = (0.1, 0.45, 0.35, 0.05, 0.05)  # of episodes with 0, 1, .. searches
+SEARCH_SHARES = (0.1, 0.45, 0.35, 0.05, 0.05)  # shares of the episodes with 0, 1, .. searches
 MEAN_TURN_TOKENS, TURN_SIGMA = 100, 0.6
-RUNAWAY_SHARE = 0.01  # of turns
+RUNAWAY_SHARE = 0.01  # share of the turns that never end by themselves
 SLOW_SEARCH_MS = 2000.0
 RELEASE_CONTEXT_TOKENS, RELEASE_OBSERVATION_TOKENS = 4096, 500
 CHARS_PER_TOKEN = 4

@@ -29,7 +29,7 @@ from dgpo.rl import task_runner, train
 SETTINGS = ["train.actor_learning_rate=1e-12", "train.critic_learning_rate=1e-12", "train.save_every=0"]
 OUT = "teacher_cost.jsonl"
 WAYS = ("closed", "failed", "as run", "all")
-ALLOWANCE = 0.05  # of what scoring every episode adds, beyond the share of failed episodes
+ALLOWANCE = 0.05  # share of what scoring every episode adds, on top of the share that failed
 
 
 class MeasuringTaskRunner(task_runner.TaskRunner):
