@@ -55,7 +55,7 @@ class Budget:
     host: dict[str, float] = field(default_factory=dict)  # by what waits there, on one node
     host_capacity: float | None = None
     kv_tokens: float = 0.0  # room in one replica's KV cache
-    kv_tokens_needed: int = 0  # of the longest episode
+    kv_tokens_needed: int = 0  # by the longest episode
 
     @property
     def peak(self) -> tuple[str, float]:
@@ -175,7 +175,8 @@ class _TrainingGpu:
 def _teacher_states(teacher: ModelShape, precision: Precision, tokens: int) -> float:
     """What the update keeps of a teacher that it read: hidden states, twice while they are picked, its whole output
     matrix, and, where that is the embedding, FSDP2's copy, which belongs to the root and stays."""
-    return precision.value * (2 * tokens * teacher.hidden + teacher.embedding * (1 + teacher.tied))
+    matrices = 2 if teacher.tied else 1
+    return precision.value * (2 * tokens * teacher.hidden + teacher.embedding * matrices)
 
 
 def _rl_host(config: Config, models: Models, trained: Mapping[str, int]) -> dict[str, float]:
@@ -204,7 +205,7 @@ def _loading(config: Config, models: Models) -> float:
     """
     ranks = config.hardware.gpus_per_node
     student = FLOAT32 * models.student.parameters
-    offloaded = student * (config.hardware.offload != "none")
+    offloaded = student if config.hardware.offload != "none" else 0.0
     teacher = VALUE_BYTES[config.hardware.dtype] * models.teacher.parameters if models.teacher else 0
     teacher_copies = ranks if models.teacher and models.teacher.tied else 1
     first = offloaded + teacher * (1 + teacher_copies)
@@ -226,7 +227,9 @@ def distill_budget(config: Config, models: Models) -> Budget:
     saved = memory.saved_activations(shape, tokens, precision, checkpointing=checkpointing)
     workspace = memory.backward_workspace(shape, tokens, precision, checkpointing=checkpointing)
     # The fused loss keeps the output matrix's gradient in float32, and that of the hidden states.
-    loss = FLOAT32 * shape.embedding * (not frozen) + tokens * shape.hidden * precision.stream
+    loss = tokens * shape.hidden * precision.stream
+    if not frozen:
+        loss += FLOAT32 * shape.embedding
     chunk = 4 * settings.chunk_tokens * shape.vocab * FLOAT32
     parts = {
         "weights": FLOAT32 * count / shards + value * frozen,
@@ -240,8 +243,8 @@ def distill_budget(config: Config, models: Models) -> Budget:
         parts["sharding buffers"] = memory.gathered_weights(shape, precision) + reduced
     else:
         # Autocast's copies of the weights, and, with several GPUs, the buckets that DDP reduces gradients in.
-        copies = value * count * (value < FLOAT32)
-        parts["sharding buffers"] = copies + FLOAT32 * count * (world > 1)
+        copies = value * count if value < FLOAT32 else 0.0
+        parts["sharding buffers"] = copies + (FLOAT32 * count if world > 1 else 0.0)
     if models.teacher is not None:
         forward = memory.forward_workspace(models.teacher, tokens, Precision(value, value))
         parts["teacher"] = value * models.teacher.parameters + forward + tokens * models.teacher.hidden * value
@@ -265,7 +268,7 @@ class EngineShare:
 
     weights: float
     awake: dict[str, float]
-    kv_tokens: float  # of one replica
+    kv_tokens: float  # room in one replica's KV cache
 
 
 def engine_share(config: Config, shape: ModelShape, *, alone: bool = False) -> EngineShare:
@@ -310,10 +313,12 @@ def _finish(
 ) -> Budget:
     """Adds what every phase has (reserve, a retriever on the same GPU, an engine that does not sleep), and limits."""
     hardware, gpu = config.hardware, find_gpu(config.hardware)
-    world = hardware.num_gpus
     processes = 2 if engine and "generate" in phases and len(phases) > 1 else 1
-    fixed = processes * memory.PROCESS + memory.COMMUNICATION * (world > 1)
-    fixed += memory.CUDA_GRAPHS * (engine is not None and not hardware.engine.enforce_eager)
+    fixed = processes * memory.PROCESS
+    if hardware.num_gpus > 1:
+        fixed += memory.COMMUNICATION
+    if engine is not None and not hardware.engine.enforce_eager:
+        fixed += memory.CUDA_GRAPHS
     for parts in phases.values():
         if engine and not hardware.engine.sleep:
             parts |= engine.awake

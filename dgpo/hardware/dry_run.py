@@ -56,9 +56,8 @@ def print_dry_run(config: Config, stage: str, what: str, notes: Sequence[str], *
     for setting in changed_settings(config):
         console.print(f" {setting}", soft_wrap=True, markup=False)
     recipe = recipe_settings(config, stage)
-    console.print(
-        "\nSettings on which the paper and our recommendation differ (recipe=paper|recommended)" * bool(recipe)
-    )
+    heading = "\nSettings on which the paper and our recommendation differ (recipe=paper|recommended)"
+    console.print(heading if recipe else "")
     for setting in recipe:
         console.print(f" {setting}", soft_wrap=True, markup=False)
     console.print()
