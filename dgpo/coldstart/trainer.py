@@ -62,6 +62,12 @@ class LossInHead:
         del self.head.forward
 
 
+# Several ranks on CPUs read their checkpoint to "cpu:0", a name under which torch saves and does not load.
+torch.serialization.register_package(
+    11, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
+
 class DistillationTrainer(Trainer):
     """Trainer whose loss is one of `dgpo.algorithms.distillation`, with a frozen teacher beside the model.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -127,7 +128,7 @@ def check_model_folder(path: str | None, *, key: str) -> None:
             )
     for file in folder.glob("*.safetensors"):
         header = safetensors_header(file)
-        expected = None if header is None else _expected_size(*header)
+        expected = None if header is None or not _fits(header[1]) else _expected_size(*header)
         if expected is None or file.stat().st_size < expected:
             wanted = "no header of tensors" if expected is None else f"expected {expected} or more"
             raise ConfigError(
@@ -152,13 +153,25 @@ def safetensors_header(file: Path) -> tuple[int, dict[str, Any]] | None:
     if not isinstance(header, dict):
         return None
     header.pop("__metadata__", None)
-    complete = all(isinstance(entry, dict) and {"dtype", "data_offsets"} <= entry.keys() for entry in header.values())
+    complete = all(
+        isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys() for entry in header.values()
+    )
     return (8 + length, header) if complete else None
 
 
 def _expected_size(start: int, entries: Mapping[str, Any]) -> int:
     """Bytes of a safetensors file by its own header: up to the first tensor, and the tensors."""
     return start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+
+
+def _fits(entries: Mapping[str, Any]) -> bool:
+    """Whether each tensor's place is as large as its numbers; a type of no whole bytes is not judged."""
+    for entry in entries.values():
+        begin, end = entry["data_offsets"]
+        bits = int("".join(filter(str.isdigit, entry["dtype"].partition("_")[0])) or 8)  # F32, BF16, F8_E4M3, BOOL
+        if bits % 8 == 0 and end - begin != math.prod(entry["shape"]) * bits // 8:
+            return False
+    return True
 
 
 def _indexed(index: Path) -> set[str] | None:

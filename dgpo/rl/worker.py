@@ -17,7 +17,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from dgpo.algorithms.selective_kl import TEACHER_FORMS
-from dgpo.platforms import token_engine  # noqa: F401  registers veRL's engine of GPUs
+from dgpo.platforms import gemma3_critic, token_engine  # noqa: F401  register a critic and veRL's engine of GPUs
 from dgpo.rl.exact_loss import ExactTeacherLoss, TeacherReader
 from dgpo.rl.frozen import FrozenWorker
 from dgpo.rl.rank_checkpoints import load_rank, rank_entries

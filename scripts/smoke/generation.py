@@ -66,7 +66,9 @@ async def _greedy(checks: Checks, policy: VllmPolicy, model: Path, device: str) 
         differences += (own - torch.tensor(turn.log_probs)).abs().tolist()
     checks.below("log-probs against Hugging Face's, mean difference", sum(differences) / len(differences), TOLERANCE)
     checks.number("log-probs, largest difference", max(differences))
-    text = policy._engine.get_tokenizer().decode(turns[0].token_ids[4:6])
+    whole_text = policy._engine.get_tokenizer().decode(turns[0].token_ids)
+    pieces = [whole_text[at : at + 3] for at in range(len(whole_text) // 4, len(whole_text) // 2)]
+    text = next(piece for piece in pieces if "\ufffd" not in piece)  # a random model also writes halves of characters
     stopped = await _turn(policy, "stop", prompts[0], stop=(text,))
     right = len(stopped.token_ids) < TURN and stopped.reason == "stop"
     checks.true("a stop string ends the turn", right, f"{len(stopped.token_ids)} of {TURN} tokens")

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dgpo.pipeline import tiny
+from dgpo.runs.asking import write_asking
 from tests.browser.chromium import Chromium, find_chromium
 from tests.conftest import ROOT, TinyWorld, run_command
 
@@ -87,8 +89,10 @@ def _kill_in_mid_run(arguments: list[str], partial: Path, *, at_least: int) -> l
 def test_the_ask_page_streams_the_trace_and_lists_the_sources(tiny_world: TinyWorld, tmp_path: Path):
     if find_chromium() is None:
         pytest.skip("no Chromium or Chrome on the PATH")
+    model = tiny_world.folder / "models" / "teacher"
+    write_asking(tmp_path / "run", overrides=tiny.OVERRIDES, model=model, corpus=tiny.CORPUS, examples=[])
     command = [*("-m", "dgpo", "ask"), *tiny_world.overrides(tmp_path / "run")]
-    command += [f"ask.model={tiny_world.folder / 'models' / 'teacher'}", "ask.web=true", "ask.port=0"]
+    command += [f"ask.model={model}", "ask.web=true", "ask.port=0"]
     with (tmp_path / "stdout").open("w") as log:
         server = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     try:

@@ -46,6 +46,18 @@ def train(world: TinyWorld, run_dir: Path, *overrides: str):
     return run_command("-m", "dgpo", "train", *world.overrides(run_dir), *SMALL, *overrides, timeout_s=TIMEOUT_S)
 
 
+def extended(world: TinyWorld) -> list[str]:
+    """Both worked examples: what a resumed run must be given again."""
+    return [
+        "retriever.url=http://127.0.0.1:9",
+        "retriever.backend=examples.jsonl_search:JsonlSearch",
+        f"retriever.backend_options.path={world.folder / 'corpora'}",
+        "train.reward=examples.format_reward:reward",
+        "train.actor_warmup_steps=0",  # a first step at rate 0 would leave the policy at its start
+        "train.stability.measure_init_kl=true",
+    ]
+
+
 @pytest.fixture(scope="module")
 def stopped_run(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory):
     """Both worked examples, and an entropy floor that no policy reaches: two steps, then an alarm that stops the run.
@@ -56,17 +68,12 @@ def stopped_run(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory)
     result = train(
         tiny_world,
         run_dir,
-        "retriever.url=http://127.0.0.1:9",
-        "retriever.backend=examples.jsonl_search:JsonlSearch",
-        f"retriever.backend_options.path={tiny_world.folder / 'corpora'}",
-        "train.reward=examples.format_reward:reward",
+        *extended(tiny_world),
         "train.num_steps=5",
-        "train.actor_warmup_steps=0",  # a first step at rate 0 would leave the policy at its start
         "train.save_every=100",
         "train.stability.action=stop",
         "train.stability.patience=2",
         "train.stability.min_entropy=100",
-        "train.stability.measure_init_kl=true",
     )
     return result, run_dir / "train"
 
@@ -113,7 +120,7 @@ def test_an_alarm_stops_the_run_saved_with_its_name_as_the_last_line(stopped_run
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_when_resumed(stopped_run, tiny_world: TinyWorld):
     _, folder = stopped_run
-    result = train(tiny_world, folder.parent, "train.num_steps=4", "resume=true")
+    result = train(tiny_world, folder.parent, *extended(tiny_world), "train.num_steps=4", "resume=true")
     assert result.returncode == 0, result.stderr[-3000:]
     assert [record["step"] for record in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4]
 
