@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import sys
@@ -152,6 +153,12 @@ def forget_token(folder: Path) -> None:
     token.unlink(missing_ok=True)
 
 
+@functools.cache
+def _secret() -> str:
+    """Of every private Ray that this process starts, one after the other: Ray reads its token once."""
+    return secrets.token_hex(32)
+
+
 def use_token(folder: Path) -> None:
     """Makes the token of a private Ray, which reads where it is when it is imported: this or `connect` comes first."""
     if in_cluster():
@@ -159,6 +166,6 @@ def use_token(folder: Path) -> None:
     token = folder / TOKEN
     if not token.exists():
         token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
+        token.write_text(_secret())
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token.resolve()))

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForTokenClassification, Gemma3TextConfig
 
 from dgpo.config.load import load_config
 from dgpo.errors import ConfigError
@@ -80,3 +82,15 @@ def test_micro_batches_by_tokens_are_packed():
         ConfigError, match=r"max_tokens_per_gpu=2048 counts packed tokens: set hardware\.remove_padding"
     ):
         check_attention(load_config(["hardware=cpu", "hardware.max_tokens_per_gpu=2048"]))
+
+
+def test_gemma_3_has_a_critic_once_our_worker_is_imported():
+    """transformers knows no token classifier of its text models."""
+    import dgpo.platforms.gemma3_critic  # noqa: F401
+
+    config = Gemma3TextConfig(
+        **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_labels": 1, "pad_token_id": 0},
+    )
+    critic = AutoModelForTokenClassification.from_config(config)
+    assert critic(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 1)

@@ -77,6 +77,9 @@ ABSURD = {
     "no header": b"",
     "a list": (2).to_bytes(8, "little") + b"[]",
     "tensors without a place": (9).to_bytes(8, "little") + b'{"w": {}}',
+    "three numbers in eight bytes": (56).to_bytes(8, "little")
+    + b'{"w":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}'.ljust(56)
+    + bytes(8),
     "a tensor of a petabyte": (62).to_bytes(8, "little")
     + b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,1000000000000000]}}'[:62],
 }

@@ -44,6 +44,17 @@ def test_without_an_address_ray_is_private_to_the_run(started, tmp_path):
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ
 
 
+def test_private_rays_of_one_process_share_a_secret(started, tmp_path):
+    """Ray reads its token once: a second one, after the first, would be refused by its own cluster."""
+    secrets = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        connect(hardware(), token_folder=folder)
+        secrets.append((folder / "ray_token").read_text())
+        forget_token(folder)
+    assert secrets[0] == secrets[1] != ""
+
+
 @pytest.mark.parametrize("hidden", ["", "NoDevFiles", "0"])
 def test_hidden_gpus_do_not_keep_ray_from_its_logical_ones(started, tmp_path, monkeypatch, hidden):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
