@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 INTERRUPTED = 130
 OUR_MISTAKE = 70  # EX_SOFTWARE of sysexits.h
@@ -82,6 +84,14 @@ class StopRequested(BaseException):
     """Ends the process like KeyboardInterrupt: nothing that retries or reports errors may catch it."""
 
     exit_code = StoppedOnRequestError.exit_code
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of a command; a wrong one is told as every other mistake is, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
+        raise ConfigError(f"{message}; --help lists the options")
 
 
 def one_line(error: object) -> str:

@@ -21,6 +21,15 @@ class HubUnreachableError(ConfigError):
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 PROBE_S = 5.0
+# What is read of a model's files, by its kind; null is as good as absent.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "max_position_embeddings": int,
+    "text_config": dict,
+    "model": dict,
+    "added_tokens": list,
+    "chat_template": (str, list),
+    "eos_token": (str, dict),
+}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -196,7 +205,7 @@ def read_json(file: Path, name: str) -> dict[str, Any]:
         name: key and path of the model, for the message.
 
     Raises:
-        ConfigError: it holds no JSON object.
+        ConfigError: it holds no JSON object, or a field of another kind than ours read.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -204,6 +213,12 @@ def read_json(file: Path, name: str) -> dict[str, Any]:
         raise ConfigError(f"{name}: {file.name} is no JSON ({error}); copy or save the model again") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{name}: {file.name} holds no JSON object; copy or save the model again")
+    for field, kind in _KINDS.items():
+        value = content.get(field)
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(
+                f"{name}: {file.name} says {field}={value!r}, which it cannot be; copy or save the model again"
+            )
     return content
 
 

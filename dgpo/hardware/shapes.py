@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dgpo.config.model_files import HubUnreachableError, model_file
+from dgpo.config.model_files import HubUnreachableError, model_file, read_json
 from dgpo.config.schema import Config
 from dgpo.config.stages import is_planned
 from dgpo.errors import ConfigError
@@ -83,7 +82,10 @@ def shape_from_config(settings: Mapping[str, Any]) -> ModelShape | None:
     """From a `config.json`; None for a model of another family, or a file that does not say enough."""
     kind = settings.get("model_type")
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    if kind not in FAMILY or any(settings.get(name) is None for name in needed):
+    given = [settings.get(name) for name in needed] + [
+        settings.get(name) or 1 for name in ("num_key_value_heads", "head_dim")
+    ]
+    if kind not in FAMILY or not all(isinstance(size, int) and size > 0 for size in given):
         return None
     heads = settings["num_attention_heads"]
     return ModelShape(
@@ -110,7 +112,7 @@ def find_shape(config: Config, path: str | None) -> ModelShape | None:
         return None
     if Path(path).is_dir():
         file = model_file(path, "config.json", key="model")
-        return shape_from_config(json.loads(file.read_text())) if file else None
+        return shape_from_config(read_json(file, f"model={path}")) if file else None
     if path == config.teacher.path and config.teacher.init and Path(path).name == "model":
         return find_shape(config, config.teacher.init)
     written = is_planned(config, path) or Path(path).parts[-2:] in (("distill", "model"), ("train", "model"))
@@ -127,7 +129,7 @@ def _hub_shape(name: str) -> ModelShape | None:
         return known_shape(name)
     except ConfigError:
         return None  # no model at all: the checks have said so, or it is not theirs to say
-    return shape_from_config(json.loads(file.read_text())) if file else None
+    return shape_from_config(read_json(file, f"model={name}")) if file else None
 
 
 def known_shape(name: str) -> ModelShape | None:

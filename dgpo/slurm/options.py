@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dgpo.config.load import chosen, load_config
+from dgpo.config.ranges import RANGES
 from dgpo.config.schema import Config
 from dgpo.config.stages import STAGES, stage_model
-from dgpo.errors import ConfigError
+from dgpo.errors import ConfigError, Parser
 
 MIN_LEAD_S = 120  # scripts/slurm/job.sh keeps 60 s of it for itself
 MAX_LEAD_S = 65535  # sbatch's own limit
@@ -109,7 +110,7 @@ def seconds(time: str) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dgpo.slurm",
         description="Submits the stages of a run to SLURM, each after the one before it; docs/slurm.md. Everything "
         "that is no option goes to the stages: pair=qwen3b_05b hardware=h200x8xN hardware.num_nodes=4 run_dir=...",
@@ -201,6 +202,8 @@ def _seeds(given: str | None, overrides: Sequence[str]) -> tuple[int, ...]:
     texts = given.split(",")
     if not all(text.isdecimal() for text in texts) or len(set(texts)) < len(texts):
         raise ConfigError(f"--seeds {given}: expected different whole numbers, e.g. --seeds 1,2,3")
+    if beyond := [text for text in texts if int(text) not in RANGES["seed"]]:
+        raise ConfigError(f"--seeds {given}: {beyond[0]} is not {RANGES['seed']}")
     if chosen("seed", overrides):
         raise ConfigError(f"--seeds {given} with seed={chosen('seed', overrides)}: leave one of them out")
     return tuple(map(int, texts))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from dgpo.errors import exit_code
+from dgpo.config.ranges import RANGES
+from dgpo.errors import ConfigError, Parser, exit_code
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m dgpo.tinyworld", description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code (`dgpo.errors`)."""
+    return exit_code("dgpo.tinyworld", lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> None:
+    parser = Parser(prog="python -m dgpo.tinyworld", description=__doc__)
     parser.add_argument("step", choices=("build", "teacher"), help="write the world, or train its teacher")
     parser.add_argument("--out", type=Path, required=True, help="the world's folder")
     parser.add_argument("--seed", type=int, default=1)
@@ -19,7 +25,9 @@ def main() -> None:
         choices=("capital", "currency", "language", "code"),
         help="teacher: a second one, models/teacher_biased, that answers 4 in 5 questions of this relation wrongly",
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.seed not in RANGES["seed"]:
+        raise ConfigError(f"--seed {options.seed}: expected {RANGES['seed']}")
     if options.step == "build":
         from dgpo.tinyworld.build import WorldSettings, build_world
 
@@ -42,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("dgpo.tinyworld", main))
+    sys.exit(main())

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from dgpo.coldstart.train import train_on_examples
 from dgpo.config.schema import DistillConfig, HardwareConfig
-from dgpo.runs.artifacts import write_manifest
+from dgpo.errors import ConfigError
+from dgpo.runs.artifacts import MANIFEST, read_manifest, write_manifest
 from dgpo.tinyworld.build import WorldSettings, real_world
 from dgpo.tinyworld.models import TEACHER_SIZE, make_model
 from dgpo.tinyworld.oracle import Bias, oracle_examples
@@ -36,7 +37,14 @@ def train_teacher(
     """Trains the teacher of the world in `world_folder` and saves it to `output` as a Hugging Face folder.
 
     With `bias` it learns to be wrong about a relation (docs/results/gate.md).
+
+    Raises:
+        ConfigError: there is such a teacher already.
+        DataError: the folder is no whole world.
     """
+    if (output / MANIFEST).exists():
+        raise ConfigError(f"{output} exists: a teacher is trained once; choose another --out, or move it away")
+    read_manifest(world_folder, stage="world")
     settings = WorldSettings(**json.loads((world_folder / "world.json").read_text()))
     tokenizer = AutoTokenizer.from_pretrained(world_folder / "tokenizer")
     world, train_isos, _ = real_world(settings)

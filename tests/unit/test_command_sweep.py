@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,16 @@ from dgpo.checks.values import CHOICES
 from dgpo.config.load import FREE_MAPPINGS, GROUPS, config_keys, load_config
 from dgpo.config.ranges import RANGES
 from dgpo.data.rows import write_rows
+from dgpo.slurm.__main__ import main as slurm
+from dgpo.tinyworld.__main__ import main as tinyworld
 from tests.unit.stubs import healthy_server, make_collection, make_model, make_row
 from tests.unit.test_ranges import NUMBERS, leaves
 
 ROOT = Path(__file__).parents[2]
 DRAWN, DRAWN_SLOWLY = 12, 60  # cases of each property
 STAGES = ("collect", "distill", "train", "test", "arcap")
-COMPOSING = sorted(set(COMMANDS) - {"own", "import", "compare", "doctor"})  # their words are overrides
+COMPOSING = sorted(set(COMMANDS) - {"own", "import", "compare"})  # their words are overrides
+FIELDS = ("max_position_embeddings", "text_config", "hidden_size", "head_dim", "num_attention_heads", "added_tokens")
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 
 
@@ -101,11 +104,15 @@ def state(folder: Path) -> dict[str, Any]:
 
 def called(site: Site, command: str, *more: str, only: bool = False) -> tuple[int, str]:
     """Runs a command in this process: its exit code and what it complains of. Nothing may be written or deleted."""
-    arguments = [command, *([] if only else site.overrides(command)), *more]
+    return ended(site, main, [command, *([] if only else site.overrides(command)), *more])
+
+
+def ended(site: Site, run: Callable[[list[str]], int], arguments: list[str]) -> tuple[int, str]:
+    """The same of any command's `main`."""
     before = state(site.folder)
     said, complaint = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaint):
-        code = main(arguments)
+        code = run(arguments)
     assert code in (0, 1, 2), f"{arguments}: {code}\n{complaint.getvalue()}"
     assert state(site.folder) == before, arguments
     return code, complaint.getvalue()
@@ -261,7 +268,9 @@ def strange_model(site: Site, data: st.DataObject) -> None:
     kinds = [contents, st.integers(0, len(whole) - 1).map(lambda size: whole[:size])]
     if name.endswith("json"):
         kinds.append(
-            st.dictionaries(st.sampled_from(list(json.loads(whole))), json_values).map(lambda x: json.dumps(x).encode())
+            st.dictionaries(st.sampled_from([*json.loads(whole), *FIELDS]), json_values).map(
+                lambda x: json.dumps(x).encode()
+            )
         )
     (folder / name).write_bytes(data.draw(st.one_of(kinds)))
     command, key = data.draw(
@@ -314,7 +323,85 @@ def words_of_other_commands(site: Site, data: st.DataObject) -> None:
     assert complaint.count("\n") == 1, complaint
 
 
+SLURM_OPTIONS = {
+    "--stages": st.sampled_from(["tain", "train,train", ",", "train,"]),
+    "--time": st.sampled_from(["soon", "5", "train=5", "tran=1-00", "-1", "1:2:3:4", ""]),
+    "--nodes": st.sampled_from(["0", "2", "x", "train=0", "tran=1", "-1"]),
+    "--seeds": st.sampled_from(["x", "1,1", "1,", "-1", "4294967296", "1.5"]),
+    "--lead-s": st.sampled_from(["x", "119", "65536", "nan", "-1"]),
+    "--retries": st.sampled_from(["x", "-1", "1.5"]),
+    "--retriever": st.sampled_from(["--index 'a", "--index a=/nowhere", '"']),
+    "--sbatch": st.sampled_from(["-C=h200", "constraint", "=", "--"]),
+    "--node-tmp": st.sampled_from(["tmp", "", "/" + "x" * 30, "/größe (1)"]),
+}
+
+
+def wrong_option_of_slurm(site: Site, data: st.DataObject) -> None:
+    option = data.draw(st.sampled_from(sorted(SLURM_OPTIONS)))
+    value = data.draw(SLURM_OPTIONS[option])
+    given = [word for word in site.overrides("train") if not word.startswith(("dry_run", "retriever.url"))]
+    url = [] if option == "--retriever" else [f"retriever.url={site.url}"]
+    code, complaint = ended(site, slurm, [*given, *url, f"{option}={value}"])
+    assert code in (1, 2), (option, value)
+    assert complaint.count("\n") == 1, complaint
+    assert option in complaint, complaint
+
+
+def wrong_input_of_slurm(site: Site, data: st.DataObject) -> None:
+    """What its jobs would read is looked at before they are submitted."""
+    key = data.draw(st.sampled_from(["data.train_file", "teacher.path", "test.models.kd", "train.num_steps"]))
+    value = f"/nowhere/{data.draw(words)}".replace("${", "$")
+    given = [word for word in site.overrides("train") if not word.startswith("dry_run")]
+    code, complaint = ended(site, slurm, [*given, f"{key}={value}"])
+    assert code in (1, 2), (key, value)
+    assert complaint.count("\n") == 1, complaint
+    assert key in complaint, complaint
+
+
+def wrong_word_of_tinyworld(site: Site, data: st.DataObject) -> None:
+    """Options that cannot be, and folders that are taken, no world, or hold anything in its place."""
+    taken = site.folder / "models" / "student"
+    junk = site.folder.parent / "junk_world"
+    shutil.rmtree(junk, ignore_errors=True)
+    junk.mkdir()
+    for name in ("world.json", "manifest.json"):
+        (junk / name).write_bytes(data.draw(contents))
+    arguments, named = data.draw(
+        st.sampled_from(
+            [
+                (["build", "--out", str(taken)], str(taken)),
+                (["build", "--out", str(site.folder / "own.jsonl")], "own.jsonl"),
+                (["build", "--out", "new", "--seed", "-1"], "--seed"),
+                (["build", "--out", "new", "--seed", "4294967296"], "--seed"),
+                (["build", "--out", "new", "--seed", "x"], "--seed"),
+                (["teacher", "--out", str(taken)], str(taken)),
+                (["teacher", "--out", str(junk)], str(junk)),
+                (["teacher", "--out", "/nowhere"], "/nowhere"),
+                (["teacher", "--out", "new", "--biased", "x"], "--biased"),
+                (["teacher"], "--out"),
+                (["biuld", "--out", "new"], "biuld"),
+            ]
+        )
+    )
+    code, complaint = ended(site, tinyworld, arguments)
+    assert code in (1, 2), arguments
+    assert complaint.count("\n") == 1, complaint
+    assert named in complaint, complaint
+
+
+def doctor_anywhere(site: Site, data: st.DataObject) -> None:
+    """Whatever the shell has set, the doctor ends with its lines: well, or not."""
+    names = data.draw(st.lists(st.sampled_from(sorted(ENVIRONMENTS)), min_size=1, max_size=3, unique=True))
+    with mock.patch.dict(os.environ, {name: data.draw(st.sampled_from(ENVIRONMENTS[name])) for name in names}):
+        code, complaint = called(site, "doctor")
+    assert (code, complaint) == (0, "") or (code, complaint.count("\n")) == (1, 1), complaint
+
+
 PROPERTIES = [
+    wrong_option_of_slurm,
+    wrong_input_of_slurm,
+    wrong_word_of_tinyworld,
+    doctor_anywhere,
     wrong_number,
     wrong_type,
     wrong_choice,
