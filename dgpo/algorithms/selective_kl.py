@@ -63,6 +63,17 @@ def compute_gate(correct: torch.Tensor, mode: str, *, scores: Mapping[str, torch
     return GATES[mode].choose(correct, scores or {}).to(correct.dtype)
 
 
+def gated_token_share(gate: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """The share of a batch's policy tokens to which the teacher term applies; 0 where there are none.
+
+    Args:
+        gate: [B] 1 where the term applies.
+        response_mask: [B, T] 1 on policy tokens.
+    """
+    tokens = response_mask.float().sum(-1)
+    return (gate.float() * tokens).sum() / tokens.sum().clamp(min=1.0)
+
+
 def subtract_teacher_kl(
     values: torch.Tensor,
     *,

@@ -9,7 +9,12 @@ from typing import Any
 from dgpo.evaluation.charts import interval_bar
 from dgpo.evaluation.paper import SETS, paper_value, protocol_note
 
-SLICE_TITLES = {"kind": "question kind", "country_split": "countries", "held_out_paraphrase": "held-out wording"}
+SLICE_TITLES = {
+    "kind": "question kind",
+    "relation": "what is asked for",
+    "country_split": "countries",
+    "held_out_paraphrase": "held-out wording",
+}
 YES_NO = {"True": "yes", "False": "no"}
 
 

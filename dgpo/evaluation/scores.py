@@ -20,7 +20,7 @@ from dgpo.metrics.hits import answer_in_passages
 from dgpo.metrics.intervals import bootstrap_ci, paired_bootstrap
 
 # Properties of a question by which results are also shown apart, where the data has them.
-SLICE_FIELDS = ("data_source", "hops", "kind", "country_split", "held_out_paraphrase")
+SLICE_FIELDS = ("data_source", "hops", "kind", "relation", "country_split", "held_out_paraphrase")
 MEANS = ("f1", "sub_em", "num_searches", "answered", "hit")
 # The other protocol's, of the same episodes.
 OTHER_MEANS = ("em_ours", "hit_ours", "num_searches_ours", "em_upstream", "hit_upstream")

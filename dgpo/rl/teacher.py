@@ -21,7 +21,7 @@ from transfer_queue import KVBatchMeta
 from verl.workers.utils.padding import response_from_nested
 
 from dgpo.agent.seeds import derive_seed
-from dgpo.algorithms.selective_kl import TEACHER_FORMS, TeacherForm, compute_gate
+from dgpo.algorithms.selective_kl import TEACHER_FORMS, TeacherForm, compute_gate, gated_token_share
 from dgpo.rl.metrics import choose_monitored, teacher_kl_metrics
 from dgpo.rl.settings import TeacherSettings
 
@@ -102,6 +102,7 @@ class Teacher:
         """
         gate = self.gate(keys, scores)
         metrics["teacher/gate_fraction"] = gate.float().mean().item()
+        metrics["teacher/gate_token_fraction"] = gated_token_share(gate, response_mask).item()
         teacher = student_log_probs.clone()  # the difference is 0 where the teacher was not asked
         for row, key in enumerate(keys):
             if key in log_probs:

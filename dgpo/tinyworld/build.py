@@ -179,6 +179,7 @@ def question_row(
             "hops": len(passages),
             "gold_passages": [{"id": f"gold-{i}", "contents": text} for i, text in enumerate(passages)],
             "kind": question.kind,
+            "relation": question.attribute or "country",
             "country_split": country_split[question.iso],
             "held_out_paraphrase": question.held_out_paraphrase,
         },

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgpo.algorithms.selective_kl import compute_gate, subtract_teacher_kl
+from dgpo.agent.seeds import derive_seed
+from dgpo.algorithms.selective_kl import compute_gate, gated_token_share, subtract_teacher_kl
 
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "selective_kl.json").read_text())["cases"]
 
@@ -94,6 +95,27 @@ def test_the_random_gate_takes_as_many_as_failed_with_the_smallest_coins():
     coins = {"coin": torch.tensor([0.9, 0.1, 0.5, 0.3])}
     assert compute_gate(torch.tensor([0.0, 1.0, 1.0, 0.0]), "random", scores=coins).tolist() == [0, 1, 0, 1]
     assert compute_gate(torch.ones(4), "random", scores=coins).tolist() == [0, 0, 0, 0]
+
+
+def test_the_random_gates_coins_are_of_the_run_and_the_episode():
+    """Nothing but seed and key decides, so a resumed step draws the same; another step draws others."""
+
+    def chosen(seed, step):
+        keys = [f"{step:07d}-{row:06d}_0" for row in range(64)]
+        coins = {"coin": torch.tensor([derive_seed("gate", seed, key) / 2**31 for key in keys])}
+        return compute_gate((torch.arange(64) % 4 == 0).float(), "random", scores=coins).tolist()
+
+    assert sum(chosen(41, 1)) == 48
+    assert chosen(41, 1) == chosen(41, 1)
+    assert chosen(41, 1) != chosen(41, 2)
+    assert chosen(41, 1) != chosen(42, 1)
+
+
+def test_the_share_of_tokens_under_the_gate_by_hand():
+    mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
+    assert gated_token_share(torch.tensor([0, 1, 1]), mask).item() == pytest.approx(1 / 4)
+    assert gated_token_share(torch.tensor([1, 0, 0]), mask).item() == pytest.approx(3 / 4)
+    assert gated_token_share(torch.ones(3), torch.zeros(3, 4)).item() == 0
 
 
 def test_an_unknown_gate_is_refused():

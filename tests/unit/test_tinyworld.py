@@ -179,6 +179,8 @@ def test_gold_passages_stand_in_the_corpus_and_the_last_one_states_the_answer(fo
         contents = [passage["contents"] for passage in row_gold_passages(row)]
         assert set(contents) <= {json.loads(line)["contents"] for line in lines}
         assert row_golds(row)[0] in contents[-1]
+        assert info["relation"] in ("country", *ATTRIBUTE_WORDINGS)
+        assert (info["relation"] == "country") == (info["kind"] == "city")
         assert info["hops"] == len(contents) == {"city": 1, "attribute": 1, "two_hop": 2}[info["kind"]]
 
 
