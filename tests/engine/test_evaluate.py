@@ -145,7 +145,7 @@ var finished = new Promise((resolve) => {
       lengths,
       kinds: [...document.querySelectorAll(".piece")].map((element) => element.dataset.kind),
       answer: texts(".answer span")[0],
-      sources: texts(".sources b"),
+      sources: texts(".sources summary"),
     });
   };
   look();
