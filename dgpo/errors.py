@@ -6,7 +6,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 INTERRUPTED = 130
 OUR_MISTAKE = 70  # EX_SOFTWARE of sysexits.h
@@ -88,6 +88,14 @@ class StopRequested(BaseException):
 
 class Parser(argparse.ArgumentParser):
     """Options of a command; a wrong one is told as every other mistake is, in one line."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Every way of parsing calls it."""
+        args = sys.argv[1:] if args is None else list(args)
+        for word in args:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would make an empty list of it
+                self.error(f"{word}: expected a value")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse."""

@@ -222,6 +222,8 @@ def _flags(given: argparse.Namespace) -> dict[str, str]:
 def _check_lead(options: JobOptions) -> None:
     if not MIN_LEAD_S <= options.lead_s <= MAX_LEAD_S:
         raise ConfigError(f"--lead-s {options.lead_s}: expected {MIN_LEAD_S} to {MAX_LEAD_S} seconds")
+    if options.retries < 0:
+        raise ConfigError(f"--retries {options.retries}: expected at least 0")
     for stage, time in options.times.items():
         if seconds(time) <= options.lead_s:
             raise ConfigError(
