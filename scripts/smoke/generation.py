@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from smoke.checks import Checks
 from smoke.models import random_ids, save_model
 from transformers import AutoModelForCausalLM
 
+from dgpo.agent.episode import Generation
 from dgpo.config.load import load_config
 from dgpo.engines.vllm_policy import VllmPolicy
 
 PROMPT, TURN, CONTEXT = 64, 32, 512
 TOLERANCE = 0.02  # nats, of log-probs in bfloat16
+
+READABLE = re.compile(r"[^\ufffd\s]{2,4}")
 
 
 class SleepingPolicy(VllmPolicy):
@@ -47,7 +51,7 @@ async def _run(checks: Checks, device: str, model: Path) -> None:
             await _sleep(checks, policy)
 
 
-async def _turn(policy: VllmPolicy, name: str, ids: list[int], *, stop: tuple[str, ...] = ()) -> Any:
+async def _turn(policy: VllmPolicy, name: str, ids: list[int], *, stop: tuple[str, ...] = ()) -> Generation:
     return await policy.generate(ids, max_tokens=TURN, stop=stop, seed=None, request_id=name)
 
 
@@ -66,11 +70,13 @@ async def _greedy(checks: Checks, policy: VllmPolicy, model: Path, device: str) 
         differences += (own - torch.tensor(turn.log_probs)).abs().tolist()
     checks.below("log-probs against Hugging Face's, mean difference", sum(differences) / len(differences), TOLERANCE)
     checks.number("log-probs, largest difference", max(differences))
-    whole_text = policy._engine.get_tokenizer().decode(turns[0].token_ids)
-    pieces = [whole_text[at : at + 3] for at in range(len(whole_text) // 4, len(whole_text) // 2)]
-    text = next(piece for piece in pieces if "\ufffd" not in piece)  # a random model also writes halves of characters
-    stopped = await _turn(policy, "stop", prompts[0], stop=(text,))
-    right = len(stopped.token_ids) < TURN and stopped.reason == "stop"
+    decode = policy._engine.get_tokenizer().decode
+    halves = [decode(turn.token_ids)[: TURN // 2] for turn in turns]
+    # A random model also writes halves of characters, which are no text to stop at.
+    found = [(prompt, READABLE.search(half)) for prompt, half in zip(prompts, halves, strict=True)]
+    prompt, text = next((prompt, match.group()) for prompt, match in found if match)
+    stopped = await _turn(policy, "stop", prompt, stop=(text,))
+    right = len(stopped.token_ids) < TURN and stopped.finish_reason == "stop"
     checks.true("a stop string ends the turn", right, f"{len(stopped.token_ids)} of {TURN} tokens")
 
 
