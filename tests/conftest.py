@@ -18,6 +18,10 @@ import pytest
 from dgpo.config.load import load_config
 from dgpo.engines.environment import export_environment
 
+with pytest.MonkeyPatch.context() as patch:  # Ray reads how clusters authenticate once, when it is imported
+    patch.setenv("RAY_AUTH_MODE", "token")
+    import ray  # noqa: F401
+
 ROOT = Path(__file__).parents[1]
 COMMAND_TIMEOUT_S = 400
 

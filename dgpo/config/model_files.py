@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -233,8 +234,20 @@ def chat_template(path: str, *, key: str) -> str | None:
     settings_file = model_file(path, "tokenizer_config.json", key=key)
     template = read_json(settings_file, f"{key}={path}").get("chat_template") if settings_file else None
     if isinstance(template, list):
-        template = {each["name"]: each["template"] for each in template}.get("default")
+        with _strange_values_told(f"{key}={path}: tokenizer_config.json"):
+            template = {each["name"]: each["template"] for each in template}.get("default")
     return template
+
+
+@contextlib.contextmanager
+def _strange_values_told(file: str) -> Iterator[None]:
+    """While the values of a file are read: those of another kind than its format has are a `ConfigError`."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{file} holds values that its format does not have ({first_line(error)}); copy or save the model again"
+        ) from None
 
 
 def same_weights(one: str, other: str) -> bool:
@@ -274,19 +287,21 @@ def _describe_tokenizer(path: str, *, key: str) -> dict[str, Any]:
     if file is None:
         raise ConfigError(f"{key}={path}: no tokenizer.json there; save its fast tokenizer beside the weights")
     data = read_json(file, f"{key}={path}")
-    model = data.get("model") or {}
-    vocabulary = model.get("vocab", {})
-    if isinstance(vocabulary, list):  # unigram models: [piece, score]
-        vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
-    added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+    with _strange_values_told(f"{key}={path}: tokenizer.json"):
+        model = data.get("model") or {}
+        vocabulary = model.get("vocab") or {}
+        if isinstance(vocabulary, list):  # unigram models: [piece, score]
+            vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
+        vocabulary = {**vocabulary, **{token["content"]: token["id"] for token in data.get("added_tokens") or []}}
+        # Older files write a merge as "a b", newer ones as ["a", "b"].
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
     settings_file = model_file(path, "tokenizer_config.json", key=key)
     settings = read_json(settings_file, f"{key}={path}") if settings_file else {}
     end = settings.get("eos_token")
     template = chat_template(path, key=key)
     return {
-        "vocabulary": {**vocabulary, **added},
-        # Older files write a merge as "a b", newer ones as ["a", "b"].
-        "merges": [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])],
+        "vocabulary": vocabulary,
+        "merges": merges,
         "splitting rules": (data.get("normalizer"), data.get("pre_tokenizer")),
         "end token": end.get("content") if isinstance(end, dict) else end,
         "chat template": template.strip() if template else None,

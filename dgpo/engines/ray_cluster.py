@@ -155,7 +155,7 @@ def forget_token(folder: Path) -> None:
 
 @functools.cache
 def _secret() -> str:
-    """Of every private Ray that this process starts, one after the other: Ray reads its token once."""
+    """All private Rays that this process starts, one after the other, share it: Ray reads its token once."""
     return secrets.token_hex(32)
 
 

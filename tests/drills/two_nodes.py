@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dgpo.engines.ray_cluster import use_token
 from tests.drills.processes import kill
 from tests.drills.report import Outcome
 from tests.drills.training import NUM_EPISODES, START_BOUND_S, Fault, TrainingRun, check_records, told
@@ -24,11 +24,8 @@ LOST = Fault("Ray node", "raylet", "its node is gone", bound_s=120.0)  # Ray mis
 @contextlib.contextmanager
 def cluster(out: Path) -> Iterator[Any]:
     """Ray's own cluster of several nodes on one machine; its address and token are in the environment meanwhile."""
-    token = out / "ray_token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
     before = dict(os.environ)
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    use_token(out)
     from ray.cluster_utils import Cluster
 
     nodes = Cluster(initialize_head=True, head_node_args=NODE)

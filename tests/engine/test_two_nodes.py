@@ -3,7 +3,6 @@ nodes' own: the same episodes, losses and scores as on one node.
 """
 
 import os
-import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from dgpo.agent.trajectory import read_trajectories
+from dgpo.engines.ray_cluster import forget_token, use_token
 from tests.conftest import ROOT, TinyWorld, read_metrics
 from tests.engine.same_run import repeatable
 
@@ -36,17 +36,15 @@ TWO_NODES = ["hardware.num_nodes=2", "hardware.gpus_per_node=1"]
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """The address of a cluster of two nodes; its token is in the environment."""
-    token = tmp_path_factory.mktemp("ray") / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
+    folder = tmp_path_factory.mktemp("ray")
+    use_token(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
         patch.chdir("/")  # the nodes' working directory
         cluster = Cluster(initialize_head=True, head_node_args=NODE)
         cluster.add_node(**NODE)
         yield cluster.address
         cluster.shutdown()
+    forget_token(folder)
 
 
 def run(stage: str, world: TinyWorld, run_dir: Path, hardware: list[str], *, address: str | None = None) -> None:

@@ -11,6 +11,7 @@ import time
 import pytest
 import ray
 
+from dgpo.engines.ray_cluster import forget_token, use_token
 from dgpo.errors import FaultError, RunStoppedError
 from dgpo.runs import watchdog as watchdogs
 from dgpo.runs.watchdog import Watchdog, run_watched
@@ -31,9 +32,12 @@ class Worker:
 
 @pytest.fixture(scope="module")
 def actor_class(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("ray")
+    use_token(folder)
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
     yield ray.remote(num_cpus=0)(Worker)
     ray.shutdown()
+    forget_token(folder)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from transformers import AutoModelForTokenClassification, Gemma3TextConfig
 from dgpo.config.load import load_config
 from dgpo.errors import ConfigError
 from dgpo.hardware.checks import check_attention
+from dgpo.platforms.gemma3_critic import Gemma3TextForTokenClassification
 from dgpo.rl.train import own_critic
 from dgpo.tinyworld.models import ModelSize, make_model, save_model
 from tests.distill_stage import tiny_tokenizer
@@ -84,13 +85,12 @@ def test_micro_batches_by_tokens_are_packed():
         check_attention(load_config(["hardware=cpu", "hardware.max_tokens_per_gpu=2048"]))
 
 
-def test_gemma_3_has_a_critic_once_our_worker_is_imported():
+def test_gemma_3_has_a_critic():
     """transformers knows no token classifier of its text models."""
-    import dgpo.platforms.gemma3_critic  # noqa: F401
-
     config = Gemma3TextConfig(
         **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8},
         **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_labels": 1, "pad_token_id": 0},
     )
     critic = AutoModelForTokenClassification.from_config(config)
+    assert isinstance(critic, Gemma3TextForTokenClassification)
     assert critic(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 1)

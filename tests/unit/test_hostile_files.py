@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from dgpo.config.model_files import check_model_folder, safetensors_header
+from dgpo.config.model_files import check_model_folder, safetensors_header, tokenizer_difference
 from dgpo.data.contamination import markdown
 from dgpo.errors import ConfigError, DataError
 from dgpo.evaluation.compare import Table, to_markdown
@@ -83,6 +83,26 @@ ABSURD = {
     "a tensor of a petabyte": (62).to_bytes(8, "little")
     + b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,1000000000000000]}}'[:62],
 }
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", {"model": {"vocab": 3}}),
+        ("tokenizer.json", {"model": {"vocab": {}, "merges": [3]}}),
+        ("tokenizer.json", {"added_tokens": [3]}),
+        ("tokenizer.json", {"added_tokens": [{}]}),
+        ("tokenizer_config.json", {"chat_template": [3]}),
+        ("tokenizer_config.json", {"chat_template": 3}),
+    ],
+)
+def test_a_tokenizer_of_strange_values_is_refused_by_its_file(tmp_path, file, content):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps(content if name == file else {}))
+    with pytest.raises(ConfigError, match=rf"{file}.*copy or save the model again"):
+        tokenizer_difference(str(folder), str(folder), keys=("student.path", "teacher.path"))
 
 
 @pytest.mark.parametrize("name", ABSURD)
