@@ -80,6 +80,10 @@ def check_train(config: Config) -> list[str]:
             source = f"data.{name}={getattr(config.data, name)}"
             check_prompts(config, student, found, key=key, source=source, loaded_as=config.student)
     if has_teacher(config, "train"):
+        if not there and student != config.student.path and config.student.path:
+            # What an earlier stage will write keeps the tokenizer of what it starts from.
+            key, student = "student.path", config.student.path
+            there = check_model(config, student, key=key, notes=notes)
         check_teacher(config, key, student if there else None, notes)
     check_engine(config)
     check_training(config)

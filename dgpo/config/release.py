@@ -12,15 +12,16 @@ from pathlib import Path
 
 from dgpo.errors import ConfigError
 
+DATA = "nq_hotpotqa_train"  # the release's name of its data, and the default
 # Command -> its arguments in order, with the release's defaults.
 ARGUMENTS = {
     "train": {
-        "data": "nq_hotpotqa_train",
+        "data": DATA,
         "student": "omron-sinicx/Qwen2.5-0.5B-Instruct-kd",
         "teacher": "omron-sinicx/SearchR1-ppo-qwen2.5-3b-instruct",
         "exp": "dgpo-qwen2.5-0.5b",
     },
-    "test": {"data": "nq_hotpotqa_train", "model": "omron-sinicx/DGPO-qwen2.5-0.5b", "exp": "dgpo-test"},
+    "test": {"data": DATA, "model": "omron-sinicx/DGPO-qwen2.5-0.5b", "exp": "dgpo-test"},
 }
 
 
@@ -47,8 +48,15 @@ def with_positions(command: str, arguments: Sequence[str]) -> list[str]:
     return [*_overrides(command, values), *overrides]
 
 
+def _data_folder(command: str, name: str) -> Path:
+    """Where the data lies: below `DATA_ROOT`; the default's also where our own `download` and `prepare` write it."""
+    root = Path(os.environ.get("DATA_ROOT", "data"))
+    ours = root / ("train" if command == "train" else "prepared")
+    return ours if name == DATA and not (root / name).is_dir() and ours.is_dir() else root / name
+
+
 def _overrides(command: str, values: dict[str, str]) -> list[str]:
-    data = Path(os.environ.get("DATA_ROOT", "data"), values["data"])
+    data = _data_folder(command, values["data"])
     run_dir = Path(os.environ.get("EXP_ROOT", "runs"), values["exp"])
     if command == "test":
         name = re.sub(r"\W", "_", Path(values["model"]).name)  # a dot would nest keys

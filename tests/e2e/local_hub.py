@@ -2,8 +2,9 @@
 
 Towns, rivers and questions are invented. The models have their families' shapes in small, and were trained until they
 know by heart the episodes that a script plays on these questions, so that `collect` finds correct ones by itself.
+tests/e2e/hub_cache.py keeps what is made here between sessions of pytest.
 
-python -m tests.e2e.local_hub FOLDER    writes FOLDER/{datasets,models}/<owner>/<name>/
+python -m tests.e2e.local_hub FOLDER    writes FOLDER/{datasets,models}/<owner>/<name>/ and FOLDER/made_of.json
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any
 from dgpo.config.load import load_config
 from dgpo.config.schema import Config, DistillConfig
 from dgpo.engines.environment import export_environment
+from tests.e2e.hub_cache import MADE_OF, current_sources
+from tests.unit.tokenizer_kinds import CONSTANT_DATE, HEADERS, TODAYS_DATE
 
 SIZES = [
     "hardware=cpu",
@@ -44,7 +48,15 @@ SURNAMES = ("Calder", "Benning", "Ostrow", "Hallam", "Vance", "Merrit", "Lund", 
 POSITIONS, VOCABULARY = 2048, 900
 PADDED_VOCABULARY = 1024  # rows of the embedding, more than there are tokens, as Qwen's have
 NUM_LEARNED = 20  # questions that the models know, the first of the training set
-TEACHER_STEPS, STUDENT_STEPS = 140, 12
+TEACHER_STEPS, COLD_STEPS, STUDENT_STEPS = 140, 40, 12
+LLAMA_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
 MOST_TEXTS_OF_A_NAME = 7
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -241,6 +253,36 @@ def qwen_tokenizer() -> Any:
     return qwen
 
 
+def learned(tokenizer: Any, special: list[str], alphabet: list[str]) -> Any:
+    from tokenizers import trainers
+
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    return tokenizer
+
+
+def byte_level(special: list[str], *, digits: str, eos: str, template: str, **names: Any) -> Any:
+    """Byte-level BPE, in which numbers are cut by `digits`: Llama 3's and SmolLM2's kind."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(digits), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = learned(tokenizer, special, sorted(pre_tokenizers.ByteLevel.alphabet()))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, model_max_length=POSITIONS, **names)
+    wrapped.chat_template = template
+    return wrapped
+
+
+def llama_tokenizer(template: str = TODAYS_DATE) -> Any:
+    """Llama 3's kind: no pad token, two end tokens, a date in the template (3.1: a constant one; 3.2: today's)."""
+    return byte_level(list(HEADERS), digits=r"\p{N}{1,3}", eos=HEADERS[-1], template=template, bos_token=HEADERS[0])
+
+
 def oracle_episodes(tokenizer: Any, encoder: Path, config: Config) -> list[Any]:
     """What a script plays on the training questions against the very index that the hub holds."""
     import numpy as np
@@ -313,40 +355,112 @@ def make_qwen(tokenizer: Any, *, seed: int) -> Any:
     return model
 
 
-def write_models(folder: Path, encoder: Path) -> None:
-    """The pair qwen3b_05b: a teacher that knows the episodes by heart, a student that has begun to, and a beginner."""
+def make_llama(tokenizer: Any, *, seed: int) -> Any:
+    """Llama 3's shape in small: scaled RoPE, two tokens that end a turn, none that pads."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    from dgpo.tinyworld.models import initialize
+
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(HEADERS[1])]
+    config = LlamaConfig(
+        vocab_size=PADDED_VOCABULARY,
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=POSITIONS,
+        rope_parameters=LLAMA_ROPE,
+        attention_bias=True,  # unlike Llama's: the initialisation that learns in a minute sets them
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends,
+        dtype="float32",
+    )
+    model = LlamaForCausalLM(config)
+    initialize(model, generator=torch.Generator().manual_seed(seed))
+    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=ends)
+    return model
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """`steps` of training on the episodes; `template` is a Llama's, whose two generations word it differently."""
+
+    name: str
+    steps: int
+    template: str | None = None
+
+
+# Teachers know the episodes by heart, students have begun to, what a teacher is made from is a beginner.
+QWENS = (
+    HubModel("omron-sinicx/SearchR1-ppo-qwen2.5-3b-instruct", TEACHER_STEPS),
+    HubModel("Qwen/Qwen2.5-0.5B-Instruct", STUDENT_STEPS),
+    HubModel("Qwen/Qwen2.5-3B-Instruct", 1),
+    HubModel("omron-sinicx/Qwen2.5-0.5B-Instruct-kd", COLD_STEPS),
+    HubModel("omron-sinicx/DGPO-qwen2.5-0.5b", COLD_STEPS),
+)
+# Nobody published the pair's teacher: the model that it is made from stands in for it.
+LLAMAS = (
+    HubModel("meta-llama/Llama-3.1-8B-Instruct", TEACHER_STEPS, CONSTANT_DATE),
+    HubModel("meta-llama/Llama-3.2-1B-Instruct", STUDENT_STEPS, TODAYS_DATE),
+)
+
+
+def write_untrained_llamas(folder: Path) -> None:
+    """The pair llama8b_1b with random weights, in FOLDER/models: enough for all that is looked at before a run."""
+    for seed, model in enumerate(LLAMAS):
+        tokenizer = llama_tokenizer(model.template or TODAYS_DATE)
+        path = folder / "models" / model.name
+        make_llama(tokenizer, seed=seed).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+
+def write_models(folder: Path, encoder: Path) -> dict[str, float]:
+    """Every model of the hub, trained. Returns the seconds that each took, by name."""
     from dgpo.coldstart.train import train_on_examples
 
     config = load_config(SIZES)
-    tokenizer = qwen_tokenizer()
-    examples = oracle_episodes(tokenizer, encoder, config)
-    for name, steps, seed in (
-        ("omron-sinicx/SearchR1-ppo-qwen2.5-3b-instruct", TEACHER_STEPS, 1),
-        ("Qwen/Qwen2.5-0.5B-Instruct", STUDENT_STEPS, 2),
-        ("Qwen/Qwen2.5-3B-Instruct", 1, 3),
-    ):
-        recipe = DistillConfig(
-            loss="seqkd", batch_size=4, max_steps=steps, learning_rate=3e-3, warmup_ratio=0.1, held_out_share=0.0
-        )
-        train_on_examples(
-            make_qwen(tokenizer, seed=seed),
-            None,
-            examples,
-            tokenizer,
-            checkpoint=folder / name,
-            metrics=folder.parent / f"{name.replace('/', '-')}.jsonl",
-            settings=recipe,
-            hardware=config.hardware,
-            seed=seed,
-            name=name,
-        )
+    seconds = {}
+    for kind, family in ((make_qwen, QWENS), (make_llama, LLAMAS)):
+        played = llama_tokenizer() if family is LLAMAS else qwen_tokenizer()
+        examples = oracle_episodes(played, encoder, config)
+        for seed, model in enumerate(family, start=1):
+            started = time.monotonic()
+            tokenizer = llama_tokenizer(model.template) if model.template else played
+            recipe = DistillConfig(
+                loss="seqkd",
+                batch_size=4,
+                max_steps=model.steps,
+                learning_rate=3e-3,
+                warmup_ratio=0.1,
+                held_out_share=0.0,
+            )
+            train_on_examples(
+                kind(tokenizer, seed=seed),
+                None,
+                examples,
+                tokenizer,
+                checkpoint=folder / model.name,
+                metrics=folder.parent / f"{model.name.replace('/', '-')}.jsonl",
+                settings=recipe,
+                hardware=config.hardware,
+                seed=seed,
+                name=model.name,
+            )
+            seconds[model.name] = round(time.monotonic() - started, 1)
+    return seconds
 
 
 def main(folder: Path) -> None:
     export_environment(load_config(SIZES).hardware)
+    early = current_sources()  # a file that is edited while this runs is recorded as it was read
     encoder = write_encoder(folder / "models" / "intfloat" / "e5-base-v2")
     write_data_sets(folder / "datasets", encoder)
-    write_models(folder / "models", encoder)
+    seconds = write_models(folder / "models", encoder)
+    record = {"sources": current_sources() | early, "seconds": seconds}
+    (folder / MADE_OF).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """A stand-in for `pixi run [-e ENVIRONMENT] TASK [ARGUMENT ...]`: the task of pixi.toml, in the environment at hand.
 
+`pixi task list` prints the tasks. The manifest's `activation.env` is set, where the shell has not set the variable.
+
 Installation is left out: `depends-on` names nothing else.
 """
 
@@ -30,5 +32,11 @@ def command(words: Sequence[str], manifest: Path) -> list[str]:
 
 
 if __name__ == "__main__":
+    manifest = tomllib.loads(Path("pixi.toml").read_text())
+    if sys.argv[1:] == ["task", "list"]:
+        listed = [manifest["tasks"], *(feature.get("tasks", {}) for feature in manifest["feature"].values())]
+        print("\n".join(f"{name}  {task['description']}" for tasks in listed for name, task in tasks.items()))
+        sys.exit()
     found = command(sys.argv[1:], Path("pixi.toml"))
+    os.environ |= manifest.get("activation", {}).get("env", {}) | os.environ
     os.execvp(found[0], found)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -21,8 +21,15 @@ from transformers import (
     Qwen3Config,
 )
 
-from tests.e2e.local_hub import CHAT_TEMPLATE, POSITIONS, VOCABULARY, qwen_tokenizer, texts
-from tests.unit.tokenizer_kinds import HEADERS, TODAYS_DATE
+from tests.e2e.local_hub import (
+    CHAT_TEMPLATE,
+    LLAMA_ROPE,
+    POSITIONS,
+    byte_level,
+    learned,
+    llama_tokenizer,
+    qwen_tokenizer,
+)
 
 # Qwen3's, told not to think, begins the answer with an empty thought.
 NO_THOUGHT = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
@@ -31,30 +38,6 @@ GEMMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}\n{{ message['content'] }}"
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-
-
-def learned(tokenizer: Tokenizer, special: list[str], alphabet: list[str]) -> Tokenizer:
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts(), trainer)
-    return tokenizer
-
-
-def byte_level(special: list[str], *, digits: str, eos: str, template: str, **names: Any) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, in which numbers are cut by `digits`: Llama 3's and SmolLM2's kind."""
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(digits), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer = learned(tokenizer, special, sorted(pre_tokenizers.ByteLevel.alphabet()))
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, model_max_length=POSITIONS, **names)
-    wrapped.chat_template = template
-    return wrapped
-
-
-def llama_tokenizer() -> PreTrainedTokenizerFast:
-    return byte_level(list(HEADERS), digits=r"\p{N}{1,3}", eos=HEADERS[-1], template=TODAYS_DATE, bos_token=HEADERS[0])
 
 
 def smollm_tokenizer() -> PreTrainedTokenizerFast:
@@ -98,14 +81,6 @@ SMALL = {
     "vocab_size": 1280,  # more rows than tokens
     "max_position_embeddings": POSITIONS,
     "tie_word_embeddings": True,
-}
-LLAMA_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 512,
 }
 
 

@@ -12,7 +12,8 @@ from tests.unit.fake_model import make_question
 
 
 @pytest.fixture(autouse=True)
-def no_variables(monkeypatch):
+def no_variables(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # a checkout may have a data/ of its own
     for name in ("DATA_ROOT", "EXP_ROOT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -46,6 +47,18 @@ def test_a_folder_of_prepare_is_one_file_for_each_set(tmp_path, monkeypatch):
     assert config.data.test_files == {name: f"{folder}/{name}_test.parquet" for name in SETS}
     write_rows(folder / "test.parquet", [make_question(0, "x")])
     assert load_config(with_positions("test", ["prepared"])).data.test_files == {"all": f"{folder}/test.parquet"}
+
+
+def test_the_default_data_is_what_download_and_prepare_wrote_where_the_releases_folder_is_not_there(tmp_path):
+    for name in ("train", "prepared"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    write_rows(tmp_path / "data" / "prepared" / "nq_test.parquet", [make_question(0, "x")])
+    data = "nq_hotpotqa_train"
+    assert load_config(with_positions("train", [data])).data.train_file == "data/train/train.parquet"
+    assert load_config(with_positions("test", [data])).data.test_files["nq"] == "data/prepared/nq_test.parquet"
+    (tmp_path / "data" / data).mkdir()
+    assert load_config(with_positions("train", [data])).data.train_file == f"data/{data}/train.parquet"
+    assert load_config(with_positions("train", ["mine"])).data.train_file == "data/mine/train.parquet"
 
 
 def test_a_bare_command_is_the_releases_where_its_variable_is_set(monkeypatch):
