@@ -29,7 +29,7 @@ Contract = dict[str, dict[str, str]]  # name -> signature, sha256
 VERL = {
     "trainer/ppo/v1/trainer_base.py": {
         "called by dgpo/rl/loop.py": "PPOTrainer.__init__ PPOTrainer.init PPOTrainer._setup PPOTrainer.prepare_step "
-        "PPOTrainer._balance_batch PPOTrainer._compute_old_log_prob PPOTrainer._compute_ref_log_prob "
+        "PPOTrainer._compute_old_log_prob PPOTrainer._compute_ref_log_prob "
         "PPOTrainer._compute_values PPOTrainer._update_critic PPOTrainer._update_actor PPOTrainer._compute_metrics "
         "PPOTrainer._validate PPOTrainer._log_rollout_data PPOTrainer._shutdown_dump_executor "
         "PPOTrainer._start_profiling PPOTrainer._stop_profiling PPOTrainer._stop_rollout_profiling "
@@ -37,7 +37,7 @@ VERL = {
         "PPOTrainer.get_reward_handles",
         "overridden by dgpo/rl/loop.py": "PPOTrainer._build_replay_buffer PPOTrainer._init_resource_pool_mgr "
         "PPOTrainer._fetch_one_gen_batch PPOTrainer._load_checkpoint PPOTrainer._val_metrics_update",
-        "replaced by dgpo/rl/loop.py": "PPOTrainer.fit PPOTrainer.step PPOTrainer._step_once "
+        "replaced by dgpo/rl/loop.py": "PPOTrainer.fit PPOTrainer.step PPOTrainer._step_once PPOTrainer._balance_batch "
         "PPOTrainer._compute_advantage PPOTrainer._save_checkpoint",
         "on the way from prepare_step to _fetch_one_gen_batch": "PPOTrainer._add_batch_to_generate "
         "PPOTrainer._next_train_batch PPOTrainer._submit_batch_to_rollout",
@@ -60,6 +60,10 @@ VERL = {
     "utils/torch_functional.py": {"replaced by dgpo/algorithms/advantages.py": "masked_sum masked_var masked_whiten"},
     "utils/profiler/performance.py": {"called by dgpo/rl/loop.py": "_timer"},
     "utils/skip/skip_manager.py": {"called by dgpo/rl/loop.py": "SkipManager.init SkipManager.set_step"},
+    "utils/seqlen_balancing.py": {
+        "called by dgpo/rl/updates.py": "calculate_workload get_seqlen_balanced_partitions",
+        "called by dgpo/rl/loop.py": "log_seqlen_unbalance",
+    },
     "utils/tracking.py": {"called by dgpo/rl/loop.py": "Tracking.__init__ Tracking.finish ValidationGenerationsLogger"},
     "experimental/agent_loop/agent_loop.py": {
         "subclassed by dgpo/rl/agent_loop.py": "AgentLoopBase",

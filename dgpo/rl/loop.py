@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from verl.trainer.ppo.ray_trainer import apply_kl_penalty
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
+from verl.utils.seqlen_balancing import log_seqlen_unbalance
 from verl.utils.skip import SkipManager
 from verl.utils.tracking import Tracking, ValidationGenerationsLogger
 from verl.workers.utils.padding import response_to_nested
@@ -41,6 +43,7 @@ from dgpo.rl.teacher import Teacher
 from dgpo.rl.terminal import step_line
 from dgpo.rl.timeline import FILE as TIMELINE
 from dgpo.rl.timeline import TRAINER, write_spans
+from dgpo.rl.updates import balanced_over_ranks
 from dgpo.rl.worker import SeededTrainingWorker, TeacherGuidedWorker
 from dgpo.runs.alarms import report_alarms
 from dgpo.runs.artifacts import MANIFEST
@@ -191,7 +194,19 @@ class DGPOTrainer(PPOTrainerSync):
         metrics.update(sampled)
         with self.phase("balance"):
             batch.reorder(sorted(range(len(batch)), key=lambda index: batch.keys[index]))
-            return self._balance_batch(batch, metrics)
+            return self._balance(batch, metrics)
+
+    def _balance(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        lengths = [tag["seq_len"] for tag in batch.tags]
+        size = self.settings.teacher.mini_batch_size
+        shares = balanced_over_ranks(lengths, num_ranks=self._num_data_parallel_ranks, mini_batch_size=size)
+        batch.reorder([index for share in shares for index in share])
+        metrics.update(log_seqlen_unbalance(lengths, shares, prefix="global_seqlen"))
+        return batch
+
+    @cached_property
+    def _num_data_parallel_ranks(self) -> int:
+        return max(self.actor_rollout_wg._query_dispatch_info("actor")) + 1
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         """Questions with ids made of step and row, so that a batch has one order."""

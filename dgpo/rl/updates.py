@@ -1,4 +1,4 @@
-"""What our workers add to veRL's updates: skipped ones are counted, and a resumed run has its own learning rate."""
+"""What we add to veRL's updates: balance over ranks, a count of skipped ones, a resumed run's own learning rate."""
 
 from __future__ import annotations
 
@@ -7,6 +7,25 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
+
+
+def balanced_over_ranks(lengths: Sequence[int], *, num_ranks: int, mini_batch_size: int) -> list[list[int]]:
+    """Each rank's episodes: as many of every update as the others have, with about as much work.
+
+    veRL balances the whole batch, and which episodes share an update then depends on the number of ranks. Here it
+    depends on their places alone: a run is the same on any number of ranks, and no rank waits within an update.
+
+    Args:
+        lengths: tokens of each episode, in the order in which they are cut into mini-batches.
+        mini_batch_size: episodes of an update, over all ranks; a multiple of `num_ranks`.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    for first in range(0, len(lengths), mini_batch_size):
+        work = [calculate_workload(length) for length in lengths[first : first + mini_batch_size]]
+        for share, part in zip(shares, get_seqlen_balanced_partitions(work, num_ranks, equal_size=True), strict=True):
+            share.extend(first + index for index in part)
+    return shares
 
 
 def num_skipped(grad_norms: float | Sequence[float]) -> float:

@@ -18,11 +18,20 @@ from tests.engine.same_run import assert_same_run
 pytestmark = pytest.mark.engine
 
 STEPS = ["distill.max_steps=8", "distill.evaluate_every=4", "distill.learning_rate=1e-3"]
+# What a script defines, Ray sends to the ranks as it stands.
 SLOWED_DOWN = """
-import sys, time
-from dgpo.coldstart.trainer import DistillationTrainer
-step = DistillationTrainer.training_step
-DistillationTrainer.training_step = lambda *arguments: (time.sleep(0.3), step(*arguments))[1]
+import functools, sys
+import dgpo.coldstart.distill as stage
+
+def slowed(work, *arguments, **ranks):
+    import time
+    from dgpo.coldstart.trainer import DistillationTrainer as trainer
+    step = trainer.training_step
+    trainer.training_step = lambda *arguments: (time.sleep(0.3), step(*arguments))[1]
+    return work(*arguments, **ranks)
+
+run_on_ranks = stage.run_on_ranks
+stage.run_on_ranks = lambda work, *arguments, **more: run_on_ranks(functools.partial(slowed, work), *arguments, **more)
 from dgpo.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """

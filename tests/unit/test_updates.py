@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from dgpo.rl.updates import num_skipped, set_learning_rate
+from dgpo.rl.updates import balanced_over_ranks, num_skipped, set_learning_rate
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,17 @@ def test_a_checkpoint_of_the_same_run_goes_on_exactly():
 
 def test_a_resumed_run_has_the_learning_rate_of_its_configuration():
     assert rates(*resumed(0.2, made_with=0.4), steps=3) == pytest.approx([0.15, 0.2, 0.2])
+
+
+def test_one_rank_gets_the_batch_as_it_is():
+    assert balanced_over_ranks([5, 1, 9, 2], num_ranks=1, mini_batch_size=2) == [[0, 1, 2, 3]]
+
+
+def test_ranks_share_every_update_evenly_and_its_episodes_are_the_same_on_any_number_of_them():
+    """First update 9, 1, 8, 2: (9, 1) and (8, 2) weigh the same; second 3, 3, 7, 1: (7, 1) and (3, 3) are nearest."""
+    lengths = [9, 1, 8, 2, 3, 3, 7, 1]
+    shares = balanced_over_ranks(lengths, num_ranks=2, mini_batch_size=4)
+    for update, sums in ((slice(0, 2), [10, 10]), (slice(2, 4), [6, 8])):
+        assert sorted(sum(lengths[index] for index in share[update]) for share in shares) == sums
+    assert sorted(index for share in shares for index in share[:2]) == [0, 1, 2, 3]
+    assert sorted(index for share in shares for index in share[2:]) == [4, 5, 6, 7]
