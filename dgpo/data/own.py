@@ -87,7 +87,7 @@ def split_by_document(
     questions in a held-out group are dropped.
     """
     titles = answering_titles(questions, documents)
-    groups = _connected(titles)
+    groups = connected(titles)
     members: dict[int, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
@@ -135,7 +135,7 @@ def answering_titles(questions: Sequence[Question], documents: Sequence[Document
     return found
 
 
-def _connected(titles: Sequence[set[str]]) -> list[int]:
+def connected(titles: Sequence[set[str]]) -> list[int]:
     """The group of each question: the same number where a chain of shared titles leads from one to the other."""
     parent = list(range(len(titles)))
 
