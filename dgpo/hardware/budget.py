@@ -193,9 +193,10 @@ def _rl_host(config: Config, models: Models, trained: Mapping[str, int]) -> dict
     if hardware.offload != "none":
         per_parameter = FLOAT32 + ADAM + (FLOAT32 if hardware.offload == "full" else 0)
         host |= {name: per_parameter * count * share for name, count in trained.items()}
+    if hardware.platform == "cpu":  # where models are loaded, gradients and moments will stand, which take more
+        return host | {"libraries of all processes": LIBRARIES}
     loading = _loading(config, models) - sum(host.values())
-    host |= {"loading": loading} if loading > 0 else {}
-    return host | ({"libraries of all processes": LIBRARIES} if hardware.platform == "cpu" else {})
+    return host | ({"loading": loading} if loading > 0 else {})
 
 
 def _loading(config: Config, models: Models) -> float:

@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="default: a temporary one")
     parser.add_argument("--dry-run", action="store_true", help="the plan alone")
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         stage, settings = CASES[options.case]
