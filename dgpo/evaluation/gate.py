@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from dgpo.algorithms.selective_kl import TEACHER_FORMS
 
 TABLES = ("gate", "gate_tuning")
-DEFAULTS = ("train.num_steps=60",)  # for both tables; below what the user gives
+# Of both tables, below what the user gives. Twelve epochs took the cold start of seed 991 to .555 at temperature 1.
+DEFAULTS = ("train.num_steps=60", "distill.epochs=12")
 TEST_SEEDS = (41, 42, 43, 44, 45)
 RELATION = "code"  # of which the biased teacher answers 80% wrongly
 MIN_START_EM = 0.5  # exact match of the cold start, sampled at temperature 1
