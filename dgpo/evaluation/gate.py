@@ -25,12 +25,14 @@ class Arm:
         preset: an experiment, or `teacher`: that model as it is.
         overrides: `{teacher}` stands for the path of the good teacher.
         teacher: the row that tests the arm's teacher; None without one.
+        form: of the teacher term.
     """
 
     label: str
     preset: str
     overrides: tuple[str, ...] = ()
     teacher: str | None = None
+    form: str = "exact"
 
     def own(self, teacher: str | None) -> list[str]:
         """The overrides, with the good teacher's path."""
@@ -43,17 +45,18 @@ _PATHS = {"good": (), "biased": ("teacher.path={teacher}_biased",)}
 def _guided(teacher: str, gate: str, form: str = "exact") -> Arm:
     label = f"{teacher} teacher, {gate}" + (f", {form}" if form != "exact" else "")
     term = (f"train.teacher_term.gate={gate}", f"train.teacher_term.form={form}")
-    return Arm(label, "dgpo", (*_PATHS[teacher], *term), f"{teacher}_teacher")
-
-
-def coefficient(arm: str, factor: str) -> str:
-    """The override that gives an arm one of the coefficients that are tried."""
-    form = "reward" if arm.endswith("_reward") else "exact"
-    return f"train.teacher_term.coef={FACTORS[factor] * TEACHER_FORMS[form].default_coef:.4g}"
+    return Arm(label, "dgpo", (*_PATHS[teacher], *term), f"{teacher}_teacher", form)
 
 
 TUNED = {f"{teacher}_{gate}": _guided(teacher, gate) for teacher in _PATHS for gate in ("failed", "all", "random")}
 TUNED["biased_failed_reward"] = _guided("biased", "failed", "reward")
+
+
+def coefficient(arm: str, factor: str) -> str:
+    """The override that gives an arm of `TUNED` one of the coefficients that are tried."""
+    return f"train.teacher_term.coef={FACTORS[factor] * TEACHER_FORMS[TUNED[arm].form].default_coef:.4g}"
+
+
 UNTUNED = {
     "good_teacher": Arm("good teacher", "teacher"),
     "biased_teacher": Arm("biased teacher", "teacher", _PATHS["biased"]),

@@ -136,11 +136,9 @@ def _over_seeds(config: Config, overrides: Sequence[str]) -> Path | None:
         return None
     if config.table == "gate_tuning":
         return write_tuning(folder, config.seeds, overrides)
-    return (
-        write_gate(folder, config.seeds)
-        if config.table == "gate"
-        else write_over_seeds(folder, config.table, config.seeds)
-    )
+    if config.table == "gate":
+        return write_gate(folder, config.seeds)
+    return write_over_seeds(folder, config.table, config.seeds)
 
 
 def _dry_run(pairs: Sequence[str], folder: Path, config: Config, own: Sequence[str]) -> None:
