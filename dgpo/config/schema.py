@@ -463,7 +463,8 @@ class Config:
     # What the experiment consists of, in order. A stage whose `init` is not set starts from what the stage before it
     # wrote in this run_dir.
     stages: list[str] = field(default_factory=lambda: ["collect", "distill", "train"])
-    table: str = "main"  # `reproduce`'s: main | ablation | contrasts | pairs | arcap | figures | teacher_time
+    # `reproduce`'s: main | ablation | contrasts | pairs | arcap | figures | teacher_time | gate | gate_tuning
+    table: str = "main"
     seeds: list[int] = field(default_factory=list)  # `reproduce` makes the whole table with each of them, and contrasts
     # For `reproduce`, by row: overrides of that row alone, such as rows.dgpo=["train.actor_learning_rate=1e-3"]
     rows: dict[str, list[str]] = field(default_factory=dict)

@@ -15,6 +15,7 @@ MAX_STEPS = 5  # between the ticks of an axis
 MAX_POINTS = 300  # a line with more would be finer than the screen
 SMOOTH_FROM = 60  # points from which a line is drawn as a moving average, with the points themselves behind it
 RADIUS = 120.0  # a radar's
+FILE_COLOURS = ("#2f6fde", "#e07b1a")  # of a chart that no page's style sheet reaches
 
 
 def line_chart(
@@ -186,6 +187,47 @@ def interval_bar(value: float, low: float, high: float, *, highest: float) -> st
         f'<rect class="track" width="{width}" height="{height}" rx="3"/>'
         f'<rect class="value" width="{at[0]:.1f}" height="{height}" rx="3"/>'
         f'<line class="whisker" x1="{at[1]:.1f}" x2="{at[2]:.1f}" y1="9" y2="9"/>{ends}</svg>'
+    )
+
+
+def dot_chart(rows: Mapping[str, Mapping[str, Sequence[float]]], *, x_label: str) -> str:
+    """A figure in a file of its own: a line per row, in it a point per value and a bar at the mean of each measure.
+
+    Args:
+        rows: label -> measure -> values from 0 to 1; the measures are the same in all rows.
+    """
+    width, left, line, top = 720, 230, 34, 34
+    bottom = top + line * len(rows)
+    measures = list(next(iter(rows.values())))
+    ticks = _ticks(0.0, max(value for row in rows.values() for values in row.values() for value in values))
+
+    def x(value: float) -> float:
+        return left + (width - left - 20) * _share(value, ticks)
+
+    parts = [
+        f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}" stroke="#dfe4ea"/>'
+        f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#5b6675">{tick:g}</text>'
+        for tick in ticks
+    ]
+    for number, measure in enumerate(measures):
+        at = left + 170 * number
+        parts.append(f'<circle cx="{at + 5}" cy="14" r="5" fill="{FILE_COLOURS[number]}"/>')
+        parts.append(f'<text x="{at + 15}" y="18">{escape(measure)}</text>')
+    for place, (label, row) in enumerate(rows.items()):
+        middle = top + line * (place + 0.5)
+        parts.append(f'<text x="{left - 12}" y="{middle + 4:.1f}" text-anchor="end">{escape(label)}</text>')
+        for number, measure in enumerate(measures):
+            y, colour = middle + 11 * (number - (len(measures) - 1) / 2), FILE_COLOURS[number]
+            parts += [
+                f'<circle cx="{x(value):.1f}" cy="{y:.1f}" r="3.5" fill="{colour}" fill-opacity=".5"/>'
+                for value in row[measure]
+            ]
+            mean = x(sum(row[measure]) / len(row[measure]))
+            parts.append(f'<rect x="{mean - 1.5:.1f}" y="{y - 5:.1f}" width="3" height="10" fill="{colour}"/>')
+    parts.append(f'<text x="{width - 20}" y="{bottom + 34}" text-anchor="end" fill="#5b6675">{escape(x_label)}</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 42}" font-family="sans-serif" '
+        f'font-size="13"><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
 
 

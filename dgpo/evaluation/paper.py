@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from dgpo.evaluation import gate
+
 SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 
 # Rows of every table of ours and of none of the paper's: row -> how it is asked (dgpo/agent/modes.py).
@@ -20,6 +22,7 @@ ROWS = {
     "arcap": ("untrained", "teacher", "ppo", "kd", "dgpo"),
     "figures": ("ppo", "grpo", "dgpo", "dgpo_grpo", "no_cold_start", "gkd", "kd_gkd"),
     "teacher_time": ("dgpo",),
+    **gate.ROWS,
 }  # fmt: skip
 FIGURES = {"4": ("ppo", "grpo"), "6": ("dgpo", "dgpo_grpo", "no_cold_start", "gkd", "kd_gkd")}  # curves of reward
 TEACHER_TIME = 0.095  # by which the 3B teacher makes the whole training longer
@@ -63,6 +66,7 @@ LABELS = {
     "rag": "one retrieval, prompted",
     "closed_book_seqkd": "closed book, SeqKD",
     "rag_seqkd": "one retrieval, SeqKD",
+    **{row: arm.label for row, arm in gate.ARMS.items()},
 }
 
 # By set in the order of SETS, then the average. `dgpo_grpo` and `kd_gkd` are curves in figure 6, without numbers.

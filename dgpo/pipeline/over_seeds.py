@@ -31,10 +31,10 @@ def write_over_seeds(folder: Path, table: str, seeds: Sequence[int]) -> Path:
     return path
 
 
-def primary_contrasts(values: Values) -> list[dict[str, Any]]:
-    """`CONTRASTS` between rows that are there, paired by seed; p values adjusted for their number by Holm's method."""
+def primary_contrasts(values: Values, pairs: Sequence[tuple[str, str]] = CONTRASTS) -> list[dict[str, Any]]:
+    """Contrasts between rows that are there, paired by seed; p values adjusted for their number by Holm's method."""
     found: list[dict[str, Any]] = []
-    for row, other in CONTRASTS:
+    for row, other in pairs:
         seeds = sorted(set(values.get(row, {})) & set(values.get(other, {})))
         if len(seeds) < 2:
             continue
@@ -61,15 +61,21 @@ def render(last: Values, best: Values, contrasts: Sequence[Mapping[str, Any]]) -
         lines.append(
             f"| {LABELS[row]} | {len(values)} | {statistics.mean(values):.3f} | {deviation} | {extremes} | {shown} |"
         )
-    if contrasts:
-        lines += ["", "| contrast, last step | mean | 95% interval | p | p, Holm | |", "|---|---|---|---|---|---|"]
+    return "\n".join(lines) + "\n" + render_contrasts(contrasts, LABELS, "last step")
+
+
+def render_contrasts(contrasts: Sequence[Mapping[str, Any]], labels: Mapping[str, str], of_what: str) -> str:
+    """A blank line and a Markdown table; nothing without contrasts."""
+    if not contrasts:
+        return ""
+    lines = ["", f"| contrast, {of_what} | mean | 95% interval | p | p, Holm | |", "|---|---|---|---|---|---|"]
     for each in contrasts:
         low, high = each["interval"]
         verdict = "shown" if each["p_holm"] < ALPHA else "not shown"
         if equivalence := each["equivalence"]:
             is_shown = "shown" if equivalence["p"] < ALPHA else "not shown"
             verdict += f"; within {equivalence['margin']:g}: {is_shown} (p = {equivalence['p']:.3g})"
-        name = f"{LABELS[each['row']]} - {LABELS[each['other']]}"
+        name = f"{labels[each['row']]} - {labels[each['other']]}"
         numbers = f"{each['mean']:+.3f} | [{low:+.3f}, {high:+.3f}] | {each['p']:.3g} | {each['p_holm']:.3g}"
         lines.append(f"| {name} | {numbers} | {verdict} |")
     return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 from dgpo.config.load import load_config
 from dgpo.config.schema import Config
 from dgpo.config.stages import MODEL_STEPS, reported_model, stage_model
+from dgpo.evaluation import gate
 from dgpo.evaluation.paper import BASELINES, ROWS, RULES, TEACHERLESS, UNTRAINED
 from dgpo.runs.artifacts import MANIFEST
 
@@ -18,6 +19,7 @@ RESULTS = {"collect": "collect", "distill": "distill", "train": "train/model", "
 # What a stage writes last.
 LAST_FILES = {"test": "results.json", "arcap": "arcap.json"}
 ARCAP_SETS = ("nq", "musique")  # the paper's
+START = "start"  # the run folder in which the cold start of table=gate is sampled
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,11 @@ def plan_table(
         overrides: the user's, laid over everything.
         rows: row -> overrides of its own, laid over those.
     """
-    plan, rows = Plan(), rows or {}
-    tested = table in ("main", "ablation", "contrasts", "pairs")
+    plan = Plan()
+    config = load_config([*inputs, *overrides])
+    own_settings = {row: arm.own(config.teacher.path) for row, arm in gate.ARMS.items()}
+    rows = {row: [*own_settings.get(row, ()), *(rows or {}).get(row, ())] for row in ROWS[table]}
+    tested = table in ("main", "ablation", "contrasts", "pairs", "gate")
 
     def stage(row: str, name: str, *more: str, experiment: str | None = None) -> PlannedStage:
         own = [f"experiment={experiment}"] if experiment else []
@@ -146,17 +151,29 @@ def plan_table(
         plan.results[row] = replace(base, models=models, mode=BASELINES.get(row))
         plan.add(plan.results[row])
 
-    config = load_config([*inputs, *overrides])
-    teacher = _plan_teacher(plan, config, inputs, overrides)
+    def sample_start(model: str) -> None:
+        """On validation questions: what decides about the arms looks at no test question."""
+        file = config.data.validation_file
+        asked = [f"data.test_files.{START}={file}", f"test.sets=[{START}]"] if file else []
+        base = stage(START, "test", *asked, "test.samples=4", "test.temperature=1")
+        plan.add(replace(base, models={START: model}))
+
+    _plan_teacher(plan, config, inputs, overrides)
     reported: dict[str, str] = {}
     for row in ROWS[table]:
-        if row in UNTRAINED:
-            models = {row: teacher if row == "teacher" else config.student.path or ""}
+        preset = gate.ARMS[row].preset if row in gate.ARMS else row
+        if preset in UNTRAINED:
+            models_of_row = load_config([*inputs, *overrides, *rows[row]])
+            models = {row: (models_of_row.teacher if preset == "teacher" else models_of_row.student).path or ""}
         else:
-            config_of_row = load_config([f"experiment={row}", *inputs, *overrides, *rows.get(row, ())])
-            settings = _plan_training(plan, row, stage, folder, config_of_row)
+            config_of_row = load_config([f"experiment={preset}", *inputs, *overrides, *rows[row]])
+            settings = _plan_training(plan, row, preset, stage, folder, config_of_row)
             plan.runs[row] = Path(settings.run_dir)
             models = row_models(row, settings)
+            if table in gate.TABLES:  # what RL starts from, and its last step
+                models = {row: str(stage_model(settings, settings.stages[-1]))}
+            if table in gate.TABLES and row == "kd":
+                sample_start(models[row])
         reported[row] = models.get(f"{row}-paper", models[row])
         if tested:
             test(row, models)
@@ -168,7 +185,9 @@ def plan_table(
     return plan
 
 
-def _plan_training(plan: Plan, row: str, make: Callable[..., PlannedStage], folder: Path, settings: Config) -> Config:
+def _plan_training(
+    plan: Plan, row: str, preset: str, make: Callable[..., PlannedStage], folder: Path, settings: Config
+) -> Config:
     """Plans the stages of a row that is trained. Returns its settings, with its run folder."""
     init: list[str] = []
     for name in settings.stages:
@@ -181,17 +200,16 @@ def _plan_training(plan: Plan, row: str, make: Callable[..., PlannedStage], fold
             plan.add(make(cold_start, "distill", *episodes, experiment=cold_start))
             init = [f"train.init={folder / cold_start / 'distill' / 'model'}"]
             continue
-        plan.add(make(row, name, *(episodes if name == "distill" else init), experiment=row))
+        plan.add(make(row, name, *(episodes if name == "distill" else init), experiment=preset))
     settings.run_dir = str(make(row, settings.stages[-1]).run_dir)
     return settings
 
 
-def _plan_teacher(plan: Plan, config: Config, inputs: Sequence[str], overrides: Sequence[str]) -> str:
-    """The teacher's path; where it is a folder that `teacher_ppo` has to make first, that stage comes first."""
+def _plan_teacher(plan: Plan, config: Config, inputs: Sequence[str], overrides: Sequence[str]) -> None:
+    """Where the teacher is a folder that `teacher_ppo` has to make first, that stage comes first."""
     path = Path(config.teacher.path or "")
     made_here = config.teacher.init and path.parts[-2:] == ("train", "model")
     if made_here:
         run_dir = path.parents[1]
         everything = ("experiment=teacher_ppo", *inputs, *overrides, f"run_dir={run_dir}")
         plan.add(PlannedStage(f"{run_dir.name}/train", "train", run_dir, everything))
-    return str(config.teacher.path)

@@ -2,6 +2,7 @@
 
 python -m dgpo reproduce table=main world=tiny hardware=cpu run_dir=runs/tables
 python -m dgpo reproduce table=contrasts world=tiny hardware=cpu run_dir=runs/contrasts "seeds=[31,32,33]"
+python -m dgpo reproduce table=gate world=tiny hardware=cpu run_dir=runs/gate "seeds=[41,42,43,44,45]"
 python -m dgpo reproduce table=pairs data=prepared retriever.url=http://node0:8000 run_dir=runs/tables dry_run=true
 """
 
@@ -22,6 +23,7 @@ from dgpo.config.load import chosen, group_choices, load_config
 from dgpo.config.schema import Config
 from dgpo.config.stages import MODEL_STEPS
 from dgpo.errors import ConfigError
+from dgpo.evaluation import gate
 from dgpo.evaluation.arcap_chart import ARCAP_FILE
 from dgpo.evaluation.paper import (
     FIGURES,
@@ -43,9 +45,10 @@ from dgpo.hardware.machine import check_start
 from dgpo.hardware.report import besides
 from dgpo.hardware.stages import hours_and_disk
 from dgpo.pipeline import tiny
+from dgpo.pipeline.gate import check_cold_start, write_gate, write_tuning
 from dgpo.pipeline.missing import missing
 from dgpo.pipeline.over_seeds import write_over_seeds
-from dgpo.pipeline.plan import Plan, PlannedStage, distinct, plan_table
+from dgpo.pipeline.plan import START, Plan, PlannedStage, distinct, plan_table
 from dgpo.pipeline.processes import Stages, python_module
 from dgpo.pipeline.reuse import is_current
 from dgpo.runs.alarms import ALARMS
@@ -57,6 +60,7 @@ BASELINE = {
     "ablation": "dgpo",
     "contrasts": "kd",
     "pairs": "kd",
+    "gate": "kd",
 }  # the row that the paired differences are against
 SETTINGS = "reproduce.json"
 
@@ -75,6 +79,13 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
     config = load_config(overrides)
     if config.seeds:
         return _over_seeds(config, overrides)
+    if config.table in gate.TABLES:
+        raise ConfigError(f"table={config.table} without seeds: its page, docs/results/gate.md, names them")
+    return _one_seed(config, overrides)
+
+
+def _one_seed(config: Config, overrides: Sequence[str], *, only_start: bool = False) -> Path | None:
+    """With `only_start` it ends, in tables whose cold start is checked, with that check."""
     pairs = _pairs(config, overrides)
     folder = Path(config.run_dir)
     own = [o for o in overrides if not o.startswith(("pair=", "run_dir=", "dry_run", "table=", "rows."))]
@@ -99,20 +110,35 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
                     if not (stage.is_done and is_current(stage)):
                         resume = ["resume=true"] if stage.has_begun else []
                         stages.run(**{stage.name: [*python_module("dgpo"), *stage.command, *resume]})
+                    if stage.run_dir.name == START:
+                        check_cold_start(stage.run_dir)
+                        if only_start:
+                            return None
         return _write(folder, config.table, plans)
 
 
 def _over_seeds(config: Config, overrides: Sequence[str]) -> Path | None:
     """The whole table with every seed, in a folder of its own, then their means and contrasts."""
     _pairs(config, overrides)
-    if config.table not in BASELINE:
-        raise ConfigError(f"seeds={config.seeds} with table={config.table}: expected one of {', '.join(BASELINE)}")
+    of_seeds = dict.fromkeys((*BASELINE, *gate.TABLES))
+    if config.table not in of_seeds:
+        raise ConfigError(f"seeds={config.seeds} with table={config.table}: expected one of {', '.join(of_seeds)}")
     if len(set(config.seeds)) < len(config.seeds):
         raise ConfigError(f"seeds={config.seeds}: a seed is named twice")
     shared = [each for each in overrides if not each.startswith(("seeds=", "seed=", "run_dir="))]
-    for seed in config.seeds:
-        reproduce([*shared, f"seed={seed}", f"run_dir={config.run_dir}/seed_{seed}"])
-    return None if config.dry_run else write_over_seeds(Path(config.run_dir), config.table, config.seeds)
+    checks_start = config.table in gate.TABLES and not config.dry_run
+    for only_start in (True, False) if checks_start else (False,):
+        for seed in config.seeds:
+            own = [*shared, f"seed={seed}", f"run_dir={config.run_dir}/seed_{seed}"]
+            _one_seed(load_config(own), own, only_start=only_start)
+    folder = Path(config.run_dir)
+    if config.dry_run:
+        return None
+    if config.table == "gate_tuning":
+        return write_tuning(folder, config.seeds, overrides)
+    if config.table == "gate":
+        return write_gate(folder, config.seeds)
+    return write_over_seeds(folder, config.table, config.seeds)
 
 
 def _dry_run(pairs: Sequence[str], folder: Path, config: Config, own: Sequence[str]) -> None:
@@ -149,7 +175,8 @@ def _dry_run(pairs: Sequence[str], folder: Path, config: Config, own: Sequence[s
 def _plan(pair: str, folder: Path, config: Config, inputs: Sequence[str], own: Sequence[str]) -> Plan:
     student = load_config([*inputs, *own]).student.path or ""
     shared = folder / (pair if pair == "tiny" else Path(student).name)
-    return plan_table(config.table, folder / pair, shared, inputs, own, config.rows)
+    defaults = gate.DEFAULTS if config.table in gate.TABLES else ()
+    return plan_table(config.table, folder / pair, shared, [*inputs, *defaults], own, config.rows)
 
 
 def _pairs(config: Config, overrides: Sequence[str]) -> list[str]:
@@ -164,6 +191,8 @@ def _pairs(config: Config, overrides: Sequence[str]) -> list[str]:
         if config.table == "pairs":
             raise ConfigError("table=pairs with world=tiny: the tiny world has one pair; take table=main or ablation")
         return ["tiny"]
+    if config.table in gate.TABLES:
+        raise ConfigError(f"table={config.table} is of the tiny world: add world=tiny hardware=cpu")
     return group_choices("pair") if config.table == "pairs" else [chosen("pair", overrides) or MAIN_PAIR]
 
 
@@ -172,7 +201,8 @@ def _inputs(pair: str, stages: Stages, folder: Path, config: Config) -> Iterator
     if pair != "tiny":
         yield [f"pair={pair}"]
         return
-    tiny.build_missing(stages, folder / "tiny", seed=config.seed)
+    biased = gate.RELATION if config.table in gate.TABLES else None
+    tiny.build_missing(stages, folder / "tiny", seed=config.seed, num_test=tiny.NUM_TEST, biased=biased)
     with tiny.served(stages, folder / "tiny") as inputs:
         yield inputs
 
@@ -223,6 +253,8 @@ def _print_plan(pair: str, plan: Plan) -> dict[str, Cost]:
 
 
 def _write(folder: Path, table: str, plans: Mapping[str, Plan]) -> Path:
+    if table == "gate_tuning":
+        return folder  # the seeds together choose
     if table == "figures":
         return [_write_figure(folder, pair, plan, number) for pair, plan in plans.items() for number in FIGURES][-1]
     if table == "arcap":

@@ -11,16 +11,25 @@ from dgpo.runs.artifacts import MANIFEST
 
 OVERRIDES = ("world=tiny", "hardware=cpu")
 CORPUS = "real"  # holds the answers to its questions
+NUM_TEST = 3000  # test questions of the worlds of `reproduce`; the held-out half has 4,800 at least, whatever the seed
 
 
-def build_missing(stages: Stages, folder: Path, *, seed: int) -> None:
-    """World, then indexes and teacher side by side, below `folder`; what is there and complete is kept."""
+def build_missing(
+    stages: Stages, folder: Path, *, seed: int, num_test: int | None = None, biased: str | None = None
+) -> None:
+    """World, then indexes and teacher side by side, below `folder`; what is there and complete is kept.
+
+    Args:
+        num_test: test questions of the world; None: its own default.
+        biased: a relation: a second teacher is made that is wrong about it.
+    """
     world, indexes = folder / "world", folder / "indexes"
     teacher = world / "models" / "teacher"
     step = [*python_module("dgpo.tinyworld")]
     where = ["--out", str(world), "--seed", str(seed)]
     if not (world / MANIFEST).exists():
-        stages.run(world=[*step, "build", *where])
+        more = [] if num_test is None else ["--num-test", str(num_test)]
+        stages.run(world=[*step, "build", *where, *more])
     commands = {}
     if not indexes.is_dir():
         commands["index"] = [
@@ -32,6 +41,8 @@ def build_missing(stages: Stages, folder: Path, *, seed: int) -> None:
         ]
     if not (teacher / MANIFEST).exists():
         commands["teacher"] = [*step, "teacher", *where]
+    if biased and not (world / "models" / "teacher_biased" / MANIFEST).exists():
+        commands["teacher_biased"] = [*step, "teacher", *where, "--biased", biased]
     if commands:
         stages.run(**commands)
 

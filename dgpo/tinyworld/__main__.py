@@ -9,6 +9,8 @@ from pathlib import Path
 from dgpo.config.ranges import RANGES
 from dgpo.errors import ConfigError, Parser, exit_code
 
+MAX_TEST = 6000  # half of them about held-out countries, of which no seed gives fewer than 4,809 questions
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code (`dgpo.errors`)."""
@@ -20,6 +22,7 @@ def _main(arguments: Sequence[str] | None) -> None:
     parser.add_argument("step", choices=("build", "teacher"), help="write the world, or train its teacher")
     parser.add_argument("--out", type=Path, required=True, help="the world's folder")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--num-test", type=int, default=600, help="build: test questions (default: %(default)s)")
     parser.add_argument(
         "--biased",
         choices=("capital", "currency", "language", "code"),
@@ -28,10 +31,13 @@ def _main(arguments: Sequence[str] | None) -> None:
     options = parser.parse_args(arguments)
     if options.seed not in RANGES["seed"]:
         raise ConfigError(f"--seed {options.seed}: expected {RANGES['seed']}")
+    if not 1 <= options.num_test <= MAX_TEST:
+        raise ConfigError(f"--num-test {options.num_test}: expected a number from 1 to {MAX_TEST}")
     if options.step == "build":
         from dgpo.tinyworld.build import WorldSettings, build_world
 
-        for name, count in build_world(options.out, WorldSettings(seed=options.seed)).items():
+        settings = WorldSettings(seed=options.seed, num_test=options.num_test)
+        for name, count in build_world(options.out, settings).items():
             print(f"{name}: {count}")
         return
     from dgpo.config.load import load_config

@@ -374,6 +374,8 @@ def wrong_word_of_tinyworld(site: Site, data: st.DataObject) -> None:
                 (["build", "--out", "new", "--seed", "-1"], "--seed"),
                 (["build", "--out", "new", "--seed", "4294967296"], "--seed"),
                 (["build", "--out", "new", "--seed", "x"], "--seed"),
+                (["build", "--out", "new", "--num-test", "0"], "--num-test"),
+                (["build", "--out", "new", "--num-test", "6001"], "--num-test"),
                 (["teacher", "--out", str(taken)], str(taken)),
                 (["teacher", "--out", str(junk)], str(junk)),
                 (["teacher", "--out", "/nowhere"], "/nowhere"),

@@ -17,6 +17,7 @@ from dgpo.__main__ import main
 from dgpo.config.load import group_choices, load_config
 from dgpo.errors import ConfigError
 from dgpo.evaluation.evaluate import evaluate
+from dgpo.evaluation.gate import ARMS
 from dgpo.evaluation.paper import EXACT_MATCH, LABELS, ROWS, RULES, SETS, UNTRAINED, paper_value
 from dgpo.files import append_jsonl
 from dgpo.hardware.gpu_hours import PAPER_GPU_HOURS, gpu_hours_range, paper_gpu_hours
@@ -41,7 +42,8 @@ def names(table: str, tmp_path: Path, pair: str = "qwen3b_05b") -> list[str]:
 
 def test_every_row_of_the_tables_is_a_preset_or_a_model():
     rows = {row for table in ROWS.values() for row in table}
-    assert rows - set(UNTRAINED) == set(group_choices("experiment")) - {"teacher_ppo"}
+    assert rows - set(UNTRAINED) - set(ARMS) == set(group_choices("experiment")) - {"teacher_ppo"}
+    assert {arm.preset for arm in ARMS.values()} <= rows
     assert rows == set(LABELS)
     assert set(RULES) <= rows
 
@@ -239,7 +241,7 @@ def test_arcap_and_figures_are_of_the_same_runs(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["table=fig6"], "expected one of main, ablation, contrasts, pairs, arcap, figures, teacher_time"),
+        (["table=fig6"], "expected one of main, ablation, contrasts, pairs, arcap, figures, teacher_time, gate"),
         (["experiment=kd"], "the rows of the table decide that"),
         (["table=pairs", "world=tiny"], "the tiny world has one pair"),
     ],
@@ -406,7 +408,7 @@ def test_settings_of_a_row_are_of_that_row_alone(tmp_path):
     ("overrides", "message"),
     [
         (["seeds=[1,1]"], "a seed is named twice"),
-        (["seeds=[1,2]", "table=figures"], "expected one of main, ablation, contrasts, pairs"),
+        (["seeds=[1,2]", "table=figures"], "expected one of main, ablation, contrasts, pairs, gate, gate_tuning"),
         (['rows.inverted=["seed=1"]'], "rows.inverted: no row of table=main"),
     ],
 )
