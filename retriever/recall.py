@@ -37,7 +37,7 @@ BATCH_SIZE = 64
 SAME_SCORE = 1e-6
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Measurement:
     """One row of the report."""
 
@@ -89,24 +89,10 @@ def measure_recall(
     rows = []
     for params in search_params or [manifest.search_params]:
         index = opened(folder, replace(manifest, search_params=params), params, engine=engine)
-        _search(index, vectors[:BATCH_SIZE], topk)  # what is read for the first time is not what a server costs
-        started = time.perf_counter()
-        found = _search(index, vectors, topk)
-        batched_s = time.perf_counter() - started
-        alone = vectors[:BATCH_SIZE]
-        started = time.perf_counter()
-        for number in range(len(alone)):
-            index.search([""], topk, query_vectors=alone[number : number + 1])
-        alone_s = time.perf_counter() - started
+        found, alone_ms, batched_ms = _timed_search(index, vectors, topk)
         scores = exact_scores(vectors, found, stored)
-        rows.append(
-            Measurement(
-                search_params=params,
-                recall={str(k): recall_at(scores, expected, min(k, topk)) for k in cutoffs},
-                ms_per_query_alone=round(alone_s / len(alone) * 1e3, 3),
-                ms_per_query_in_batches=round(batched_s / len(vectors) * 1e3, 3),
-            )
-        )
+        recall = {str(k): recall_at(scores, expected, min(k, topk)) for k in cutoffs}
+        rows.append(Measurement(params, recall, alone_ms, batched_ms))
     report = {
         "index_type": manifest.index_type,
         "num_passages": manifest.num_passages,
@@ -155,6 +141,20 @@ def table(report: dict[str, Any]) -> str:
         times = f"{row['ms_per_query_alone']:11.3f}{row['ms_per_query_in_batches']:16.3f}"
         lines.append(f"{row['search_params'] or '-':{width}}{recalls}{times}")
     return "\n".join(lines)
+
+
+def _timed_search(index: DenseIndex, vectors: np.ndarray, topk: int) -> tuple[np.ndarray, float, float]:
+    """Rows found `[n, topk]`, and milliseconds per query: one at a time, and in batches."""
+    alone = vectors[:BATCH_SIZE]
+    _search(index, alone, topk)  # what is read for the first time is not what a server costs
+    started = time.perf_counter()
+    found = _search(index, vectors, topk)
+    batched_s = time.perf_counter() - started
+    started = time.perf_counter()
+    for number in range(len(alone)):
+        index.search([""], topk, query_vectors=alone[number : number + 1])
+    alone_s = time.perf_counter() - started
+    return found, round(alone_s / len(alone) * 1e3, 3), round(batched_s / len(vectors) * 1e3, 3)
 
 
 def _search(index: DenseIndex, vectors: np.ndarray, topk: int) -> np.ndarray:

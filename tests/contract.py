@@ -159,7 +159,8 @@ def definitions(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
     """What a module defines or imports, with the methods of its classes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            yield from ((alias.asname or alias.name, node) for alias in node.names)
+            for alias in node.names:
+                yield alias.asname or alias.name, ast.ImportFrom(node.module, [alias], node.level)
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name, node

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the names of the entries are checked in processes that have no use for torch
     import torch
 
+EPSILON = 1e-6  # keeps groups of equal rewards finite: their advantages are 0
 Estimate = tuple["torch.Tensor", "torch.Tensor"]  # advantages and returns, [B, T] each
 
 
@@ -60,9 +61,8 @@ def group_relative_advantages(
     *,
     response_mask: torch.Tensor,
     groups: Sequence[Hashable],
-    epsilon: float = 1e-6,
 ) -> torch.Tensor:
-    """GRPO: A = (R - mean of its group) / (standard deviation of its group + epsilon), on every policy token.
+    """GRPO: A = (R - mean of its group) / (standard deviation of its group + 1e-6), on every policy token.
 
     R is the sum of an episode's rewards, a teacher term in them included (DeepSeekMath, arXiv 2402.03300, sec. 4.1.2).
     An episode without policy tokens (its search failed) is in no mean and no deviation, and gets 0; so does an episode
@@ -72,7 +72,6 @@ def group_relative_advantages(
         token_level_rewards: [B, T], 0 off the mask.
         response_mask: [B, T] 1 on policy tokens.
         groups: B names; the episodes of one question share one.
-        epsilon: keeps groups of equal rewards finite: their advantages are 0.
 
     Returns:
         [B, T] float32, 0 off the mask.
@@ -92,7 +91,7 @@ def group_relative_advantages(
     for rows in members.values():
         if len(rows) > 1:
             group_returns = returns[rows]
-            advantages[rows] = (group_returns - group_returns.mean()) / (group_returns.std() + epsilon)
+            advantages[rows] = (group_returns - group_returns.mean()) / (group_returns.std() + EPSILON)
     return advantages[:, None] * response_mask
 
 

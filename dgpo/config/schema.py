@@ -220,6 +220,11 @@ class HardwareConfig:
         """GPUs of all nodes; the number of ranks, where there are no GPUs."""
         return self.num_nodes * self.gpus_per_node
 
+    @property
+    def num_shards(self) -> int:
+        """GPUs that hold one copy of a model that RL trains."""
+        return min(self.fsdp_size or self.num_gpus, self.num_gpus)
+
 
 @dataclass
 class CollectConfig:
@@ -487,3 +492,8 @@ class Config:
     ask: AskConfig = field(default_factory=AskConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens per GPU and forward pass where batches are packed by tokens; else room for any micro-batch."""
+        return self.hardware.max_tokens_per_gpu or self.hardware.micro_batch_size * self.episode.max_tokens

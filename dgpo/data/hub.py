@@ -58,7 +58,7 @@ class HubRevision:
         return hf_hub_url(self.repo, file.name, repo_type="dataset", revision=self.commit, endpoint=self.endpoint)
 
     def headers(self) -> dict[str, str]:
-        """Of a request: the hub's login with them."""
+        """What a request sends: these, and the hub's login."""
         from huggingface_hub.utils import build_hf_headers
 
         return {**build_hf_headers(), **UNCOMPRESSED}

@@ -65,7 +65,6 @@ def write_browser_data(
     focus: str,
     shown: Sequence[str],
     kl_notes: Mapping[str, str] | None = None,
-    max_inline_bytes: int = MAX_INLINE_BYTES,
 ) -> dict[str, Any]:
     """The block `episode-data`; writes the chunk files into `page_folder` where the episodes are too many for a page.
 
@@ -79,7 +78,7 @@ def write_browser_data(
     sets = list(dict.fromkeys(score["set"] for score in rows.values()))
     names = [model.name for model in models]
     recorded = sum(path.stat().st_size for model in models for path in model.files)
-    chunks = _Chunks(page_folder, inline=recorded <= max_inline_bytes)
+    chunks = _Chunks(page_folder, inline=recorded <= MAX_INLINE_BYTES)
     tokenizers = {model.pieces.fingerprint: model.pieces for model in models if model.pieces}
     used: dict[str, set[int]] = {fingerprint: set() for fingerprint in tokenizers}
     columns = []

@@ -27,7 +27,7 @@ PERMUTED = (
 _FILTERS = ("model", "set", "property", "outcome", "against", "searches")
 
 
-def browser_section(folder: Path, results: Mapping[str, Any] | None, *, max_inline_bytes: int) -> str:
+def browser_section(folder: Path, results: Mapping[str, Any] | None) -> str:
     """The section of the page, and its files beside the page where there are many episodes; empty without episodes."""
     models = _tested(folder, results) if results else []
     training, steps = _in_training(folder)
@@ -43,7 +43,6 @@ def browser_section(folder: Path, results: Mapping[str, Any] | None, *, max_inli
         focus=focus,
         shown=list(dict.fromkeys([*([beside] if beside else []), focus, *(m.name for m in training)])),
         kl_notes=dict.fromkeys(steps, NOT_SCORED),
-        max_inline_bytes=max_inline_bytes,
     )
     selects = "".join(f'<select id="filter-{name}" aria-label="{name}"></select>' for name in _FILTERS)
     key = "".join(

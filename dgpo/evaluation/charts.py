@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 Points = Sequence[tuple[float, float]]
+Place = Callable[[float, float], tuple[float, float]]
 
 WIDTH, HEIGHT = 520, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 34
@@ -48,15 +49,7 @@ def line_chart(
             HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * _share(y, y_ticks),
         )
 
-    parts = []
-    for tick in y_ticks:
-        _, y = place(x_ticks[0], tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in x_ticks:
-        x, _ = place(tick, y_ticks[0])
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
+    parts = _grid(x_ticks, y_ticks, place, x_label)
     for name, steps in (marks or {}).items():
         for step in steps:
             x, _ = place(step, y_ticks[0])
@@ -64,11 +57,8 @@ def line_chart(
                 f'<line class="alarm" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
                 f"<title>{escape(name)} at {step:g}</title></line>"
             )
-    legend = []
-    for number, name in enumerate(names):
-        if name not in lines and name not in dotted:
-            continue
-        colour = f"var(--line-{number % NUM_COLOURS + 1})"
+    colours = {name: colour for name, colour in _colours(names).items() if name in lines or name in dotted}
+    for name, colour in colours.items():
         parts += _line(lines.get(name, ()), colour, place)
         few = dotted.get(name, lines.get(name, ()))
         if name in dotted or len(few) == 1:
@@ -76,11 +66,7 @@ def line_chart(
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}" stroke="var(--card)" stroke-width="1.5"/>'
                 for x, y in (place(*point) for point in few)
             ]
-        legend.append(f'<span><i style="background:{colour}"></i>{escape(name)}</span>')
-    return (
-        f'<figure><figcaption>{escape(y_label)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(y_label)}">{"".join(parts)}</svg><div class="legend">{"".join(legend)}</div></figure>'
-    )
+    return f"<figure>{_drawing(y_label, parts, colours, height=HEIGHT)}"
 
 
 def radar_chart(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]], *, title: str) -> str:
@@ -97,13 +83,13 @@ def radar_chart(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]
     """
     if len(axes) < 3:
         raise ValueError(f"a radar of {len(axes)} axes is no polygon: use at least three, or a table")
-    width, height = 520, 2 * RADIUS + 90
+    height = 2 * RADIUS + 90
     known_values = [value for values in shapes.values() for value in values if value is not None]
     rim = max(0.25, math.ceil(4 * max(known_values, default=1.0)) / 4)
 
     def place(axis: int, value: float) -> tuple[float, float]:
         angle = 2 * math.pi * axis / len(axes)
-        return width / 2 + RADIUS * value * math.sin(angle), height / 2 - RADIUS * value * math.cos(angle)
+        return WIDTH / 2 + RADIUS * value * math.sin(angle), height / 2 - RADIUS * value * math.cos(angle)
 
     def polygon(places: Sequence[tuple[float, float]], attributes: str) -> str:
         return f'<polygon points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}" {attributes}/>'
@@ -114,16 +100,16 @@ def radar_chart(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]
     ]
     for axis, label in enumerate(axes):
         (x, y), (label_x, label_y) = place(axis, 1.0), place(axis, 1.12)
-        anchor = "middle" if abs(label_x - width / 2) < 1 else "start" if label_x > width / 2 else "end"
+        anchor = "middle" if abs(label_x - WIDTH / 2) < 1 else "start" if label_x > WIDTH / 2 else "end"
         parts.append(
-            f'<line class="grid" x1="{width / 2}" y1="{height / 2}" x2="{x:.1f}" y2="{y:.1f}"/>'
+            f'<line class="grid" x1="{WIDTH / 2}" y1="{height / 2}" x2="{x:.1f}" y2="{y:.1f}"/>'
             f'<text class="tick" y="{label_y - 2:.1f}" text-anchor="{anchor}">{_two_lines(label, label_x)}</text>'
         )
-    legend = []
-    for number, (name, values) in enumerate(shapes.items()):
+    colours = _colours(shapes)
+    for name, values in shapes.items():
         if len(values) != len(axes):
             raise ValueError(f"{name} has {len(values)} values for {len(axes)} axes")
-        colour = f"var(--line-{number % NUM_COLOURS + 1})"
+        colour = colours[name]
         known = [(axis, value) for axis, value in enumerate(values) if value is not None]
         places = [place(axis, value / rim) for axis, value in known]
         parts.append(polygon(places, f'fill="{colour}" fill-opacity=".1" stroke="{colour}" stroke-width="2"'))
@@ -132,13 +118,34 @@ def radar_chart(axes: Sequence[str], shapes: Mapping[str, Sequence[float | None]
             f"{value:.3f}</title></circle>"
             for (axis, value), (x, y) in zip(known, places, strict=True)
         ]
-        legend.append(f'<span><i style="background:{colour}"></i>{escape(name)}</span>')
+    drawing = _drawing(title, parts, colours, height=height, note=f" <small>rim: {rim:g}</small>")
+    return f'<figure class="radar">{drawing}'
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    return {name: f"var(--line-{number % NUM_COLOURS + 1})" for number, name in enumerate(names)}
+
+
+def _drawing(title: str, parts: Sequence[str], colours: Mapping[str, str], *, height: float, note: str = "") -> str:
+    """The inside of a figure, and its end: title, drawing and legend."""
+    legend = "".join(f'<span><i style="background:{colours[name]}"></i>{escape(name)}</span>' for name in colours)
     return (
-        f'<figure class="radar"><figcaption>{escape(title)} <small>rim: {rim:g}</small></figcaption>'
-        f'<svg viewBox="0 0 {width} {height:g}" '
-        f'role="img" aria-label="{escape(title)}">{"".join(parts)}</svg><div class="legend">{"".join(legend)}</div>'
-        "</figure>"
+        f'<figcaption>{escape(title)}{note}</figcaption><svg viewBox="0 0 {WIDTH} {height:g}" role="img" '
+        f'aria-label="{escape(title)}">{"".join(parts)}</svg><div class="legend">{legend}</div></figure>'
     )
+
+
+def _grid(x_ticks: Sequence[float], y_ticks: Sequence[float], place: Place, x_label: str) -> list[str]:
+    parts = []
+    for tick in y_ticks:
+        _, y = place(x_ticks[0], tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in x_ticks:
+        x, _ = place(tick, y_ticks[0])
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
+    return parts
 
 
 def _two_lines(label: str, x: float) -> str:
@@ -151,7 +158,7 @@ def _drawable(lines: Mapping[str, Points]) -> dict[str, Points]:
     return {name: series for name, series in finite.items() if series}
 
 
-def _line(series: Points, colour: str, place: Callable[[float, float], tuple[float, float]]) -> list[str]:
+def _line(series: Points, colour: str, place: Place) -> list[str]:
     """The line itself; a long one as its moving average, over itself in a faint colour."""
     if not series:
         return []
@@ -163,9 +170,7 @@ def _line(series: Points, colour: str, place: Callable[[float, float], tuple[flo
     return parts
 
 
-def _polyline(
-    series: Points, colour: str, place: Callable[[float, float], tuple[float, float]], *, opacity: float
-) -> str:
+def _polyline(series: Points, colour: str, place: Place, *, opacity: float) -> str:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in series))
     return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" opacity="{opacity:g}"/>'
 

@@ -20,7 +20,6 @@ from dgpo.config.load import CONFIG_DIR, changed_settings, group_choices
 from dgpo.config.schema import Config
 from dgpo.errors import ConfigError
 from dgpo.evaluation.arcap_chart import arcap_section, read_arcap
-from dgpo.evaluation.browser import MAX_INLINE_BYTES
 from dgpo.evaluation.browser_section import browser_section
 from dgpo.evaluation.charts import stage_bars
 from dgpo.evaluation.curves import curves_section, read_curves
@@ -42,13 +41,12 @@ def report(config: Config) -> None:
     print(write_report(folder, [Path(run) for run in config.report.runs]))
 
 
-def write_report(folder: Path, others: Sequence[Path] = (), *, max_inline_bytes: int = MAX_INLINE_BYTES) -> Path:
+def write_report(folder: Path, others: Sequence[Path] = ()) -> Path:
     """Writes `report.html` into a run folder that was tested or trained. Returns its path.
 
     Args:
         folder: the run.
         others: run folders whose training curves are drawn over this one's, and whose test results are listed.
-        max_inline_bytes: recorded episodes of more bytes go into files beside the page.
 
     Raises:
         FileNotFoundError: there is nothing to show in the folder, or in one of the others.
@@ -74,7 +72,7 @@ def write_report(folder: Path, others: Sequence[Path] = (), *, max_inline_bytes:
         arcap_section(arcap, pair=pair) if arcap else "",
         curves_section(curves),
         _stages(folder, summary),
-        browser_section(folder, results, max_inline_bytes=max_inline_bytes),
+        browser_section(folder, results),
         _configuration(folder, runs),
     ]
     path = folder / "report.html"

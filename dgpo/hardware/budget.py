@@ -105,10 +105,10 @@ class _TrainingGpu:
     def __init__(self, config: Config, models: Models) -> None:
         hardware = self.hardware = config.hardware
         self.models = models
-        self.shards = min(hardware.fsdp_size or hardware.num_gpus, hardware.num_gpus)
+        self.shards = hardware.num_shards
         self.value = VALUE_BYTES[hardware.dtype]
         self.precision = Precision(self.value, self.value)
-        self.tokens = hardware.max_tokens_per_gpu or hardware.micro_batch_size * config.episode.max_tokens
+        self.tokens = config.micro_batch_tokens
         self.chunk = min(self.tokens, config.train.chunk_tokens)
         self.trained = {"actor": models.student.parameters} | (
             {"critic": models.student.critic} if models.critic else {}
@@ -182,8 +182,7 @@ def _teacher_states(teacher: ModelShape, precision: Precision, tokens: int) -> f
 def _rl_host(config: Config, models: Models, trained: Mapping[str, int]) -> dict[str, float]:
     """What one node's host memory holds: frozen models always, trained ones where they are offloaded."""
     hardware = config.hardware
-    shards = min(hardware.fsdp_size or hardware.num_gpus, hardware.num_gpus)
-    share = hardware.gpus_per_node / shards  # copies of a model per node
+    share = hardware.gpus_per_node / hardware.num_shards  # copies of a model per node
     value = VALUE_BYTES[hardware.dtype]
     host: dict[str, float] = {}
     if models.teacher is not None:

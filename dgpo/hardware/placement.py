@@ -25,7 +25,7 @@ def place(config: Config, stage: str) -> Placement:
     size = hardware.engine.tensor_parallel_size
     engines = [list(range(start, start + size)) for start in range(0, world - size + 1, size)]
     if stage == "train":
-        shards = min(hardware.fsdp_size or world, world)
+        shards = hardware.num_shards
         return Placement(hardware.num_nodes, hardware.gpus_per_node, engines, shards, world // shards)
     if stage == "distill":
         shards = world if config.distill.sharding == "full" else 1

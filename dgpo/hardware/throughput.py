@@ -118,27 +118,23 @@ def pass_s(config: Config, gpu: Gpu, shape: ModelShape, *, tokens: float, traini
     Training is a forward pass and a backward pass of twice its arithmetic; checkpointing makes the forward pass again.
     """
     hardware = config.hardware
-    world = hardware.num_gpus
-    per_gpu = tokens / world
+    per_gpu = tokens / hardware.num_gpus
     passes = (4 if hardware.gradient_checkpointing else 3) if training else 1
     utilisation = TRAIN_UTILISATION if training else PREFILL_UTILISATION
     compute = passes * per_gpu * operations_per_token(shape, average_episode(config).tokens)
-    micro = hardware.max_tokens_per_gpu or hardware.micro_batch_size * config.episode.max_tokens
-    num_micro = max(1.0, per_gpu / micro)
-    moved = num_micro * gather_s(config, gpu, shape, training=training)
+    moved = max(1.0, per_gpu / config.micro_batch_tokens) * gather_s(config, gpu, shape, training=training)
     return max(compute / (gpu.flops * utilisation), moved)
 
 
 def gather_s(config: Config, gpu: Gpu, shape: ModelShape, *, training: bool) -> float:
     """FSDP's traffic of one micro-batch: weights gathered (twice in training), gradients reduced in float32."""
     hardware = config.hardware
-    world = hardware.num_gpus
-    shards = min(hardware.fsdp_size or world, world)
+    shards = hardware.num_shards
     value = VALUE_BYTES[hardware.dtype]
     weights, gradients = value * shape.parameters * (2 if training else 1), FLOAT32 * shape.parameters * training
     link = (gpu.link if shards <= hardware.gpus_per_node else gpu.network) * LINK_UTILISATION
     seconds = (weights + gradients) * (shards - 1) / shards / link
-    if training and world > shards:  # gradients of the shards, between copies of the model
+    if training and hardware.num_gpus > shards:  # gradients of the shards, between copies of the model
         across = gpu.network if hardware.num_nodes > 1 else gpu.link
         seconds += 2 * FLOAT32 * shape.parameters / shards / (across * LINK_UTILISATION)
     return seconds
@@ -149,8 +145,7 @@ def offload_s(config: Config, gpu: Gpu, shape: ModelShape, *, training: bool) ->
     hardware = config.hardware
     if hardware.offload == "none":
         return 0.0
-    world = hardware.num_gpus
-    own = shape.parameters / min(hardware.fsdp_size or world, world)
+    own = shape.parameters / hardware.num_shards
     moved = 2 * FLOAT32 * own * (3 if training else 1) / gpu.host_link
     if hardware.offload == "full" and training:
         train = config.train

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import yaml
 from dgpo.agent.protocol import SEARCH_R1_PROMPT, TEMPLATE_VARIABLES
 from dgpo.algorithms.advantages import ALGORITHMS
 from dgpo.algorithms.selective_kl import GATES, TEACHER_FORMS
+from dgpo.config.model_files import is_hub_name
 from dgpo.data.rows import read_rows, row_question
 from dgpo.errors import DataError
 from dgpo.models.licences import HUB_LICENCES, inherited, licence_of
@@ -21,7 +21,6 @@ from dgpo.runs.identity import model_identity
 from dgpo.runs.summary import protocol_note, read_results
 
 PAPER = "https://arxiv.org/abs/2508.20324"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(run: Path, stage: str, manifest: Mapping[str, Any], *, name: str, dtype: str) -> str:
@@ -91,7 +90,7 @@ def _metadata(student: str, teachers: Sequence[str]) -> str:
         "language": ["en"],
         "tags": ["dgpo", "search-agent", "question-answering", "reinforcement-learning"],
     }
-    if _is_hub_name(student):
+    if is_hub_name(student):
         data |= {"base_model": student, "base_model_relation": "finetune"}
     # One word only where student and teachers share it; the section on licences says the rest.
     stated = {licence_of(name) for name in (student, *teachers)}
@@ -239,10 +238,6 @@ def _table(facts: Mapping[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())])
 
 
-def _is_hub_name(model: str) -> bool:
-    return bool(_HUB_NAME.fullmatch(model)) and not Path(model).exists()
-
-
 def _shown(model: str) -> str:
     """A hub name as it is; of a path, its last parts: where it was on this machine is no one's business."""
-    return model if _is_hub_name(model) else "/".join(Path(model).parts[-2:])
+    return model if is_hub_name(model) else "/".join(Path(model).parts[-2:])

@@ -232,7 +232,7 @@ class Cost:
         return cls(*map(sum, zip(*map(astuple, costs), strict=True)))
 
     def cells(self) -> list[str]:
-        """Of the table; nothing where it is not known, or is little."""
+        """The cells of its row: a dash for hours that are not known, nothing for little disk."""
         hours = [f"{value:.1f}" if value else "-" for value in (self.counted, self.paper, self.hours)]
         return [*hours, f"{self.disk / 1e9:.1f}" if self.disk else ""]
 

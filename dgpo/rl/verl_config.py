@@ -124,7 +124,7 @@ def _rollout(config: Config, agent_loop_path: str) -> dict[str, Any]:
         "max_model_len": config.episode.max_tokens,
         "log_prob_micro_batch_size_per_gpu": hardware.micro_batch_size,
         "log_prob_use_dynamic_bsz": hardware.max_tokens_per_gpu is not None,
-        "log_prob_max_token_len_per_gpu": _max_tokens(config),
+        "log_prob_max_token_len_per_gpu": config.micro_batch_tokens,
         "skip_tokenizer_init": False,  # stop strings are found in detokenised text
         "agent.num_workers": hardware.num_agent_workers * hardware.num_nodes,
         "agent.default_agent_loop": AGENT_NAME,
@@ -181,7 +181,7 @@ def _actor(config: Config) -> dict[str, Any]:
         "ppo_mini_batch_size": train.batch_size,  # in questions; the worker makes the updates, of so many episodes
         "ppo_micro_batch_size_per_gpu": hardware.micro_batch_size,
         "use_dynamic_bsz": hardware.max_tokens_per_gpu is not None,
-        "ppo_max_token_len_per_gpu": _max_tokens(config),
+        "ppo_max_token_len_per_gpu": config.micro_batch_tokens,
         "use_kl_loss": _has_kl_loss(config),
         "kl_loss_coef": train.init_kl_coef,
         "kl_loss_type": "low_var_kl",
@@ -201,7 +201,7 @@ def _actor(config: Config) -> dict[str, Any]:
         "log_prob_micro_batch_size_per_gpu": hardware.micro_batch_size,
         # By tokens: the number of episodes that the teacher scores divides by nothing in particular.
         "log_prob_use_dynamic_bsz": True,
-        "log_prob_max_token_len_per_gpu": _max_tokens(config),
+        "log_prob_max_token_len_per_gpu": config.micro_batch_tokens,
         **_engine(config, "fsdp_config", frozen=True),
     }
     return {f"actor_rollout_ref.actor.{k}": v for k, v in actor.items()} | {
@@ -230,8 +230,8 @@ def _critic(config: Config) -> dict[str, Any]:
         "ppo_mini_batch_size": train.mini_batch_size // train.samples_per_question,  # in questions
         "ppo_micro_batch_size_per_gpu": hardware.micro_batch_size,
         "use_dynamic_bsz": hardware.max_tokens_per_gpu is not None,
-        "ppo_max_token_len_per_gpu": _max_tokens(config),
-        "ppo_infer_max_token_len_per_gpu": _max_tokens(config),  # veRL trains the critic by this one too
+        "ppo_max_token_len_per_gpu": config.micro_batch_tokens,
+        "ppo_infer_max_token_len_per_gpu": config.micro_batch_tokens,  # veRL trains the critic by this one too
         "cliprange_value": train.value_clip,
         "grad_clip": train.max_grad_norm,
         **_optimizer(train, train.critic_learning_rate, train.critic_warmup_steps),
@@ -279,8 +279,3 @@ def _trainer(config: Config, folder: Path, checkpoint: Path | None) -> dict[str,
         "transfer_queue.enable": True,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": hardware.num_storage_units,
     }
-
-
-def _max_tokens(config: Config) -> int:
-    """Tokens per GPU and forward where batches are packed by tokens; room for any micro-batch where they are not."""
-    return config.hardware.max_tokens_per_gpu or config.hardware.micro_batch_size * config.episode.max_tokens

@@ -34,7 +34,6 @@ from typing import Any
 
 from evaluation import served
 from lock_step import run_lock_step
-from simulated_engine import query_latency_s
 
 from dgpo.agent.episode import EpisodeLimits, Search, run_episode
 from dgpo.agent.protocol import STOP_STRINGS
@@ -352,6 +351,11 @@ class DelayedClient(SearchClient):
         slowest_s = max(query_latency_s(query, self.low, self.high) for query in queries)
         found, _ = await asyncio.gather(super().retrieve(queries, topk, corpus, began=began), asyncio.sleep(slowest_s))
         return found
+
+
+def query_latency_s(query: str, low_ms: float, high_ms: float) -> float:
+    """Uniform between the bounds, and the same for the same query."""
+    return (low_ms + (high_ms - low_ms) * derive_seed("latency", query) / 2**31) / 1000
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def page(tmp_path_factory: pytest.TempPathFactory, episodes: list[Episode]) -> P
 @pytest.fixture(scope="module")
 def paged(tmp_path_factory: pytest.TempPathFactory, episodes: list[Episode]) -> Path:
     """The same episodes in files beside the page."""
-    return write_report(write_run(tmp_path_factory.mktemp("runs") / "paged", episodes), max_inline_bytes=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dgpo.evaluation.browser.MAX_INLINE_BYTES", 0)
+        return write_report(write_run(tmp_path_factory.mktemp("runs") / "paged", episodes))
 
 
 def count(browser: Chromium) -> int:

@@ -113,10 +113,12 @@ def test_many_episodes_go_into_files_that_replace_those_of_the_last_report(tmp_p
     folder = tmp_path / "report_episodes"
     folder.mkdir()
     (folder / "0-9.js").write_text("of an older report")
-    data = write([model], tmp_path, max_inline_bytes=10)
+    monkeypatch.setattr(browser, "MAX_INLINE_BYTES", 10)
+    data = write([model], tmp_path)
     assert (data["folder"], data["chunks"]) == ("report_episodes", {})
     assert sorted(path.name for path in folder.iterdir()) == ["0-0.js", "0-1.js", "0-2.js"]
     assert (folder / "0-2.js").read_text().startswith('receiveEpisodes("0-2",{"4":{"ids":[0,1,0,0,0,4]')
+    monkeypatch.setattr(browser, "MAX_INLINE_BYTES", 10**6)
     assert write([model], tmp_path)["folder"] is None
     assert not folder.exists()
 

@@ -58,3 +58,11 @@ def test_each_change_is_one_line(tmp_path, monkeypatch):
         "verl/a.py: signed (called by us): signature (x, y), was (x)",
         "verl/a.py: gone (called by us) is gone",
     ]
+
+
+def test_an_imported_name_is_unchanged_where_others_come_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(contract, "NAMES", {"verl": {"a.py": {"patched by us": "kept"}}})
+    (tmp_path / "a.py").write_text("from verl.b import kept")
+    before = contract.read("verl", tmp_path)
+    (tmp_path / "a.py").write_text("from verl.b import another, kept")
+    assert contract.differences("verl", before, contract.read("verl", tmp_path)) == []

@@ -117,7 +117,7 @@ def test_the_sample_is_half_failed_half_correct_and_prefers_what_the_teacher_sco
 def test_the_report_shows_the_sample_with_its_log_probs(batch, tmp_path):
     batch(10)
     batch(1)
-    section = browser_section(tmp_path, None, max_inline_bytes=10**9)
+    section = browser_section(tmp_path, None)
     data = json.loads(section.split('id="episode-data">')[1].split("</script>")[0])
     assert data["models"] == ["in training"]
     assert data["sets"] == ["training, step 1", "training, step 10"]

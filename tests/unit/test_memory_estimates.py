@@ -1,8 +1,6 @@
-"""The memory estimates of dgpo/hardware against measurements, on the CPU: estimate, measured, ratio.
+"""The memory estimates of dgpo/hardware against measurements on the CPU: equal, or within 15% of a measured peak.
 
-    python scripts/bench/memory_estimate.py [--only states activations]
-
-Fails when an estimate is further than 15% from its measurement, or an exact one differs at all.
+    python -m pytest tests/unit/test_memory_estimates.py -m "slow or not slow" -rP   # with estimate, measured, ratio
 
 Models of the Llama family, small enough to run, are measured with real tensors: what a forward pass keeps for its
 backward pass (`saved_tensors_hooks`), and the most bytes of tensors that live at once in a training micro-batch with
@@ -13,15 +11,14 @@ group of that kind): a model of any size, the very operations, no memory. KV-cac
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -41,7 +38,6 @@ from dgpo.hardware.memory import Precision, kv_bytes_per_token, saved_activation
 from dgpo.hardware.shapes import ModelShape, shape_from_config
 
 TOLERANCE = 1.15
-EXACT = ("parameters", "states", "activations", "kv_cache")
 VALUE_BYTES = {torch.float32: 4, torch.bfloat16: 2}
 
 
@@ -382,31 +378,41 @@ def kv_cache() -> Iterator[Row]:
         yield Row(f"KV cache per token, {name}", kv_bytes_per_token(shape, value=2), measured)
 
 
-SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
-    "parameters": parameters,
-    "states": states,
-    "activations": activations,
-    "training": training,
-    "sharded": sharded,
-    "kv_cache": kv_cache,
-}
+def show(rows: Iterable[Row]) -> list[Row]:
+    """The rows, which are printed as they come."""
+    shown = []
+    for row in rows:
+        print(f"{row.what:44} {row.estimate:16,.0f} {row.measured:16,.0f} {row.ratio:6.3f}", flush=True)
+        shown.append(row)
+    return shown
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"{'':44} {'estimate':>16} {'measured':>16} {'ratio':>6}")
-    num_wrong = 0
-    for section in options.only:
-        for row in SECTIONS[section]():
-            wrong = row.estimate != row.measured if section in EXACT else max(row.ratio, 1 / row.ratio) > TOLERANCE
-            num_wrong += wrong
-            mark = "  <- wrong" * wrong
-            print(f"{row.what:44} {row.estimate:16,.0f} {row.measured:16,.0f} {row.ratio:6.3f}{mark}", flush=True)
-    return int(num_wrong > 0)
+def test_weights_gradients_and_optimiser_are_those_of_a_real_step():
+    assert all(row.estimate == row.measured for row in show(states()))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+@pytest.mark.parametrize("tokens", [64, pytest.param(512, marks=pytest.mark.slow)])
+def test_saved_activations_are_those_of_a_real_forward_pass(tokens):
+    rows = show(activations(tokens=tokens))
+    assert len(rows) == 8
+    assert all(row.estimate == row.measured for row in rows), rows
+
+
+@pytest.mark.parametrize(
+    "names", [("qwen2.5-0.5b", "llama-3.1-8b"), pytest.param(tuple(KNOWN_MODELS), marks=pytest.mark.slow)]
+)
+def test_parameters_are_those_of_the_real_models(names):
+    rows = show(parameters(names))
+    assert len(rows) == 2 * len(names)
+    assert all(row.estimate == row.measured for row in rows), rows
+
+
+@pytest.mark.slow
+def test_a_token_takes_as_much_of_the_kv_cache_as_vllm_says():
+    assert all(row.estimate == row.measured for row in show(kv_cache()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("measure", [training, sharded])
+def test_the_peak_of_an_update_is_estimated_within_15_percent(measure):
+    assert all(1 / TOLERANCE < row.ratio < TOLERANCE for row in show(measure()))
