@@ -33,7 +33,7 @@ from dgpo.errors import ConfigError
 from dgpo.hardware.dry_run import print_dry_run
 from dgpo.pipeline.processes import Stages, retrieval_server
 
-_OVERRIDE = re.compile(r"[+~]*[\w.]+=")
+_OVERRIDE = re.compile(r"[+~]*[\w.-]+=")
 
 
 def ask(arguments: Sequence[str]) -> None:

@@ -7,7 +7,17 @@ yet: what an earlier stage of the experiment will write, and hub models where th
 from dgpo.checks.ask import check_ask
 from dgpo.checks.collect import check_collect
 from dgpo.checks.distill import check_distill
+from dgpo.checks.settings import check_named, check_pipeline, check_settings
 from dgpo.checks.test import check_test
 from dgpo.checks.train import check_train
 
-__all__ = ["check_ask", "check_collect", "check_distill", "check_test", "check_train"]
+__all__ = [
+    "check_ask",
+    "check_collect",
+    "check_distill",
+    "check_named",
+    "check_pipeline",
+    "check_settings",
+    "check_test",
+    "check_train",
+]

@@ -14,7 +14,7 @@ from dgpo.hardware.machine import check_start
 
 def check_ask(config: Config) -> None:
     """What `ask` needs: a checkpoint, room for an episode, a prompt with a place for the question, a retriever."""
-    check_values(config, "hardware", "episode")
+    check_values(config, "hardware", "episode", "ask")
     check_start(config, "ask")
     check_engine(config)
     ask = config.ask

@@ -9,7 +9,7 @@ from pathlib import Path
 from dgpo.agent.search import is_address, open_direct, read_token
 from dgpo.checks.files import check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model
-from dgpo.checks.prompts import check_prompts
+from dgpo.checks.prompts import PromptReader, check_prompts
 from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_values
 from dgpo.config.schema import Config
@@ -26,9 +26,8 @@ SERVER_TIMEOUT_S = 10.0
 def check_collect(config: Config) -> list[str]:
     """What collection needs: the teacher, questions, a retriever that knows their corpora, lengths, a free folder."""
     notes: list[str] = []
-    check_values(config, "hardware", "episode", "collect")
+    check_collect_settings(config)
     check_start(config, "collect")
-    check_engine(config)
     check_stage_folder(config, "collect")
     key, model = writer(config)
     if config.collect.source == "transcripts":
@@ -37,7 +36,8 @@ def check_collect(config: Config) -> list[str]:
             raise ConfigError(f"data.collect_file={config.data.collect_file}: name a jsonl file of transcripts")
         for _ in read_answered(file, BadLines(config.prepare.max_bad_lines)):
             pass
-        check_model(config, model, key=key, notes=notes)
+        if check_model(config, model, key=key, notes=notes):
+            PromptReader(model, key=key, trust_remote_code=config.student.trust_remote_code).check_template()
         return notes
     rows = check_rows(config, config.data.collect_file, key="data.collect_file", notes=notes, named=True)
     if check_model(config, model, key=key, notes=notes):
@@ -48,13 +48,19 @@ def check_collect(config: Config) -> list[str]:
         )
     if config.teacher.url and config.collect.source == "teacher":
         served_model(config)
+    check_retriever(config, rows, notes)
+    return notes
+
+
+def check_collect_settings(config: Config) -> None:
+    """What needs no file to be told."""
+    check_values(config, "hardware", "episode", "collect")
+    check_engine(config)
     if config.collect.samples_per_question > 1 and config.collect.temperature <= 0:
         raise ConfigError(
             f"collect.samples_per_question={config.collect.samples_per_question} with collect.temperature=0 samples "
             "the same episode again: set a temperature above 0"
         )
-    check_retriever(config, rows, notes)
-    return notes
 
 
 def served_model(config: Config) -> str:

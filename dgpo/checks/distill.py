@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dgpo.checks.files import check_collection, check_rows, check_stage_folder
 from dgpo.checks.models import check_lengths, check_model, check_teacher
+from dgpo.checks.prompts import check_tokens
 from dgpo.checks.search import check_retriever
 from dgpo.checks.values import check_betas, check_values
 from dgpo.config.methods import has_teacher
 from dgpo.config.schema import Config
-from dgpo.config.stages import initial_model
+from dgpo.config.stages import collection, initial_model
+from dgpo.data.rows import row_id
 from dgpo.errors import ConfigError
 from dgpo.hardware.machine import check_start
 
@@ -16,33 +18,40 @@ from dgpo.hardware.machine import check_start
 def check_distill(config: Config) -> list[str]:
     """What the cold start needs: collected episodes, a student, a different teacher that shares its tokenizer."""
     notes: list[str] = []
-    check_values(config, "hardware", "distill")
+    check_distill_settings(config)
     check_start(config, "distill")
     check_stage_folder(config, "distill")
     settings = config.distill
-    _check_distill_values(config)
     key, student = initial_model(config, "distill")
     there = check_model(config, student, key=key, notes=notes)
     if has_teacher(config, "distill"):
         check_teacher(config, key, student if there else None, notes)
-    check_collection(config, notes)
+    episode = check_collection(config, notes)
+    if episode and there:
+        check_tokens(student, episode, key=key, source=str(collection(config)))
     if settings.demonstrations != "agent":
-        if has_teacher(config, "distill"):
+        rows = check_rows(config, config.data.collect_file, key="data.collect_file", notes=notes)
+        if episode and rows and episode.episode_id.partition("#")[0] not in map(row_id, rows):
             raise ConfigError(
-                f"distill.demonstrations={settings.demonstrations} with distill.loss={settings.loss}: the teacher "
-                "never saw such a prompt, so only its tokens are learned; set distill.loss=seqkd"
+                f"data.collect_file={config.data.collect_file} is not what {collection(config)} was collected from: it "
+                f"has no question {episode.episode_id!r}; name that file"
             )
-        check_rows(config, config.data.collect_file, key="data.collect_file", notes=notes)
     if settings.loss == "distillm":
-        check_values(config, "episode")
         if there:
             check_lengths(config, key, student)
         check_retriever(config, [], notes)
     return notes
 
 
-def _check_distill_values(config: Config) -> None:
+def check_distill_settings(config: Config) -> None:
+    """What needs no file to be told."""
     settings, hardware = config.distill, config.hardware
+    check_values(config, "hardware", "distill", *(["episode"] if settings.loss == "distillm" else []))
+    if settings.demonstrations != "agent" and has_teacher(config, "distill"):
+        raise ConfigError(
+            f"distill.demonstrations={settings.demonstrations} with distill.loss={settings.loss}: the teacher never "
+            "saw such a prompt, so only its tokens are learned; set distill.loss=seqkd"
+        )
     check_betas("distill.adam_betas", settings.adam_betas)
     if settings.taid.t_start > settings.taid.t_end:
         raise ConfigError(

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dgpo.agent.trajectory import Trajectory, read_trajectories
 from dgpo.config.schema import Config
 from dgpo.config.stages import collection
 from dgpo.data.rows import check_ids, read_rows
@@ -56,14 +57,17 @@ def check_rows(
         raise ConfigError(f"{key}: {error}") from None
 
 
-def check_collection(config: Config, notes: list[str]) -> None:
+def check_collection(config: Config, notes: list[str]) -> Trajectory | None:
+    """The first of the collected episodes; None, and a note, where they are still to be collected."""
     folder = collection(config)
     episodes = folder / "episodes.jsonl"
     if not episodes.is_file():
-        if config.dry_run and ("collect" in config.stages or config.dry_run.assume):
+        planned = "collect" in config.stages and not config.distill.episodes
+        if config.dry_run and (planned or config.dry_run.assume):
             notes.append(f"{episodes}: will be written by collect")
-            return
+            return None
         raise ConfigError(f"{episodes} does not exist: run `python -m dgpo collect` with this run_dir first")
     read_manifest(folder, stage="collect")
     if not episodes.stat().st_size:
         raise ConfigError(f"{episodes} is empty: the teacher answered no question; see {folder / 'manifest.json'}")
+    return next(read_trajectories(episodes))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dgpo.agent.protocol import TEMPLATE_VARIABLES, build_messages, encode_prompt
+from dgpo.agent.trajectory import Trajectory
 from dgpo.config.model_files import chat_template, model_file, read_json
 from dgpo.config.schema import Config, ModelConfig
 from dgpo.errors import ConfigError, one_line
@@ -33,14 +35,7 @@ class PromptReader:
         if file is None:
             self._render, self._count = _of_transformers(model, self.name, trust_remote_code)
             return
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing more special
-            raise ConfigError(
-                f"{self.name}: tokenizer.json cannot be read ({error}); save the tokenizer again"
-            ) from None
+        tokenizer = _tokenizer(file, self.name)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._render = _renderer(model, key, self.name)
@@ -98,6 +93,34 @@ def check_prompts(
     reader = PromptReader(model, key=key, trust_remote_code=loaded_as.trust_remote_code)
     reader.check_template()
     reader.check_lengths(rows, source=source, limit=config.episode.max_prompt_tokens)
+
+
+def check_tokens(model: str, episode: Trajectory, *, key: str, source: str) -> None:
+    """Raises `ConfigError` where an episode's token ids are not, to this model's tokenizer, what was played.
+
+    Args:
+        source: where the episode is from, for the message.
+    """
+    file = model_file(model, "tokenizer.json", key=key)
+    if file is None:
+        return
+    tokenizer = _tokenizer(file, f"{key}={model}")
+    for turn in episode.turns:
+        text = tokenizer.decode(episode.response_ids[turn.start : turn.end], skip_special_tokens=False)
+        if "".join(turn.content.split()) not in "".join(text.split()):
+            raise ConfigError(
+                f"{key}={model}: the episodes in {source} are of another tokenizer, to which {text!r} was "
+                f"{turn.content!r}; collect again with a teacher of the student's family"
+            )
+
+
+def _tokenizer(file: Path, name: str) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more special
+        raise ConfigError(f"{name}: tokenizer.json cannot be read ({error}); save the tokenizer again") from None
 
 
 def _renderer(model: str, key: str, name: str) -> Callable[[Messages], str]:

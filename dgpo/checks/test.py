@@ -25,15 +25,13 @@ LOGGERS = ("console", "tensorboard", "wandb")
 def check_test(config: Config, stage: str = "test") -> list[str]:
     """What evaluation (`test`, or `arcap`) needs: checkpoints, test sets, lengths, a retriever, a free folder."""
     notes: list[str] = []
-    check_values(config, "hardware", "episode", "test")
+    check_test_settings(config)
     check_start(config, stage)
-    check_engine(config)
     check_stage_folder(config, stage)
     if not config.test.models:
         raise ConfigError("test.models is empty: name checkpoints, e.g. test.models.dgpo=runs/dgpo/train/model")
     if not config.data.test_files and not config.dry_run.assume:
         raise ConfigError("data.test_files is empty: name test sets, e.g. data.test_files.nq=data/nq_test.parquet")
-    _check_test_values(config)
     if stage == "arcap" and set(config.test.modes.values()) - {"agent"}:
         raise ConfigError(f"test.modes={config.test.modes}: ARCap is of agents, a baseline searches once or never")
     readers: dict[str, PromptReader] = {}
@@ -65,7 +63,10 @@ def _as_asked(rows: Sequence[Mapping[str, Any]], mode: Mode) -> list[dict[str, A
     return [{**row, "prompt": mode_messages(mode, row_question(row), row["prompt"])} for row in rows]
 
 
-def _check_test_values(config: Config) -> None:
+def check_test_settings(config: Config) -> None:
+    """What needs no file to be told; models and sets may still be named by whoever starts the stage."""
+    check_values(config, "hardware", "episode", "test")
+    check_engine(config)
     test = config.test
     for key, names in (("test.models", test.models), ("data.test_files", config.data.test_files)):
         for name in names:

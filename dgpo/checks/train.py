@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import netrc
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dgpo.agent.plugins import load_reward
 from dgpo.checks.files import check_rows, check_stage_folder
@@ -40,6 +39,10 @@ REPLACED = {  # raw key of veRL -> what to do
     "algorithm.adv_estimator": "set train.algorithm, or add an entry to ALGORITHMS (docs/extending.md)",
     "algorithm.use_pf_ppo": "add an entry to ALGORITHMS (docs/extending.md)",
     "trainer.total_epochs": "set train.num_steps",
+    "trainer.total_training_steps": "set train.num_steps",
+    "trainer.logger": "set train.loggers",
+    "data.train_batch_size": "set train.batch_size",
+    "actor_rollout_ref.rollout.n": "set train.samples_per_question",
     "trainer.v1.trainer_mode": "the synchronous trainer is the only one",
     "actor_rollout_ref.model.lora_rank": "RL trains all weights, and the critic of PPO has no adapters; "
     "distill.lora_rank is the cold start's (docs/hardware.md)",
@@ -51,17 +54,10 @@ REPLACED = {  # raw key of veRL -> what to do
 def check_train(config: Config) -> list[str]:
     """What RL needs, before Ray starts: models that match, questions, batches that divide, lengths, a retriever."""
     notes: list[str] = []
-    check_values(config, "hardware", "episode", "train")
+    check_train_settings(config)
+    check_loggers(config)
     check_start(config, "train")
     check_stage_folder(config, "train")
-    _check_updates(config)
-    if config.train.reward:
-        load_reward(config.train.reward)
-    _check_loggers(config.train.loggers)
-    _check_raw_keys(config)
-    conflict = rl_conflict(config)
-    if conflict:
-        raise ConfigError(conflict)
     train = config.train
     rows = check_rows(config, config.data.train_file, key="data.train_file", notes=notes)
     if rows and len(rows) < train.batch_size:
@@ -85,16 +81,31 @@ def check_train(config: Config) -> list[str]:
             key, student = "student.path", config.student.path
             there = check_model(config, student, key=key, notes=notes)
         check_teacher(config, key, student if there else None, notes)
-    check_engine(config)
-    check_training(config)
     check_retriever(config, [*rows, *validation], notes)
     return notes
 
 
-def _check_loggers(loggers: Sequence[str]) -> None:
-    for logger in loggers:
+def check_train_settings(config: Config) -> None:
+    """What needs no file to be told."""
+    check_values(config, "hardware", "episode", "train")
+    _check_updates(config)
+    if config.train.reward:
+        load_reward(config.train.reward)
+    for logger in config.train.loggers:
         if logger not in LOGGERS:
             raise ConfigError(f"train.loggers: unknown logger {logger!r}: {nearest(logger, LOGGERS)}")
+    _check_raw_keys(config)
+    conflict = rl_conflict(config)
+    if conflict:
+        raise ConfigError(conflict)
+    check_engine(config)
+    check_training(config)
+
+
+def check_loggers(config: Config) -> None:
+    """That the packages of the loggers are installed where the command runs, and what they need to log in."""
+    loggers = config.train.loggers
+    for logger in loggers:
         module = LOGGERS[logger]
         if module and importlib.util.find_spec(module) is None:
             raise ConfigError(f"train.loggers={list(loggers)}: {module} is not installed: install it, or leave it out")
@@ -139,11 +150,27 @@ def _verl_tree() -> DictConfig:
 def _check_known(given: DictConfig, known: DictConfig, prefix: str) -> None:
     """What veRL leaves empty takes any key: arguments that it passes on."""
     for name in map(str, given):
-        if name not in known:
+        if name not in map(str, known):  # `in known` says no of what veRL leaves to be set
             raise ConfigError(f"hardware.verl.{prefix}{name}: veRL has no such key: {nearest(name, map(str, known))}")
         inside, there = given._get_node(name), known._get_node(name)
-        if isinstance(inside, DictConfig) and isinstance(there, DictConfig) and len(there):
+        if isinstance(there, DictConfig) and len(there):
+            if not isinstance(inside, DictConfig):
+                raise ConfigError(f"hardware.verl.{prefix}{name}={given[name]}: veRL has a section of settings there")
             _check_known(inside, there, f"{prefix}{name}.")
+        elif (kind := _kind(known, name)) and given[name] is not None and not isinstance(given[name], kind):
+            raise ConfigError(
+                f"hardware.verl.{prefix}{name}={given[name]}: veRL has {known[name]} there; expected the same kind"
+            )
+
+
+def _kind(known: DictConfig, name: str) -> type | tuple[type, ...] | None:
+    """What a value may be by veRL's own; None where that leaves it open, as a null and a text do."""
+    value = None if OmegaConf.is_missing(known, name) or OmegaConf.is_interpolation(known, name) else known[name]
+    if isinstance(value, bool):
+        return bool
+    if isinstance(value, int | float):
+        return (int, float)
+    return ListConfig if isinstance(value, ListConfig) else None
 
 
 def _check_updates(config: Config) -> None:

@@ -30,6 +30,7 @@ CHOICES: dict[str, Collection[str]] = {
     "distill.demonstrations": tuple(MODES),
     "distill.student_episodes.watched": ("cross_entropy", "loss"),
     "test.compat": ("none", "upstream"),
+    "ask.mode": tuple(MODES),
 }
 
 
@@ -45,6 +46,10 @@ def check_values(config: Config, *sections: str) -> None:
             value = getattr(value, name)
         if section in sections and value not in choices:
             raise ConfigError(f"{key}={value}: expected one of {', '.join(choices)}")
+    if (config.hardware.platform, config.hardware.attention) == ("cpu", "flash_attention_2"):
+        raise ConfigError("hardware.attention=flash_attention_2 with hardware.platform=cpu: it is of GPUs; set sdpa")
+    if config.retriever.backend_options and not config.retriever.backend:
+        raise ConfigError("retriever.backend_options are read with retriever.backend alone: set it, or leave them out")
     if "episode" in sections:
         _check_episode(config)
 

@@ -28,7 +28,7 @@ from dgpo.coldstart.student_episodes import StudentEpisodes
 from dgpo.coldstart.trainer import DistillationTrainer
 from dgpo.config.schema import DistillConfig, HardwareConfig
 from dgpo.config.stages import MODEL_STEPS
-from dgpo.errors import StoppedOnRequestError
+from dgpo.errors import ConfigError, StoppedOnRequestError
 from dgpo.files import atomic_write_text
 from dgpo.models.model_folders import write_generation_config
 from dgpo.runs.checkpoints import newest_whole, set_aside_later
@@ -71,7 +71,7 @@ def train_on_examples(
 
     Raises:
         ValueError: unknown loss, missing teacher, or no examples.
-        ConfigError: resuming `distillm` with another number of ranks.
+        ConfigError: resuming `distillm` with another number of ranks, or without an episode to hold out.
         DgpoError: the loss or its gradient is not finite.
         StoppedOnRequestError: on a signal (`dgpo.runs.stopping`); the step in progress was finished and saved.
     """
@@ -170,7 +170,7 @@ def _check_held_out(
     settings: DistillConfig, examples: Sequence[TrainingExample], held_out: Sequence[TrainingExample]
 ) -> None:
     if settings.loss == "distillm" and not held_out:
-        raise ValueError(
+        raise ConfigError(
             f"distill.loss=distillm needs held-out episodes, and distill.held_out_share={settings.held_out_share} of "
             f"{len(examples)} episodes gives none: raise it"
         )

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dgpo.config.overrides import free_mappings, readable
 from dgpo.config.ranges import number_problems
 from dgpo.config.schema import Config
-from dgpo.errors import ConfigError, one_line
+from dgpo.errors import ConfigError, first_line, one_line
 
 GROUPS = ("world", "hardware", "recipe", "data", "pair", "experiment")
 FREE_MAPPINGS = free_mappings()
@@ -56,9 +56,10 @@ def _from_file() -> list[str]:
     if not path:
         return []
     try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines()]
-    except OSError as error:
-        raise ConfigError(f"{OVERRIDES_FILE}={path} cannot be read ({error.strerror}): correct or unset it") from None
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:  # ValueError: no text
+        reason = getattr(error, "strerror", error)
+        raise ConfigError(f"{OVERRIDES_FILE}={path} cannot be read ({reason}): correct or unset it") from None
     return _spelt([line for line in lines if line and not line.startswith("#")])
 
 
@@ -106,7 +107,7 @@ def group_choices(group: str) -> list[str]:
 
 def chosen(group: str, overrides: Sequence[str]) -> str | None:
     """The choice that the overrides make for a group; None where they leave it to `configs/config.yaml`."""
-    choices = [override.partition("=")[2] for override in overrides if override.startswith(f"{group}=")]
+    choices = [value for key, _, value in (each.lstrip("+").partition("=") for each in overrides) if key == group]
     return choices[-1] if choices else None
 
 
@@ -171,8 +172,9 @@ def _plan_for(overrides: Sequence[str]) -> list[str]:
 
 
 def _spelt(overrides: Sequence[str]) -> list[str]:
-    """`dry_run=true` and its like as the key that they stand for."""
-    return [next((o.replace(a, key, 1) for a, key in SHORT.items() if o.startswith(f"{a}=")), o) for o in overrides]
+    """`dry_run=true` and its like as the key that they stand for; without Hydra's + and ++, which say no more here."""
+    plain = [override.lstrip("+") for override in overrides]
+    return [next((o.replace(a, key, 1) for a, key in SHORT.items() if o.startswith(f"{a}=")), o) for o in plain]
 
 
 def _explain(error: Exception) -> str:
@@ -180,4 +182,6 @@ def _explain(error: Exception) -> str:
     text = one_line(f"{error} {error.__cause__ or ''}")
     if NUM_NODES in text:
         return "hardware.num_nodes is not set: add hardware.num_nodes=N (inside a SLURM job it is the job's)"
+    if isinstance(error, OmegaConfBaseException) and error.full_key:  # whose text goes on with the types of its own
+        return f"{error.full_key}: {first_line(error)}"
     return f"bad configuration: {text}"

@@ -20,7 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from dgpo.config.schema import Config
 from dgpo.errors import ConfigError
 
-KEY = re.compile(r"\+{0,2}[\w.-]+")
+KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+NAME = re.compile(r"[\w-]+", re.ASCII)
+NESTED = ("hardware.verl", "retriever.backend_options")  # their keys may have dots: mappings within mappings
+MAY_BE_EMPTY = ("hardware.env", *NESTED)
 WORDS = {
     int: "a whole number",
     float: "a number",
@@ -44,9 +47,14 @@ def readable(overrides: Sequence[str], choices: dict[str, list[str]], shown: dic
 
 
 def _readable(override: str, choices: dict[str, list[str]], shown: dict[str, str]) -> str:
-    typed, equals, value = override.partition("=")
-    key = typed.lstrip("+")
-    if not equals or not KEY.fullmatch(typed):
+    key, equals, value = override.partition("=")
+    mapping = _mapping_of(key)
+    if equals and mapping and mapping not in NESTED and not NAME.fullmatch(key.removeprefix(f"{mapping}.")):
+        raise ConfigError(
+            f"{override}: the name {key.removeprefix(f'{mapping}.')!r} cannot be read, use letters a to z, digits, _ "
+            "and - in it"
+        )
+    if not equals or not KEY.fullmatch(key):
         raise ConfigError(f"{override!r} is no setting: expected key=value, such as train.num_steps=20")
     if key in choices:
         if value not in choices[key]:
@@ -58,16 +66,25 @@ def _readable(override: str, choices: dict[str, list[str]], shown: dict[str, str
     name = shown.get(key, key)
     if isinstance(kind, str):  # words about a section or a mapping
         raise ConfigError(f"{name}={value}: {kind}")
+    if not value and mapping not in MAY_BE_EMPTY:
+        raise ConfigError(f"{name}= has nothing behind it: expected {_expected(kind)}, or leave it out")
     parsed = _parse(override)
     if str in _kinds(kind) and "${" not in value and (parsed is None or not isinstance(parsed.value(), str | None)):
-        return _prefixed(f"{typed}={_quoted(value)}", key)
+        return _prefixed(f"{key}={_quoted(value)}", key)
     if parsed is None:
-        raise ConfigError(
-            f"{name}={value} cannot be read, expected {_expected(kind)}: quote texts with other than letters, digits "
-            f"and /.:_- in it, all of it once more for the shell, such as '{name}=[\"/data (1)/a=b\"]'"
-        )
+        raise ConfigError(f"{name}={value} cannot be read, expected {_expected(kind)}{_way_out(name, kind, value)}")
     _check_type(name, key, kind, parsed.value(), value)
     return _prefixed(override, key)
+
+
+def _way_out(name: str, kind: Any, value: str) -> str:
+    """How a value that Hydra's grammar refuses has to be written, where that is for the quotes to say."""
+    if any(typing.get_origin(each) is list for each in _kinds(kind)):
+        return (
+            ": quote texts with other than letters, digits and /.:_- in it, all of it once more for the shell, such as "
+            f"'{name}=[\"/data (1)/a=b\"]'"
+        )
+    return "; ${ begins a reference to another setting, ${seed}" if "${" in value else ""
 
 
 def _parse(override: str) -> Override | None:
@@ -90,7 +107,7 @@ def _check_type(name: str, key: str, kind: Any, value: Any, text: str) -> None:
 
 def _prefixed(override: str, key: str) -> str:
     """Hydra wants `++` before a key that no file names; in a mapping of the user's, every key is such a one."""
-    return f"++{override.lstrip('+')}" if _mapping_of(key) else override
+    return f"++{override}" if _mapping_of(key) else override
 
 
 def _quoted(text: str) -> str:

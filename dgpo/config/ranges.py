@@ -65,7 +65,7 @@ _KEYS = {
     """,
     Range(0, without_low=True): """
         teacher.url_timeout_s retriever.timeout_s retriever.host_memory_gb
-        hardware.host_memory_gb hardware.object_store_gb hardware.replay_poll_s hardware.engine.turn_timeout_s
+        hardware.host_memory_gb hardware.replay_poll_s hardware.engine.turn_timeout_s
         distill.learning_rate train.temperature train.actor_learning_rate train.critic_learning_rate
         train.max_grad_norm train.value_clip train.reuse_log_probs_within train.stability.max_kl
         train.limits.start_s train.limits.rollout_s train.limits.update_s train.limits.sync_s train.limits.save_s
@@ -93,6 +93,7 @@ _KEYS = {
     """,
     Range(0, 2**32 - 1): "seed seeds",  # numpy's generators take no other
     Range(0, 65535): "ask.port",
+    Range(0.08): "hardware.object_store_gb",  # Ray takes none below 75 MiB
 }
 RANGES = {key: each for each, keys in _KEYS.items() for key in keys.split()}
 

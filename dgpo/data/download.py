@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dgpo.agent.search import is_address
 from dgpo.config.model_files import is_hub_name
 from dgpo.config.schema import Config, HubFilesConfig
 from dgpo.data.benchmarks import PINS
@@ -83,6 +84,8 @@ def download(config: Config, *, free_bytes: FreeBytes | None = None) -> None:
     unknown = [what for what in settings.what if what not in ITEMS]
     if unknown or not settings.what:
         raise ConfigError(f"download.what={settings.what}: expected one or more of {', '.join(ITEMS)}")
+    if settings.endpoint is not None and not is_address(settings.endpoint):
+        raise ConfigError(f"download.endpoint={settings.endpoint}: expected an address such as https://huggingface.co")
     targets, unanswered = _look_up(config)
     for target in targets:
         there = ", there already" if target.path.is_file() else ""

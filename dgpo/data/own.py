@@ -31,7 +31,7 @@ def prepare_own(source: Path, out: Path, *, config: Config) -> dict[str, int]:
 
     Args:
         source: a folder of documents (`dgpo.data.documents`), and of questions in files `questions*.jsonl`.
-        config: `prepare` sizes passages and says what share of the documents is held out.
+        config: `prepare` sizes passages and says what share of the documents is held out. A dry run writes nothing.
 
     Raises:
         DataError: no documents, unusable lines, or too few questions to train on and to hold out.
@@ -50,6 +50,8 @@ def prepare_own(source: Path, out: Path, *, config: Config) -> dict[str, int]:
             f"prepare.test_share={settings.test_share}"
         )
     counts |= {"questions": len(questions), "train": len(train), "held_out": len(held_out), "dropped": dropped}
+    if config.dry_run:
+        return counts
     with writing(out) as folder:
         write_jsonl(folder / "corpus.jsonl", rows)
         if train:

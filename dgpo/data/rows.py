@@ -140,6 +140,10 @@ def _problem(row: Mapping[str, Any]) -> str | None:
         return f"`extra_info` is {info!r}, expected {{'split': str, 'index': int}}"
     if not is_id(info.get("id")):
         return f"`extra_info.id` is {info['id']!r}, expected a text or a whole number, or none"
+    if not (info.get("corpus") is None or isinstance(info["corpus"], str)):
+        return f"`extra_info.corpus` is {info['corpus']!r}, expected the name of a corpus, or none"
+    if not (info.get("hops") is None or (type(info["hops"]) is int and info["hops"] > 0)):
+        return f"`extra_info.hops` is {info['hops']!r}, expected a whole number from 1, or none"
     passages = info.get("gold_passages") or []
     if not (isinstance(passages, list) and all(isinstance(_field(p, "contents"), str) for p in passages)):
         return f"`extra_info.gold_passages` is {passages!r}, expected a list of {{'id': str, 'contents': str}}"

@@ -101,12 +101,12 @@ def write_comparison(arguments: Sequence[str]) -> Path:
     Raises:
         ConfigError: other arguments, or the file is there and is something else.
     """
-    folders = [Path(argument) for argument in arguments if "=" not in argument]
-    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if len(folders) != 2 or set(options) - {"out"}:
+    out = [argument.removeprefix("out=") for argument in arguments if argument.startswith("out=")]
+    folders = [Path(argument) for argument in arguments if not argument.startswith("out=")]
+    if len(folders) != 2:
         raise ConfigError(f"compare takes two run folders and out=FILE.md, not {' '.join(arguments) or 'nothing'}")
     a, b = folders
-    path = Path(options["out"]) if "out" in options else a / f"compare_{b.name}.md"
+    path = Path(out[-1]) if out else a / f"compare_{b.name}.md"
     if path.exists() and SECTION not in path.read_bytes():
         raise ConfigError(f"out={path} exists and is no comparison: choose another file")
     tables = compare_runs(a, b)

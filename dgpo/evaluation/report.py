@@ -22,7 +22,7 @@ from dgpo.errors import ConfigError
 from dgpo.evaluation.arcap_chart import arcap_section, read_arcap
 from dgpo.evaluation.browser_section import browser_section
 from dgpo.evaluation.charts import stage_bars
-from dgpo.evaluation.curves import curves_section, read_curves
+from dgpo.evaluation.curves import RunCurves, curves_section, read_curves
 from dgpo.evaluation.results_section import model_of_interest, results_section, runs_section
 from dgpo.evaluation.stale import stale_models
 from dgpo.files import atomic_write_text
@@ -35,10 +35,12 @@ PAGE = Path(__file__).parent / "page"
 def report(config: Config) -> None:
     """Writes the page of `run_dir`, with curves and test results of `report.runs`, and prints where it is."""
     folder = Path(config.run_dir)
+    others = [Path(run) for run in config.report.runs]
     if config.dry_run:
+        _read(folder, others)
         print(f"dry run: {folder / 'report.html'} would be written from {folder}")
         return
-    print(write_report(folder, [Path(run) for run in config.report.runs]))
+    print(write_report(folder, others))
 
 
 def write_report(folder: Path, others: Sequence[Path] = ()) -> Path:
@@ -53,15 +55,8 @@ def write_report(folder: Path, others: Sequence[Path] = ()) -> Path:
         ConfigError: two of the runs have one name.
     """
     folder = Path(folder)
-    runs = _named_apart([folder, *map(Path, others)])
-    curves = [read_curves(path, path.name) for path in runs]
-    tested = {path: read_results(path) for path in runs if (path / "test" / "results.json").exists()}
-    for path, run in zip(runs, curves, strict=True):
-        if not (run.training or run.distillation or path in tested):
-            raise FileNotFoundError(
-                f"{path} holds no test results and no training metrics: run `python -m dgpo test` or `train` with this "
-                "run_dir first"
-            )
+    curves, tested = _read(folder, others)
+    runs = [folder, *map(Path, others)]
     results, summary = tested.get(folder), _summary(folder)
     arcap = read_arcap(folder)
     pair = find_pair(folder)
@@ -78,6 +73,20 @@ def write_report(folder: Path, others: Sequence[Path] = ()) -> Path:
     path = folder / "report.html"
     atomic_write_text(path, _page(f"DGPO: {folder.name}", _opening(folder, results) + "".join(sections)))
     return path
+
+
+def _read(folder: Path, others: Sequence[Path]) -> tuple[list[RunCurves], dict[Path, dict[str, Any]]]:
+    """The curves of each run, and the test results of those that have them; raises as `write_report`."""
+    runs = _named_apart([folder, *map(Path, others)])
+    curves = [read_curves(path, path.name) for path in runs]
+    tested = {path: read_results(path) for path in runs if (path / "test" / "results.json").exists()}
+    for path, run in zip(runs, curves, strict=True):
+        if not (run.training or run.distillation or path in tested):
+            raise FileNotFoundError(
+                f"{path} holds no test results and no training metrics: run `python -m dgpo test` or `train` with this "
+                "run_dir first"
+            )
+    return curves, tested
 
 
 def _page(title: str, body: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from dgpo.config.methods import has_exact_teacher
 from dgpo.config.schema import Config
 from dgpo.errors import ConfigError
@@ -19,6 +21,24 @@ def check_engine(config: Config) -> None:
         "hardware.engine.tensor_parallel_size",
         engine.tensor_parallel_size,
     )
+    if engine.max_num_batched_tokens < engine.max_num_seqs:
+        raise ConfigError(
+            f"hardware.engine.max_num_batched_tokens={engine.max_num_batched_tokens} is below "
+            f"hardware.engine.max_num_seqs={engine.max_num_seqs}: raise the one or lower the other"
+        )
+    if engine.worker_extension and not _is_found(engine.worker_extension.rpartition(".")[0]):
+        raise ConfigError(
+            f"hardware.engine.worker_extension={engine.worker_extension}: expected package.module.Class, of a module "
+            "that Python finds"
+        )
+
+
+def _is_found(module: str) -> bool:
+    """Whether there is such a module; ours, which import engines, are not touched."""
+    try:
+        return module.startswith("dgpo.") or (bool(module) and importlib.util.find_spec(module) is not None)
+    except (ImportError, ValueError):
+        return False
 
 
 def check_training(config: Config) -> None:

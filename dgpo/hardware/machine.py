@@ -99,6 +99,8 @@ def check_start(config: Config, stage: str) -> None:
         _check_cluster()
         if stage == "train":
             _check_temporary()
+        if stage == "train" and config.hardware.platform == "cpu" and config.hardware.logical_cpus:
+            _check_cpus(config, config.hardware.logical_cpus)
     if not config.dry_run:
         check_machine(config, stage)
 
@@ -123,7 +125,7 @@ def check_machine(config: Config, stage: str) -> None:
     _check_building(machine)
     _check_shared_memory(config, machine)
     if stage == "train":
-        _check_cpus(config, machine)
+        _check_cpus(config, config.hardware.logical_cpus or machine.cores)
 
 
 def _check_home() -> None:
@@ -249,12 +251,11 @@ def _check_shared_memory(config: Config, machine: Machine) -> None:
         )
 
 
-def _check_cpus(config: Config, machine: Machine) -> None:
+def _check_cpus(config: Config, there: int) -> None:
     """Ray would wait without a word for CPUs that a node does not have; its count of them is bookkeeping."""
     hardware = config.hardware
     storage = -(-hardware.num_storage_units // hardware.num_nodes)
     needed = CPUS_PER_GPU * hardware.gpus_per_node + storage + OTHER_CPUS
-    there = hardware.logical_cpus or machine.cores
     if there < needed and not os.environ.get("RAY_ADDRESS"):
         key = "hardware.logical_cpus" if hardware.logical_cpus else "this machine"
         raise ConfigError(

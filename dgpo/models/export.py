@@ -6,6 +6,7 @@ python -m dgpo export run_dir=runs/dgpo export.out=models/dgpo-0.5b export.push=
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,16 @@ def export(config: Config) -> Path:
         check_same(read_manifest(out, stage="export").get("settings") or {}, _settings(config), made=out)
     else:
         check_target(out, key="export.out", stage="export", replace=False)
+    run = Path(config.run_dir)
+    stage, _ = find_stage(run, settings.stage)
+    check_model_folder(str(run / stage / "model"), key="run_dir")
+    if settings.push and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", settings.push):
+        raise ConfigError(f"export.push={settings.push}: expected user/name of a repository on the hub")
+    if config.dry_run:
+        pushed = f", and pushed to {settings.push}" if settings.push else ""
+        print(f"dry run: {run / stage / 'model'} would be exported as {out}{pushed}")
+        return out
+    if not out.exists():
         _write(config, out)
     if settings.push:
         from dgpo.models.push import push
@@ -59,7 +70,6 @@ def _write(config: Config, out: Path) -> None:
     run = Path(config.run_dir)
     stage, manifest = find_stage(run, config.export.stage)
     model = run / stage / "model"
-    check_model_folder(str(model), key="run_dir")
     with writing(out) as target:
         dtype = _copy_model(model, target, dtype=config.export.dtype)
         name = config.export.push or out.name

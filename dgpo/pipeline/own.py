@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any
 from rich.markup import escape
 
 from dgpo.agent.trajectory import Trajectory, read_trajectories
+from dgpo.checks import check_pipeline
 from dgpo.config.load import chosen, load_config
+from dgpo.config.model_files import check_model_folder, is_hub_name
 from dgpo.config.schema import Config
 from dgpo.config.stages import stage_model
 from dgpo.data.own import prepare_own
@@ -44,6 +47,7 @@ PASSES_PER_CORE = 80  # demonstrations that the cold start sees, over all epochs
 NUM_EXAMPLES = 6
 CORPUS = "own"
 BEFORE, AGENT, RAG = "before", "agent", "rag"
+OVERRIDE = re.compile(r"[+~]*[\w.-]+=")  # a folder whose name has = in it is given with a /, as ./lr=1
 
 
 def own(arguments: Sequence[str]) -> Path | None:
@@ -58,14 +62,15 @@ def own(arguments: Sequence[str]) -> Path | None:
         DgpoError: a stage failed; the same command continues.
     """
     started = time.perf_counter()
-    folders = [argument for argument in arguments if "=" not in argument]
+    folders = [argument for argument in arguments if not OVERRIDE.match(argument)]
     if len(folders) != 1 or not Path(folders[0]).is_dir():
         raise ConfigError(
             f"own takes one folder of documents and questions*.jsonl, not {' '.join(folders) or 'nothing'}: "
             "python -m dgpo own FOLDER"
         )
     source = Path(folders[0])
-    overrides = [*OVERRIDES, *(argument for argument in arguments if "=" in argument)]
+    asked = [argument for argument in arguments if OVERRIDE.match(argument)]
+    overrides = [*OVERRIDES, *asked]
     if chosen("hardware", overrides) == "cpu":
         overrides = [*OVERRIDES, *sized_for_cpu(), *overrides[len(OVERRIDES) :]]
     if chosen("run_dir", overrides) is None:
@@ -74,10 +79,13 @@ def own(arguments: Sequence[str]) -> Path | None:
     check_start(config, "train")
     run = Path(config.run_dir)
     student = config.student.path or default_student()
+    check_pipeline(config)
     if config.dry_run:
+        if student != SMALL_MODEL and not is_hub_name(student):
+            check_model_folder(student, key="student.path")
+        _say_counts(prepare_own(source, run / "data", config=config))
         print(f"dry run: {source} would become {run}: data, index, {', '.join(config.stages)} of {student}, test")
         return None
-    asked = [argument for argument in arguments if "=" in argument]
     record_or_check_command(run / "own.json", asked, folder=str(source.resolve()), student=student)
     stages = Stages(run, report_every_s=30, way_on="the same command continues")
     print(f"run folder: {run}   (logs: {stages.logs}); after a stop the same command continues", flush=True)
@@ -145,14 +153,18 @@ def hub_answers() -> bool:
 def _prepare(source: Path, out: Path, config: Config) -> dict[str, int]:
     if not (out / MANIFEST).exists():
         prepare_own(source, out, config=config)
-    counts = json.loads((out / MANIFEST).read_text())["counts"]
+    counts: dict[str, int] = json.loads((out / MANIFEST).read_text())["counts"]
+    _say_counts(counts)
+    return counts
+
+
+def _say_counts(counts: Mapping[str, int]) -> None:
     print(
         f"{counts['documents']} documents, {counts['passages']} passages; {counts['questions']} questions: "
         f"{counts['train']} to train on, {counts['held_out']} held out, on other documents"
         + (f"; {counts['dropped']} dropped, on documents of both" if counts["dropped"] else ""),
         flush=True,
     )
-    return counts
 
 
 def _build_index(stages: Stages, run: Path) -> None:

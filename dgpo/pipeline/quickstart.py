@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from dgpo.checks import check_named, check_pipeline
 from dgpo.config.load import chosen, load_config
 from dgpo.config.schema import Config
 from dgpo.config.stages import stage_model
@@ -39,11 +40,12 @@ def quickstart(overrides: Sequence[str] = ()) -> Path:
     """
     started = time.perf_counter()
     config = load_config([*tiny.OVERRIDES, *overrides])
-    if not any(override.startswith("run_dir=") for override in overrides):
+    if chosen("run_dir", overrides) is None:
         config.run_dir = f"runs/quickstart-{datetime.now():%Y%m%d-%H%M%S}"
     folder = Path(config.run_dir)
     check_start(config, "train")
     check_target(folder, key="run_dir", stage="quickstart", replace=False)
+    _check_stages(folder, config, overrides)
     if config.dry_run:
         print(f"dry run: {folder} would hold world, indexes, teacher, {', '.join(config.stages)}, test and report")
         return folder
@@ -56,12 +58,24 @@ def quickstart(overrides: Sequence[str] = ()) -> Path:
     with PeakMemory() as memory:
         tiny.build_missing(stages, folder, seed=config.seed)
         with tiny.served(stages, folder) as inputs:
-            common = [*inputs, *_tested(config, overrides), *overrides, f"run_dir={folder}"]
+            common = _with_inputs(inputs, folder, config, overrides)
             for stage in (*config.stages, "test"):
                 stages.run(**{stage: [*python_module("dgpo"), stage, *common]})
     stages.wall_s["total"] = round(time.perf_counter() - started, 1)
     _summarize(folder, stages, config, memory.peak_bytes)
     return folder
+
+
+def _with_inputs(inputs: Sequence[str], folder: Path, config: Config, overrides: Sequence[str]) -> list[str]:
+    """What every stage gets: the user's settings last, so that they win."""
+    return [*inputs, *_tested(config, overrides), *overrides, f"run_dir={folder}"]
+
+
+def _check_stages(folder: Path, config: Config, overrides: Sequence[str]) -> None:
+    """What would stop a stage, minutes from now: its settings, and files of the user's instead of the world's."""
+    planned = load_config(_with_inputs(tiny.inputs(folder), folder, config, overrides))
+    check_pipeline(planned)
+    check_named(planned, folder)
 
 
 def _tested(config: Config, overrides: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dgpo.checks import check_settings
 from dgpo.config.load import chosen, group_choices, load_config
 from dgpo.config.schema import Config
 from dgpo.config.stages import MODEL_STEPS
@@ -176,7 +177,10 @@ def _plan(pair: str, folder: Path, config: Config, inputs: Sequence[str], own: S
     student = load_config([*inputs, *own]).student.path or ""
     shared = folder / (pair if pair == "tiny" else Path(student).name)
     defaults = gate.DEFAULTS if config.table in gate.TABLES else ()
-    return plan_table(config.table, folder / pair, shared, [*inputs, *defaults], own, config.rows)
+    plan = plan_table(config.table, folder / pair, shared, [*inputs, *defaults], own, config.rows)
+    for stage in plan.stages:
+        check_settings(stage.config, [stage.stage])
+    return plan
 
 
 def _pairs(config: Config, overrides: Sequence[str]) -> list[str]:

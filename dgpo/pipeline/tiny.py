@@ -50,17 +50,20 @@ def build_missing(
 @contextlib.contextmanager
 def served(stages: Stages, folder: Path) -> Iterator[list[str]]:
     """Serves the world's corpora while the context lasts; yields the overrides that every stage needs."""
-    world = folder / "world"
-    data, models = world / "data", world / "models"
     with retrieval_server(stages, folder / "indexes", default=CORPUS) as url:
-        yield [
-            *OVERRIDES,
-            f"student.path={models / 'student_untrained'}",
-            f"teacher.path={models / 'teacher'}",
-            f"teacher.init={models / 'teacher_untrained'}",
-            f"data.collect_file={data / 'collect.parquet'}",
-            f"data.train_file={data / 'train.parquet'}",
-            f"data.validation_file={data / 'validation.parquet'}",
-            f"data.test_files.real={data / 'test.parquet'}",
-            f"retriever.url={url}",
-        ]
+        yield [*inputs(folder), f"retriever.url={url}"]
+
+
+def inputs(folder: Path) -> list[str]:
+    """The overrides that name models and data of the world, there or still to be built."""
+    data, models = folder / "world" / "data", folder / "world" / "models"
+    return [
+        *OVERRIDES,
+        f"student.path={models / 'student_untrained'}",
+        f"teacher.path={models / 'teacher'}",
+        f"teacher.init={models / 'teacher_untrained'}",
+        f"data.collect_file={data / 'collect.parquet'}",
+        f"data.train_file={data / 'train.parquet'}",
+        f"data.validation_file={data / 'validation.parquet'}",
+        f"data.test_files.real={data / 'test.parquet'}",
+    ]

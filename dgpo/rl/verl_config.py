@@ -119,7 +119,7 @@ def _rollout(config: Config, agent_loop_path: str) -> dict[str, Any]:
         "tensor_model_parallel_size": engine.tensor_parallel_size,
         "gpu_memory_utilization": engine.gpu_memory_utilization,
         "max_num_seqs": engine.max_num_seqs,
-        "max_num_batched_tokens": engine.max_num_batched_tokens,
+        "max_num_batched_tokens": max(engine.max_num_batched_tokens, config.episode.max_tokens),
         "enable_chunked_prefill": engine.chunked_prefill,
         "max_model_len": config.episode.max_tokens,
         "log_prob_micro_batch_size_per_gpu": hardware.micro_batch_size,

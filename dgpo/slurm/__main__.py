@@ -13,10 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dgpo.checks import check_settings
 from dgpo.errors import ConfigError, DgpoError, exit_code
 from dgpo.files import atomic_write_text
 from dgpo.slurm.inputs import missing_inputs
-from dgpo.slurm.options import JobOptions, parse_options
+from dgpo.slurm.options import JobOptions, config_of, parse_options
 from dgpo.slurm.render import render, submission
 
 
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> None:
     options = parse_options(arguments)
+    for stage in options.stages:
+        check_settings(config_of(options, stage), [stage])
     missing = missing_inputs(options)
     if options.dry_run:
         print(describe(options))

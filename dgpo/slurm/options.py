@@ -6,7 +6,7 @@ import argparse
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,18 @@ def parse_options(arguments: Sequence[str] | None) -> JobOptions:
         dry_run=given.dry_run,
     )
     _check_lead(options)
+    _check_directive("the working directory", str(Path.cwd()))
+    if re.search(r"[\"'\\\n]", options.container):
+        raise ConfigError(f"--container {options.container!r} is cut at its blanks: expected no quotes, no backslashes")
     _check_retriever(options)
     _check_overrides(options)
     return options
+
+
+def config_of(options: JobOptions, stage: str) -> Config:
+    """The configuration of one stage, on its own number of nodes."""
+    hardware = replace(options.config.hardware, num_nodes=options.nodes[stage])
+    return replace(options.config, hardware=hardware)
 
 
 def seconds(time: str) -> int:
@@ -216,7 +225,15 @@ def _flags(given: argparse.Namespace) -> dict[str, str]:
         if not re.fullmatch(r"--[a-z][\w-]*", name):
             raise ConfigError(f"--sbatch {flag}: expected a long flag, e.g. --sbatch=--constraint=h200")
         flags[name[2:]] = value
+    for name, value in flags.items():
+        _check_directive(f"--{name}", value)
     return flags
+
+
+def _check_directive(name: str, value: str) -> None:
+    """That sbatch can read the value from a line of its script, in which only quotes around all of it are sure."""
+    if not value.isprintable() or re.search(r"[\"'\\]", value):
+        raise ConfigError(f"{name} {value!r}: a line for sbatch holds no quotes, backslashes or line breaks in a value")
 
 
 def _check_lead(options: JobOptions) -> None:
@@ -246,6 +263,8 @@ def _check_retriever(options: JobOptions) -> None:
         shlex.split(options.retriever)
     except ValueError as error:
         raise ConfigError(f"--retriever {options.retriever}: {error}") from error
+    if "\n" in options.retriever:
+        raise ConfigError(f"--retriever {options.retriever!r}: expected one line")
     if options.retriever and not 1 <= options.retriever_nodes <= min(options.nodes.values()):
         raise ConfigError(
             f"--retriever-nodes {options.retriever_nodes}: expected 1 to {min(options.nodes.values())}, the nodes of "

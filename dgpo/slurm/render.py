@@ -28,7 +28,7 @@ def render(options: JobOptions, stage: str, *, home: Path = HOME, folder: Path |
     return "\n".join(
         [
             *lines[:first],
-            *(f"{DIRECTIVE}{name}={value}" if value else f"{DIRECTIVE}{name}" for name, value in header.items()),
+            *(f"{DIRECTIVE}{name}{_quoted(value)}" for name, value in header.items()),
             *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
             *_arguments(options, stage),
             *body,
@@ -49,6 +49,12 @@ def submission(stage_script: Path, after: str | None, *, array: bool) -> list[st
 def _split(directive: str) -> tuple[str, str]:
     name, _, value = directive.partition("=")
     return name, value
+
+
+def _quoted(value: str) -> str:
+    """As sbatch reads it: a blank ends a value, and # begins a comment, where no quotes are around it."""
+    quotes = '"' if " " in value or "#" in value else ""
+    return f"={quotes}{value}{quotes}" if value else ""
 
 
 def _header(options: JobOptions, stage: str, folder: Path) -> dict[str, str]:

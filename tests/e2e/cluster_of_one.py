@@ -20,7 +20,7 @@ CHECKOUT = ("configs", "dgpo", "examples", "pixi.toml", "requirements", "retriev
 HUB_PORT = 8088
 ADDRESS = "10.0.0.1"  # of node0
 START_S = 300
-LINE_S = 900
+LINE_S = 1800
 
 PIXI = f"""#!/bin/bash
 exec {sys.executable} -m tests.e2e.pixi "$@"

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dgpo.engines.environment import DEFAULTS
@@ -20,7 +22,7 @@ from dgpo.runs.artifacts import MANIFEST
 from dgpo.tinyworld.tokenizer import TAGS
 from tests.conftest import ROOT, TinyWorld, read_metrics, retriever_process, run_command
 from tests.engine.killing import has_step, start_and_kill
-from tests.engine.same_run import assert_same_run
+from tests.engine.same_run import assert_same_run, repeatable
 
 pytestmark = pytest.mark.engine
 
@@ -112,6 +114,26 @@ def test_tags_that_are_special_tokens_end_turns_as_plain_ones_do(
     episodes = {name: value for name, value in plain.items() if name.startswith("episode/")}
     assert episodes["episode/truncated_turn_share"] == 0
     assert {name: record[name] for name in episodes} == episodes
+
+
+def test_other_peoples_surroundings_and_columns_change_nothing(
+    tiny_world: TinyWorld, straight_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Hidden GPUs, a proxy that leads nowhere, a Turkish locale, and columns that mean something to veRL."""
+    rows = pq.read_table(tiny_world.folder / "data" / "train.parquet").to_pylist()
+    for row in rows:
+        row |= {"agent_name": "tool_agent", "tools_kwargs": {"search": {"create_kwargs": {"x": 1}}}, "session_id": 7}
+        row["extra_info"] |= {"need_tools_kwargs": True, "interaction_kwargs": {"name": "gsm8k"}, "split": None}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "foreign.parquet")
+    nowhere = dict.fromkeys(("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+    for name, value in {"CUDA_VISIBLE_DEVICES": "", "LANG": "tr_TR.UTF-8", "LC_ALL": "tr_TR.UTF-8", **nowhere}.items():
+        monkeypatch.setenv(name, value)
+    arguments = [*tiny_world.overrides(tmp_path / "run"), *SMALL, *REPEATABLE, "train.num_steps=1"]
+    result = run_command("-m", "dgpo", "train", *arguments, f"data.train_file={tmp_path / 'foreign.parquet'}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    (record,), plain = repeatable(tmp_path / "run" / "train"), repeatable(straight_run)[0]
+    decided = [name for name in plain if name.startswith(("episode/", "teacher/", "actor/", "response_length/"))]
+    assert {name: record[name] for name in decided} == {name: plain[name] for name in decided}
 
 
 def test_trained_tokens_are_the_sampled_ones(straight_run: Path):

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+from dgpo.agent.trajectory import Trajectory, Turn
 from dgpo.runs.artifacts import write_manifest
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -28,8 +29,21 @@ def make_model(
     return str(folder)
 
 
-def make_collection(run: Path, text: str = "{}\n") -> None:
-    """`collect/` of a run, finished."""
+EPISODE = Trajectory(
+    episode_id="nq-train-0",
+    prompt_ids=[1],
+    response_ids=[0],
+    response_mask=[1],
+    log_probs=[0.0],
+    turns=[Turn(0, 1, "answer", "a")],
+    searches=[],
+    answer="a",
+    status="answered",
+)
+
+
+def make_collection(run: Path, text: str = f"{EPISODE.to_json()}\n") -> None:
+    """`collect/` of a run, finished, in the tokens of `make_model`."""
     (run / "collect").mkdir(parents=True)
     (run / "collect" / "episodes.jsonl").write_text(text)
     write_manifest(run / "collect", stage="collect", inputs={}, config=None, counts={}, seed=1)

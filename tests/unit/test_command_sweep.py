@@ -56,7 +56,7 @@ class Site:
         return [
             *(["world=tiny"] if command != "ask" else []),  # it would ask the latest quickstart's
             "hardware=cpu",
-            f"run_dir={self.folder / ('run' if command == 'distill' else 'new')}",
+            f"run_dir={self.folder / ('run' if command in ('distill', 'report') else 'new')}",
             f"student.path={models / 'student'}",
             f"teacher.path={models / 'teacher'}",
             f"train.init={models / 'student'}",
@@ -82,6 +82,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     write_rows(folder / "rows.parquet", rows)
     (folder / "own.jsonl").write_text('{"question": "who?", "answers": ["me"]}\n' * 2)
     make_collection(folder / "run")
+    (folder / "run" / "train").mkdir()
+    (folder / "run" / "train" / "metrics.jsonl").write_text('{"step": 1, "episode/em": 0.5}\n')
     make_model(folder / "models" / "student")
     make_model(folder / "models" / "teacher", weights=b"teacher")
     with healthy_server() as url, pytest.MonkeyPatch.context() as patch:
@@ -177,7 +179,7 @@ def wrong_choice(site: Site, data: st.DataObject) -> None:
     key = data.draw(st.sampled_from([*CHOICES, *GROUPS]))
     value = f"x{data.draw(words)}".replace("${", "$")
     section = key.partition(".")[0]
-    command = {"collect": "collect", "distill": "distill", "test": "test"}.get(section, "train")
+    command = {name: name for name in ("collect", "distill", "test", "ask")}.get(section, "train")
     refused(site, command, f"{key}={value}", names=f"{key}=")
 
 
@@ -330,8 +332,11 @@ SLURM_OPTIONS = {
     "--seeds": st.sampled_from(["x", "1,1", "1,", "-1", "4294967296", "1.5"]),
     "--lead-s": st.sampled_from(["x", "119", "65536", "nan", "-1"]),
     "--retries": st.sampled_from(["x", "-1", "1.5"]),
-    "--retriever": st.sampled_from(["--index 'a", "--index a=/nowhere", '"']),
-    "--sbatch": st.sampled_from(["-C=h200", "constraint", "=", "--"]),
+    "--retriever": st.sampled_from(["--index 'a", "--index a=/nowhere", '"', "--index a=.\n--port 1"]),
+    "--sbatch": st.sampled_from(["-C=h200", "constraint", "=", "--", "--comment=a\nb", "--comment='a b'"]),
+    "--partition": st.sampled_from(["a\nb", 'a"b', "a'b", "a\\", "a\tb"]),
+    "--account": st.sampled_from(["lab\n#SBATCH --nodes=9", "\r"]),
+    "--container": st.sampled_from(["apptainer exec --bind '/a b' x.sif", "a\nb"]),
     "--node-tmp": st.sampled_from(["tmp", "", "/" + "x" * 30, "/größe (1)"]),
 }
 
@@ -349,7 +354,8 @@ def wrong_option_of_slurm(site: Site, data: st.DataObject) -> None:
 
 def wrong_input_of_slurm(site: Site, data: st.DataObject) -> None:
     """What its jobs would read is looked at before they are submitted."""
-    key = data.draw(st.sampled_from(["data.train_file", "teacher.path", "test.models.kd", "train.num_steps"]))
+    names = ["data.train_file", "teacher.path", "test.models.kd", "train.num_steps", "train.algorithm", "distill.loss"]
+    key = data.draw(st.sampled_from(names))
     value = f"/nowhere/{data.draw(words)}".replace("${", "$")
     given = [word for word in site.overrides("train") if not word.startswith("dry_run")]
     code, complaint = ended(site, slurm, [*given, f"{key}={value}"])
@@ -492,8 +498,58 @@ TYPED: list[Case] = [
     ("collect collect.source=transcripts data.collect_file=own.jsonl", {}, "own.jsonl, line 1: `response` is None"),
     ("distill run_dir=unfinished", {}, "unfinished/collect/manifest.json is missing"),
     ("collect resume=maybe", {}, "resume=maybe: expected true or false"),
+    ("train ++hardware=gpu", {}, "unknown choice 'hardware=gpu'"),
+    ("train train.init=", {}, "train.init= has nothing behind it: expected a text or null"),
+    ("collect run_dir=", {}, "run_dir= has nothing behind it"),
+    ("test test.models.qwen2.5=M", {}, "the name 'qwen2.5' cannot be read"),
+    ("test test.models.größe=M", {}, "the name 'größe' cannot be read"),
+    ("train hardware.env.=1", {}, "the name '' cannot be read"),
+    ("train train.init=${nope}", {}, "train.init: Interpolation key 'nope' not found"),
+    ("train data.train_file=/a${b", {}, "${ begins a reference to another setting"),
+    ("train hardware.verl.trainer.save_freq=abc", {}, "hardware.verl.trainer.save_freq=abc: veRL has -1 there"),
+    ("train hardware.verl.trainer=5", {}, "hardware.verl.trainer=5: veRL has a section of settings there"),
+    ("train hardware.verl.trainer.logger=[foo]", {}, "hardware.verl.trainer.logger cannot be set: set train.loggers"),
+    ("train hardware.attention=flash_attention_2", {}, "hardware.attention=flash_attention_2"),
+    ("distill hardware.attention=flash_attention_2", {}, "hardware.attention=flash_attention_2"),
+    ("train hardware.engine.worker_extension=nonsense", {}, "hardware.engine.worker_extension=nonsense"),
+    ("test hardware.engine.worker_extension=os.path.x.Y", {}, "hardware.engine.worker_extension=os.path.x.Y"),
+    ("test hardware.engine.max_num_batched_tokens=10", {}, "hardware.engine.max_num_batched_tokens=10"),
+    ("train hardware.object_store_gb=0.01", {}, "hardware.object_store_gb=0.01: expected at least 0.08"),
+    ("train hardware.logical_cpus=1", {}, "hardware.logical_cpus has 1 CPUs"),
+    ("test retriever.backend_options.x=1", {}, "retriever.backend_options are read with retriever.backend alone"),
+    ("train data.train_file=corpora.parquet", {}, "corpora.parquet, row 0: `extra_info.corpus` is ['real']"),
+    ("arcap data.test_files.nq=hops.parquet", {}, "hops.parquet, row 0: `extra_info.hops` is '2'"),
+    (
+        "collect collect.source=transcripts data.collect_file=told.jsonl student.path=notemplate",
+        {},
+        "student.path=notemplate: its tokenizer has no chat template",
+    ),
+    ("distill distill.episodes=nowhere", {}, "nowhere/episodes.jsonl does not exist"),
+    ("distill distill.loss=seqkd student.path=othertokens", {}, "are of another tokenizer, to which 'b' was 'a'"),
+    (
+        "distill distill.loss=seqkd distill.demonstrations=rag data.collect_file=others.parquet",
+        {},
+        "data.collect_file=others.parquet is not what",
+    ),
+    ("distill distill.loss=seqkd run_dir=broken", {}, "broken/collect/episodes.jsonl, line 1 is no recorded episode"),
+    ("ask ask.mode=foo", {}, "ask.mode=foo: expected one of agent"),
+    ("report run_dir=nowhere", {}, "nowhere holds no test results"),
+    ("report report.runs=[nowhere]", {}, "nowhere holds no test results"),
+    ("quickstart train.algorithm=foo", {}, "train.algorithm=foo"),
+    ("quickstart train.loggers=[foo]", {}, "train.loggers: unknown logger 'foo'"),
+    ("quickstart train.batch_size=7", {}, "train.batch_size=7 is not a multiple"),
+    ("quickstart test.sets=[nope]", {}, "test.sets: unknown set 'nope'"),
+    ("quickstart stages=[collect]", {}, "stages=['collect']: expected distill or train"),
+    ("quickstart stages=[train,test]", {}, "the test follows by itself"),
+    ("quickstart stages=[tran]", {}, "stages=['tran']"),
+    ("quickstart student.path=nowhere", {}, "student.path=nowhere"),
+    ("quickstart data.train_file=nowhere", {}, "data.train_file: data file 'nowhere' does not exist"),
+    ("download download.endpoint=nonsense", {}, "download.endpoint=nonsense: expected an address"),
+    ("train", {"DGPO_OVERRIDES": "rows.parquet"}, "DGPO_OVERRIDES=rows.parquet cannot be read"),
 ]
 FIT: list[Case] = [  # what works in surroundings that are not ours
+    ("train ++train.num_steps=3 +hardware=cpu ++dry_run=true", {}, ""),
+    ("train hardware.verl.trainer.save_freq=7 hardware.verl.actor_rollout_ref.rollout.name=vllm", {}, ""),
     ("train", {"CUDA_VISIBLE_DEVICES": ""}, ""),
     ("train", {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, ""),
     ("train", {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}, ""),
@@ -505,17 +561,29 @@ FIT: list[Case] = [  # what works in surroundings that are not ours
 def variants(site: Site) -> None:
     """Models and data that the typed cases name."""
     models = site.folder / "models"
-    for name in ("notemplate", "badtemplate", "nojson", "noshard"):
+    for name in ("notemplate", "badtemplate", "nojson", "noshard", "othertokens"):
         if not (site.folder / name).exists():
             shutil.copytree(models / "student", site.folder / name)
     (site.folder / "notemplate" / "tokenizer_config.json").write_text("{}")
     (site.folder / "badtemplate" / "chat_template.jinja").write_text("{% if %}")
     (site.folder / "nojson" / "tokenizer.json").write_text("{")
+    tokenizer = {"model": {"vocab": {"b": 0, "a": 1}, "merges": []}, "added_tokens": []}
+    (site.folder / "othertokens" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (site.folder / "told.jsonl").write_text(
+        '{"question": "who?", "answers": ["me"], "response": "<answer>a</answer>"}\n'
+    )
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (site.folder / "noshard" / "model.safetensors.index.json").write_text(json.dumps(index))
     if not (site.folder / "unfinished").exists():
         make_collection(site.folder / "unfinished")
         (site.folder / "unfinished" / "collect" / "manifest.json").unlink()
+    if not (site.folder / "broken").exists():
+        make_collection(site.folder / "broken", "{}\n")
+    strange = {"corpora": {"corpus": ["real"]}, "hops": {"hops": "2"}, "others": {"index": 100}}
+    for name, info in strange.items():
+        row = make_row(0)
+        row["extra_info"] |= info
+        pq.write_table(pa.Table.from_pylist([row]), site.folder / f"{name}.parquet")
     if not (site.folder / "long.parquet").exists():
         rows = [{**make_row(number), "prompt": [{"role": "user", "content": "ab" * 40}]} for number in range(64)]
         write_rows(site.folder / "long.parquet", rows)
@@ -537,7 +605,7 @@ def test_a_typed_mistake_is_one_line_that_names_it(typed_site: Site, case: Case)
 @pytest.mark.parametrize("case", FIT, ids=lambda case: str(case[1]))
 def test_what_other_machines_have_set_does_no_harm(typed_site: Site, case: Case) -> None:
     with mock.patch.dict(os.environ, case[1]):
-        assert called(typed_site, case[0]) == (0, "")
+        assert called(typed_site, *case[0].split(" ")) == (0, "")
 
 
 def run_process(site: Site, case: Case) -> None:

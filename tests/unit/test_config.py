@@ -77,6 +77,11 @@ def test_cpu_and_gpu_differ_in_the_hardware_section_only():
     assert cpu == gpu
 
 
+def test_hydras_plus_signs_say_no_more_than_none():
+    plain = ["world=tiny", "train.num_steps=3", "dry_run=true", "test.models.a=M"]
+    assert load_config([f"{'+' * (1 + i % 2)}{each}" for i, each in enumerate(plain)]) == load_config(plain)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -85,7 +90,7 @@ def test_cpu_and_gpu_differ_in_the_hardware_section_only():
         ("experimnt=dgpo", "unknown config key 'experimnt': did you mean experiment?"),
         ("train.num_steps=many", "train.num_steps=many: expected a whole number"),
         ("train.num_steps=null", "train.num_steps=null: expected a whole number"),
-        ("train.num_steps=1,2", "train.num_steps=1,2 cannot be read, expected a whole number: quote"),
+        ("train.num_steps=1,2", "train.num_steps=1,2 cannot be read, expected a whole number"),
         ("train.gamma=half", "train.gamma=half: expected a number"),
         ("train.max_restarts=[1]", "train.max_restarts=[1]: expected a whole number"),
         ("distill.max_steps=x", "distill.max_steps=x: expected a whole number or null"),

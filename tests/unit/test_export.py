@@ -300,7 +300,7 @@ def test_a_server_that_is_not_there_is_told(run, tmp_path, hub, capsys):
 
 
 def test_a_repository_needs_a_name(run, tmp_path, hub, capsys):
-    assert push(run, tmp_path / "out", hub, repo="me/agent/x") == 1
+    assert push(run, tmp_path / "out", hub, repo="me/agent/x") == 2
     assert "expected user/name" in capsys.readouterr().err
 
 
@@ -312,3 +312,14 @@ def test_licences_are_those_of_the_projects_list():
     assert "Built with Llama" in inherited("meta-llama/Llama-3.2-1B-Instruct", ["SearchR1-ppo-llama3.1-8b"])[0]
     assert len(inherited(STUDENT, [TEACHER])) == 1
     assert inherited(STUDENT, []) == inherited("models/student", ["models/teacher"]) == []
+
+
+def test_a_dry_run_writes_and_pushes_nothing(run, tmp_path, capsys):
+    export = ["export", f"run_dir={run}", f"export.out={tmp_path / 'out'}", "dry_run=true"]
+    with serving() as hub:
+        assert main([*export, "export.push=user/agent", f"export.endpoint={hub.url}"]) == 0
+        assert not hub.models
+    assert f"exported as {tmp_path / 'out'}, and pushed to user/agent" in capsys.readouterr().out
+    assert main([*export, "export.push=me/agent/x"]) == 2
+    assert "export.push=me/agent/x: expected user/name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -89,6 +89,22 @@ def test_too_few_documents_to_divide_are_told(tmp_path):
         prepare_own(write_folder(tmp_path / "in", questions=1), tmp_path / "out", config=config)
 
 
+def test_a_dry_run_reads_the_folder_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    """Also one whose name has = in it, given as a path."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "lr=1")
+    assert main(["own", "./lr=1", "run_dir=new", "student.path=a/b", "dry_run=true"]) == 0
+    assert "20 questions: 15 to train on, 5 held out" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    for more in ([], ["distill.loss=foo"], ["stages=[collect]"], ["student.path=nowhere"]):
+        folder = "empty" if not more else "./lr=1"
+        assert main(["own", folder, "run_dir=new", "student.path=a/b", "dry_run=true", *more]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, error
+        assert (more or ["empty"])[0].replace("[collect]", "['collect']") in error
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_page_is_read_as_it_is_seen():
     head = "<head><title> A\n title</title><script>if (a<b) x</script></head>"
     markup = f"{head}<body>One<br>two &lt;3<style>p</style></body>"

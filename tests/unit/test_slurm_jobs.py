@@ -51,6 +51,17 @@ def test_a_stage_on_fewer_nodes_is_told_so():
     assert "#SBATCH --nodes=4\n" in script("train", "--nodes", "test=1")
 
 
+def test_values_with_blanks_are_quoted_as_sbatch_reads_them(monkeypatch, tmp_path):
+    text = script("train", "--account", "our lab", "--sbatch=--comment=run #3", "--sbatch=--reservation=a,b[1-2]=c")
+    assert '#SBATCH --account="our lab"\n' in text
+    assert '#SBATCH --comment="run #3"\n' in text
+    assert "#SBATCH --reservation=a,b[1-2]=c\n" in text
+    (tmp_path / "größe 1").mkdir()
+    monkeypatch.chdir(tmp_path / "größe 1")
+    options = parse_options([*SERVED, *RUN])
+    assert f'#SBATCH --chdir="{tmp_path / "größe 1"}"\n' in render(options, "train")
+
+
 def test_a_cluster_without_gpus_is_asked_for_none():
     options = parse_options(["--stages=distill", "hardware=cpu", "world=tiny", "hardware.num_nodes=2"])
     text = render(options, "distill")
@@ -115,6 +126,13 @@ def test_slurms_forms_of_time(time, expected):
         (["dry_run=true"], "--dry-run prints the jobs"),
         (["train.num_step=3"], "did you mean train.num_steps"),
         (["collect"], "'collect' is neither an option nor key=value"),
+        (["--partition", "gpu\n#SBATCH --nodes=9"], "--partition 'gpu\\n#SBATCH --nodes=9': a line for sbatch holds"),
+        (["--account", "la'b"], '--account "la\'b": a line for sbatch holds'),
+        (["--sbatch=--comment=a\\b"], "--comment 'a\\\\b': a line for sbatch holds"),
+        (["--container", "apptainer exec --bind '/a b' x.sif"], "is cut at its blanks"),
+        (["--retriever", "--index a=b\n--port 1"], "expected one line"),
+        (["train.algorithm=foo"], "train.algorithm=foo"),
+        (["--nodes", "train=3"], "train.batch_size=512 is not a multiple of GPUs=24"),
     ],
 )
 def test_a_wrong_option_is_named_with_what_was_expected(arguments, message, capsys):
