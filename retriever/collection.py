@@ -154,6 +154,7 @@ def load_collection(
     options = options or SearchOptions()
     check_device(device)
     manifests = {name: read_manifest(folder) for name, folder in folders.items()}
+    _check_read(options, manifests)
     opened = {name: open_corpus(Path(folder), manifests[name], verify=verify) for name, folder in folders.items()}
     stamps = {name: _stamps(Path(folder), manifests[name]) for name, folder in folders.items()}
     encoders: dict[EncoderConfig, Encoder] = {}
@@ -187,6 +188,18 @@ def load_collection(
             index = RerankedIndex(index, reranker, corpus, num_candidates=options.num_reranked)
         collection.corpora[name] = ServedCorpus(folder, manifest, corpus, index, stamps[name])
     return collection
+
+
+def _check_read(options: SearchOptions, manifests: Mapping[str, Manifest]) -> None:
+    """Raises `RetrieverError` for options of dense indexes where none is served."""
+    if any(manifest.method == "dense" for manifest in manifests.values()):
+        return
+    for name in ("engine", "scan_dtype", "num_candidates", "search_params"):
+        if (value := getattr(options, name)) != getattr(SearchOptions(), name):
+            raise RetrieverError(
+                f"--{name.replace('_', '-')} {value} is read for dense indexes, and {', '.join(manifests)} is BM25: "
+                "leave it out"
+            )
 
 
 def _stamps(folder: Path, manifest: Manifest) -> dict[Path, tuple[int, int, int]]:

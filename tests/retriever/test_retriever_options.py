@@ -111,6 +111,8 @@ WRONG = [
     ("serve", [*SERVE, "--device", "gpu"], "--device"),
     ("serve", [*SERVE, "--num-threads", "0"], "--num-threads"),
     ("serve", [*SERVE, "--engine", "warp"], "--engine"),
+    ("serve", [*SERVE, "--engine", "torch"], "--engine torch is read for dense indexes"),
+    ("serve", [*SERVE, "--search-params", "nprobe=2"], "words is BM25"),
     ("serve", [*SERVE, "--num-candidates", "0"], "num_candidates"),
     ("serve", [*SERVE, "--num-reranked", "-1"], "num_reranked"),
     ("serve", [*SERVE, "--default", "other"], "--default"),
