@@ -33,13 +33,21 @@ from dgpo.pipeline.processes import PeakMemory, Stages, python_module, retrieval
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = ("world=own", "hardware=cpu")
 SHORT = ("episode.max_prompt_tokens=300", "episode.max_response_tokens=500", "episode.max_turn_tokens=80")
+# Micro-batches of one longest episode, and few of glibc's arenas, each of which keeps what was freed in it
+FRUGAL = ("hardware.max_tokens_per_gpu=1536", 'hardware.env.MALLOC_ARENA_MAX="2"')
 CASES = {  # name -> the measured stage, and its settings
-    "ppo": ("train", ("experiment=dgpo", "train.teacher_term.form=exact", "train.batch_size=8", "train.num_steps=1")),
+    "ppo": (
+        "train",
+        (
+            *("experiment=dgpo", "train.teacher_term.form=exact", "train.batch_size=8", "train.num_steps=1"),
+            *("hardware.gradient_checkpointing=true", *FRUGAL),
+        ),
+    ),
     "grpo": (
         "train",
         (
             *("experiment=grpo", "train.init_kl_coef=0", "train.batch_size=2", "train.samples_per_question=4"),
-            *("train.num_steps=1", "hardware.gradient_checkpointing=true", *SHORT),
+            *("train.num_steps=1", "hardware.gradient_checkpointing=true", *SHORT, *FRUGAL),
         ),
     ),
     "distill": (
@@ -109,7 +117,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         stage, settings = CASES[options.case]
-        common = [*COMMON, *settings, *sized_for_cpu(), f"student.path={options.student}", f"run_dir={folder}"]
+        common = [*COMMON, *sized_for_cpu(), *settings, f"student.path={options.student}", f"run_dir={folder}"]
         common += [f"train.init={options.student}"] if options.case == "ppo" else []
         teacher = options.teacher or twin(options.student, folder / "twin")
         common += [f"teacher.path={teacher}", f"data.train_file={folder}/data/train.parquet"]

@@ -239,6 +239,9 @@ def test_every_command_has_a_dry_run_that_writes_nothing(command, said, inputs, 
     rows = next(override.partition("=")[2] for override in inputs if override.startswith("data.train_file="))
     (tmp_path / "own.jsonl").write_text('{"question": "who?", "answers": ["me"]}\n' * 4)
     model = make_model(tmp_path / "model")
+    if command == "report":
+        (tmp_path / "run" / "train").mkdir(parents=True)
+        (tmp_path / "run" / "train" / "metrics.jsonl").write_text('{"step": 1, "episode/em": 0.5}\n')
     before = sorted(tmp_path.rglob("*"))
     overrides = [
         "hardware=cpu",
