@@ -19,11 +19,11 @@ from dgpo.errors import ConfigError
 from dgpo.evaluation.evaluate import evaluate
 from dgpo.evaluation.gate import ARMS
 from dgpo.evaluation.paper import EXACT_MATCH, LABELS, ROWS, RULES, SETS, UNTRAINED, paper_value
-from dgpo.files import append_jsonl
+from dgpo.files import append_jsonl, write_jsonl
 from dgpo.hardware.gpu_hours import PAPER_GPU_HOURS, gpu_hours_range, paper_gpu_hours
 from dgpo.pipeline.over_seeds import write_over_seeds
 from dgpo.pipeline.plan import Plan, PlannedStage, distinct, plan_table
-from dgpo.pipeline.reproduce import _rule, collect_rows, render_markdown
+from dgpo.pipeline.reproduce import _rule, _write_teacher_time, collect_rows, render_markdown
 from dgpo.pipeline.reuse import is_current
 from dgpo.runs.artifacts import write_manifest
 from tests.unit.fake_model import FakeModel, fake_config, make_question, use_model
@@ -427,3 +427,16 @@ def test_a_checkpoint_that_is_not_from_before_the_collapse_is_not_called_so(tmp_
     append_jsonl(stage / "alarms.jsonl", [{"step": 8, "first_step": 6}])
     assert _rule("grpo", test).startswith(rule)
     assert _rule("ppo", test) == "step_200"
+
+
+def test_what_the_teacher_adds_is_of_the_steps_without_it(tmp_path, capsys):
+    """Steps of 10 and 12 s, of which the teacher takes 1 s each: 1 s on top of 10."""
+    folder = tmp_path / "dgpo" / "train"
+    folder.mkdir(parents=True)
+    steps = [{"timing_s/step": 10.0, "timing_s/teacher": 1.0}, {"timing_s/step": 12.0, "timing_s/teacher": 1.0}]
+    write_jsonl(folder / "metrics.jsonl", steps)
+    plans = {pair: Plan(runs={"dgpo": tmp_path / "dgpo"}) for pair in ("qwen3b_05b", "tiny")}
+    table = _write_teacher_time(tmp_path, plans).read_text()
+    assert "| qwen3b_05b DGPO | 2 | 11.0 | 1.00 | 10.0% | 9.5% |" in table
+    assert "| tiny DGPO | 2 | 11.0 | 1.00 | 10.0% | - |" in table
+    assert capsys.readouterr().out.strip() == table.strip()
