@@ -25,7 +25,6 @@ from dgpo.config.model_files import check_model_folder, is_hub_name
 from dgpo.config.schema import Config
 from dgpo.config.stages import stage_model
 from dgpo.data.own import prepare_own
-from dgpo.data.rows import read_rows, row_question
 from dgpo.errors import ConfigError
 from dgpo.evaluation.scores import compare
 from dgpo.files import atomic_write_text, read_jsonl
@@ -250,7 +249,8 @@ def _finish(
     from dgpo.runs.summary import update_summary
 
     model = stage_model(config, config.stages[-1])
-    questions = [row_question(row) for file in test_files(run) for row in read_rows(file)]
+    scores = read_jsonl(run / "test" / AGENT / "scores.jsonl")
+    questions = [each["question"] for each in scores if each["em"]] or [each["question"] for each in scores]
     examples = questions[:: max(1, len(questions) // NUM_EXAMPLES)][:NUM_EXAMPLES]
     write_asking(run, overrides=_ask_overrides(overrides), model=model, corpus=CORPUS, examples=examples)
     update_summary(run, wall_s=wall_s, seed=config.seed)
