@@ -191,15 +191,14 @@ def load_collection(
 
 
 def _check_read(options: SearchOptions, manifests: Mapping[str, Manifest]) -> None:
-    """Raises `RetrieverError` for options of dense indexes where none is served."""
-    if any(manifest.method == "dense" for manifest in manifests.values()):
-        return
+    """Raises `RetrieverError` for options that no served index reads."""
+    dense = [manifest for manifest in manifests.values() if manifest.method == "dense"]
+    readers = {"search_params": [each for each in dense if each.index_type not in ROW_DTYPES]}
     for name in ("engine", "scan_dtype", "num_candidates", "search_params"):
-        if (value := getattr(options, name)) != getattr(SearchOptions(), name):
-            raise RetrieverError(
-                f"--{name.replace('_', '-')} {value} is read for dense indexes, and {', '.join(manifests)} is BM25: "
-                "leave it out"
-            )
+        value = getattr(options, name)
+        if value != getattr(SearchOptions(), name) and not readers.get(name, dense):
+            kinds = ", ".join(f"{each} ({manifest.index_type})" for each, manifest in manifests.items())
+            raise RetrieverError(f"--{name.replace('_', '-')} {value}: no index here reads it, {kinds}; leave it out")
 
 
 def _stamps(folder: Path, manifest: Manifest) -> dict[Path, tuple[int, int, int]]:
