@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from dgpo.algorithms.selective_kl import TEACHER_FORMS
 
@@ -79,7 +80,8 @@ def best_factors(values: Mapping[str, Mapping[int, float]]) -> dict[str, str]:
     Args:
         values: row of `TRIED` -> seed -> exact match on validation questions at the last step.
     """
-    return {
-        arm: max(FACTORS, key=lambda factor, arm=arm: statistics.mean(values[f"{arm}_{factor}"].values()))  # type: ignore[misc]
-        for arm in TUNED
-    }
+
+    def mean(arm: str, factor: str) -> float:
+        return statistics.mean(values[f"{arm}_{factor}"].values())
+
+    return {arm: max(FACTORS, key=partial(mean, arm)) for arm in TUNED}

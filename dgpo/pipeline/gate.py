@@ -69,7 +69,9 @@ def _render_tuning(values: Values, best: Mapping[str, str]) -> str:
 
 def write_gate(folder: Path, seeds: Sequence[int]) -> Path:
     """Writes `table_gate_seeds.md`, `.json` and `.svg` from the tests of every seed, and prints the table."""
-    overall, relation, share = ({row: {} for row in ROWS["gate"]} for _ in range(3))  # type: ignore[var-annotated]
+    overall: dict[str, dict[int, float]] = {row: {} for row in ROWS["gate"]}
+    relation: dict[str, dict[int, float]] = {row: {} for row in ROWS["gate"]}
+    share: dict[str, dict[int, float]] = {row: {} for row in ROWS["gate"]}
     for row in ROWS["gate"]:
         for seed in seeds:
             results = json.loads((_run(folder, seed, row) / "test" / "results.json").read_text())["models"][row]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dgpo.config.ranges import RANGES
@@ -22,7 +23,7 @@ def _main(arguments: Sequence[str] | None) -> None:
     parser.add_argument("step", choices=("build", "teacher"), help="write the world, or train its teacher")
     parser.add_argument("--out", type=Path, required=True, help="the world's folder")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--num-test", type=int, default=600, help="build: test questions (default: %(default)s)")
+    parser.add_argument("--num-test", type=int, help=f"build: test questions, at most {MAX_TEST}")
     parser.add_argument(
         "--biased",
         choices=("capital", "currency", "language", "code"),
@@ -31,12 +32,14 @@ def _main(arguments: Sequence[str] | None) -> None:
     options = parser.parse_args(arguments)
     if options.seed not in RANGES["seed"]:
         raise ConfigError(f"--seed {options.seed}: expected {RANGES['seed']}")
-    if not 1 <= options.num_test <= MAX_TEST:
+    if options.num_test is not None and not 1 <= options.num_test <= MAX_TEST:
         raise ConfigError(f"--num-test {options.num_test}: expected a number from 1 to {MAX_TEST}")
     if options.step == "build":
         from dgpo.tinyworld.build import WorldSettings, build_world
 
-        settings = WorldSettings(seed=options.seed, num_test=options.num_test)
+        settings = WorldSettings(seed=options.seed)
+        if options.num_test is not None:
+            settings = replace(settings, num_test=options.num_test)
         for name, count in build_world(options.out, settings).items():
             print(f"{name}: {count}")
         return
