@@ -31,6 +31,7 @@ SHORT = {"dry_run": "dry_run.enabled", "collect.from": "collect.source"}  # no f
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 
+ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("cores", lambda ranks: max(1, len(os.sched_getaffinity(0)) // ranks), replace=True)
 
 
@@ -66,7 +67,6 @@ def _from_file() -> list[str]:
 @lru_cache(maxsize=256)  # half a second each, and a plan of the paper's tables asks for the same ones again and again
 def _compose(overrides: tuple[str, ...], environment: tuple[str | None, ...]) -> Config:
     """The configuration of these overrides; `environment`, what the files read of it, is part of the key alone."""
-    ConfigStore.instance().store(name="schema", node=Config)
     choices = {group: group_choices(group) for group in GROUPS}
     hydra_overrides = readable(overrides, choices, {key: short for short, key in SHORT.items()})
     try:

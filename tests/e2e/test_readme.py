@@ -3,7 +3,8 @@
 A hub of our own holds data and models in the layouts of the real one (tests/e2e/local_hub.py); what differs from a GPU
 node stands in one file of overrides. No stage's output is placed by hand. Every line is also rehearsed, the stages as
 dry runs by that file, in a fraction of the time. Lines, seconds and exit statuses are written to runs/readme/. The
-commands that a page gives to the users of the authors' release are typed in the same way, `train` and `test` dry.
+commands that a page gives to the users of the authors' release are typed in the same way, `train` and `test` dry; and
+where the recipe was typed, all that README and docs print besides (tests/e2e/rehearsal.py).
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ OVERRIDES = [
     "test.upstream_batch_size=4",
 ]
 TYPED, PIXI, SLURM = BLOCKS
+# Of 32 GPUs, and no more than the hub's questions.
+BATCHES = ["distill.batch_size=32", "train.batch_size=32", "train.mini_batch_size=32"]
+REFUSED = {  # what cannot end well here
+    "pixi run download download.what=[nq_annotations]": "does not answer",  # another host than the hub's
+    "RAY_ADDRESS=node0:6379 python -m dgpo train hardware=h200x8xN hardware.num_nodes=4 ...": "finds no GPUs",
+}
 INSTALL = re.compile(r"bash scripts/install\.sh (gpu|cpu|retriever|retriever-gpu)")
 STAGES = ("collect", "distill", "train", "test", "report")
 SERVER = ["python", "-m", "retriever.serve"]
@@ -193,6 +200,18 @@ def test_recipe_ends_with_the_seven_sets_in_the_report(typed: ClusterOfOne):
     for name in BENCHMARKS:
         assert f'"{name}' in results
         assert name in report
+
+
+def test_what_the_pages_print_besides_is_run_or_rehearsed(typed: ClusterOfOne):
+    typed.write_overrides([*OVERRIDES, *BATCHES])
+    ran = typed.run("python -m tests.e2e.rehearsal")
+    lines = [Ran(**json.loads(line)) for line in ran.output.splitlines() if line.startswith("{")]
+    write_log("besides", lines)
+    assert len(lines) > 50
+    assert [(each.line, each.output[-600:]) for each in lines if each.rc and each.line not in REFUSED] == []
+    for line, reason in REFUSED.items():
+        assert [reason in each.output for each in lines if each.line == line] == [True]
+    assert ran.rc == 0, ran.output[-6000:]
 
 
 @pytest.mark.slow

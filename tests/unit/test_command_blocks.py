@@ -1,6 +1,6 @@
 """Every command that a page prints, without running it: options and overrides are read by the very code that would.
 
-A line that no kind here claims fails. The README's recipe is run as well (tests/e2e/test_readme.py).
+A line that no kind here claims fails. Ours are run or rehearsed as well (tests/e2e/test_readme.py).
 """
 
 import importlib
