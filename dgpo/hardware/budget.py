@@ -21,7 +21,6 @@ PARTS = (
     "weights",
     "gradients",
     "optimiser",
-    "optimiser step",
     "activations",
     "logits",
     "sharding buffers",
@@ -166,9 +165,7 @@ class _TrainingGpu:
                 loss["teacher"] = _teacher_states(teacher, precision, tokens)
                 read["teacher"] = loss["teacher"] + memory.gathered_weights(teacher, precision)
                 read["teacher"] += memory.forward_workspace(teacher, tokens, precision)
-        # The optimiser's step takes the space of one more moment.
-        moment = FLOAT32 * self.trained[name] / self.shards if self.hardware.offload != "full" else 0.0
-        parts = (read, loss, layers, embedding, {"optimiser step": moment})
+        parts = (read, loss, layers, embedding)
         return self.states(using=name, training=True) | max(parts, key=lambda each: sum(each.values()))
 
 

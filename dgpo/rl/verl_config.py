@@ -215,6 +215,8 @@ def _optimizer(train: TrainConfig, learning_rate: float, warmup_steps: int) -> d
         "optim.lr_warmup_steps": warmup_steps,
         "optim.betas": list(train.adam_betas),
         "optim.weight_decay": train.weight_decay,
+        # No temporaries of the model's size, and on a CPU a third of the time; the cold start's optimiser is so too.
+        "optim.override_optimizer_config": {"fused": True},
     }
 
 
