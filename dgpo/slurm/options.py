@@ -220,13 +220,14 @@ def _seeds(given: str | None, overrides: Sequence[str]) -> tuple[int, ...]:
 
 def _flags(given: argparse.Namespace) -> dict[str, str]:
     flags = {name: getattr(given, name) for name in ("partition", "account", "qos") if getattr(given, name)}
+    for name, value in flags.items():
+        _check_directive(f"--{name}", value)
     for flag in given.sbatch:
         name, _, value = flag.partition("=")
         if not re.fullmatch(r"--[a-z][\w-]*", name):
             raise ConfigError(f"--sbatch {flag}: expected a long flag, e.g. --sbatch=--constraint=h200")
+        _check_directive(f"--sbatch={name}", value)
         flags[name[2:]] = value
-    for name, value in flags.items():
-        _check_directive(f"--{name}", value)
     return flags
 
 
