@@ -108,10 +108,6 @@ VERL = {
     "third_party/vllm/__init__.py": {"answered by dgpo/platforms/cpu/distribution_alias.py": "get_version"},
 }
 VLLM = {
-    "v1/sample/ops/topk_topp_sampler.py": {
-        "patched by dgpo/engines": "TopKTopPSampler.forward_cpu",
-        "called by dgpo/engines": "apply_top_k_top_p",
-    },
     "model_executor/layers/utils.py": {"patched by dgpo/engines": "dispatch_cpu_unquantized_gemm"},
     "v1/engine/utils.py": {"patched by dgpo/engines": "get_mp_context", "starts processes": "CoreEngineProcManager"},
     "v1/engine/core.py": {"patched by dgpo/engines": "EngineCoreProc.run_engine_core"},

@@ -4,9 +4,7 @@
 |---|---|---|---|
 | `run_in_process` | `vllm.v1.engine.utils.get_mp_context` | a CPU engine is a fork of the process that starts it, and imports nothing again: 2 s instead of 11 | vLLM's CPU platform lets an engine be forked |
 | `tether_engine_cores` | `EngineCoreProc.run_engine_core` | an engine whose starter was killed would keep its GPU | engine processes watch their parent, as vLLM's workers do |
-| `keep_plain_linears(all_sizes=True)` | `dispatch_cpu_unquantized_gemm` | packed CPU layers have no weight left to replace, so that a trained student cannot be loaded | vLLM replaces weights of packed layers |
-| `keep_plain_linears(all_sizes=False)` | the same | small layers are read faster than oneDNN makes a kernel for a new number of tokens | oneDNN's cache holds kernels of any size |
-| `sample_by_one_number` | `TopKTopPSampler.forward_cpu` | sampling with seeds takes 2.0 instead of 8.7 ms a step | vLLM draws once per sequence |
+| `keep_plain_linears` | `dispatch_cpu_unquantized_gemm` | packed CPU layers have no weight left to replace, so that a trained student cannot be loaded | vLLM replaces weights of packed layers |
 
 `EngineWorker` and `ReloadableEngineWorker` carry them into vLLM's workers: vLLM takes the class by its dotted name
 (`worker_extension_cls`, its own extension point). RL's engines are veRL's, whose extension is
@@ -21,7 +19,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -29,10 +27,6 @@ if TYPE_CHECKING:  # whoever starts an engine need not have read torch
     import torch
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
-# Weights with fewer elements are read faster than oneDNN makes a kernel for a new number of tokens: 0.5 ms per layer of
-# 64 x 320, with batches of ever new sizes. From 896 x 1152 on packing wins in general (docs/performance.md).
-MIN_PACKED_ELEMENTS = 1 << 18
-
 # ---- Processes: how engines begin, and that they end with the process that started them.
 
 
@@ -88,97 +82,36 @@ def _run_tethered_engine_core(*args: Any, **kwargs: Any) -> None:
 # ---- Linear layers on a CPU.
 
 
-def keep_plain_linears(*, all_sizes: bool) -> None:
-    """To be called in the worker's process, before it loads a model.
+def keep_plain_linears() -> None:
+    """To be called in the worker's process, before it loads a model whose weights will change.
 
-    vLLM's CPU linear layers pack their weight for oneDNN after the first load and replace it by an empty parameter.
-
-    Args:
-        all_sizes: no layer is packed: `load_weights` fails for those that are.
+    vLLM's CPU linear layers pack their weight for oneDNN after the first load and replace it by an empty parameter, so
+    that `load_weights` fails.
     """
     from vllm.model_executor.layers import utils
 
-    utils.dispatch_cpu_unquantized_gemm = functools.partial(
-        _dispatch, pack=None if all_sizes else utils.dispatch_cpu_unquantized_gemm
-    )
+    utils.dispatch_cpu_unquantized_gemm = _stay_plain
 
 
-def _dispatch(
-    layer: torch.nn.Module, remove_weight: bool, *, pack: Callable[[torch.nn.Module, bool], None] | None
-) -> None:
+def _stay_plain(layer: torch.nn.Module, remove_weight: bool) -> None:
     from torch.nn.functional import linear
 
-    is_linear = layer.weight.ndim == 2  # convolutions come here too
-    if pack is None or (is_linear and layer.weight.numel() < MIN_PACKED_ELEMENTS):
-        layer.cpu_linear = linear
-    else:
-        pack(layer, remove_weight)
-
-
-# ---- Sampling on a CPU.
-
-
-def sample_by_one_number() -> None:
-    """To be called in the worker's process, before it builds its sampler.
-
-    vLLM takes the largest of probability over exponential noise, which its CPU build draws twice for sequences with
-    seeds: 8.7 ms a step for 64 of them and 3000 tokens. One number and the cumulative sum sample from the same
-    distribution in 2.0 ms.
-    """
-    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
-
-    TopKTopPSampler.forward_cpu = _forward_cpu
-
-
-def draw(probabilities: torch.Tensor, generators: Mapping[int, torch.Generator]) -> torch.Tensor:
-    """Token ids [B] of one draw each from `probabilities` [B, V], which need not sum to 1.
-
-    Row i uses `generators[i]`, one number of it, or the process's own generator. What a row draws depends on no other.
-    """
-    import torch
-
-    numbers = torch.rand(len(probabilities), dtype=torch.float64)
-    for row, generator in generators.items():
-        numbers[row] = torch.rand((), dtype=torch.float64, generator=generator)
-    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    # The first token whose sum exceeds the number: one of probability 0 never does so first.
-    drawn = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)
-    return drawn[:, 0].clamp_(max=probabilities.shape[-1] - 1)  # a number that rounds up to the whole sum
-
-
-def _forward_cpu(
-    self: Any,
-    logits: torch.Tensor,
-    generators: dict[int, torch.Generator],
-    k: torch.Tensor | None,
-    p: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """In the place of vLLM's: what it returns beside the tokens are the logits or log-probs after top-k and top-p."""
-    import torch
-    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
-
-    logits = apply_top_k_top_p(logits, k, p)
-    returned = None
-    if self.logprobs_mode == "processed_logits":
-        returned = logits
-    elif self.logprobs_mode == "processed_logprobs":
-        returned = logits.log_softmax(dim=-1, dtype=torch.float32)
-    return draw(logits.softmax(dim=-1, dtype=torch.float32), generators), returned
+    layer.cpu_linear = linear
 
 
 # ---- Worker extensions, which vLLM mixes into its worker.
 
 
 class EngineWorker:
-    """A worker that dies with its parent; on a CPU it also samples by one number, and packs large layers only."""
+    """A worker that dies with its parent."""
 
-    all_linears_plain: ClassVar[bool] = False
+    weights_change: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         die_with_parent()
         if kwargs["vllm_config"].device_config.device_type == "cpu":
-            sample_by_one_number()
-            keep_plain_linears(all_sizes=cls.all_linears_plain)
+            if cls.weights_change:
+                keep_plain_linears()
             if num_threads := os.environ.get("OMP_NUM_THREADS"):
                 import torch
 
@@ -190,7 +123,7 @@ class EngineWorker:
 class ReloadableEngineWorker(EngineWorker):
     """Loads new weights into the running engine. Its method is called by name, through `collective_rpc`."""
 
-    all_linears_plain = True
+    weights_change = True
 
     def load_weights_from(self, folder: str) -> None:
         """Loads the safetensors files of a Hugging Face folder over the present weights."""

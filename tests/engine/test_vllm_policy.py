@@ -15,7 +15,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from dgpo.config.load import load_config
-from dgpo.engines.vllm_patches import draw
 from dgpo.engines.vllm_policy import VllmPolicy
 
 pytestmark = pytest.mark.engine
@@ -149,18 +148,6 @@ def test_a_request_is_repeatable_by_its_own_seed(generations):
     _, (first, again, other, *_), *_ = generations
     assert first.token_ids == again.token_ids
     assert first.token_ids != other.token_ids
-
-
-def test_a_seeded_request_draws_one_number_of_its_generator_per_token(generations):
-    """Recomputed with Hugging Face's model; two of the seeds, in batches of other requests."""
-    (folder, _), (first, _, other, *_), *_ = generations
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for seed, generation in ((1, first), (2, other)):
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            logits = model(torch.tensor([PROMPT + generation.token_ids])).logits[0, len(PROMPT) - 1 : -1]
-        expected = [int(draw(row[None].softmax(-1), {0: generator})) for row in logits]
-        assert generation.token_ids == expected
 
 
 def test_a_stop_string_ends_the_turn_and_is_kept(generations):
