@@ -345,12 +345,21 @@ def test_the_prompt_ends_on_an_empty_line_ctrl_d_and_ctrl_c(monkeypatch, end):
     assert "answer       Paris" in text
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_during_an_answer_ends_that_answer_only(monkeypatch):
     class Stopped(ScriptedPolicy):
         async def generate(self, token_ids, **options):
             if not self.calls:
                 self.calls.append(options)
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
                 await asyncio.sleep(10)
             return await super().generate(token_ids, **options)
 

@@ -15,7 +15,7 @@ from dgpo.runs.stopping import cancel_on_signal, raise_on_signal, stop_file_on_s
 def test_a_signal_raises_and_the_handler_before_it_comes_back(number):
     before = signal.getsignal(number)
     with pytest.raises(StopRequested, match=f"{number.name}; resume=true continues"), raise_on_signal():
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
     assert signal.getsignal(number) is before
 
 
@@ -26,7 +26,7 @@ def test_the_first_signal_leaves_a_file_and_the_second_one_raises(tmp_path):
         with stop_file_on_signal(tmp_path):
             for number in (signal.SIGUSR1, signal.SIGTERM):
                 seen.append(stop_requested(tmp_path))
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
 
     with pytest.raises(StopRequested, match="SIGTERM"):
         run()
@@ -36,7 +36,7 @@ def test_the_first_signal_leaves_a_file_and_the_second_one_raises(tmp_path):
 
 def test_a_request_that_a_killed_run_left_is_forgotten(tmp_path):
     with stop_file_on_signal(tmp_path):
-        os.kill(os.getpid(), signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
         left = (tmp_path / "stop_requested").read_bytes()
     (tmp_path / "stop_requested").write_bytes(left)
     with stop_file_on_signal(tmp_path):
