@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # whoever starts an engine need not have read torch
     import torch
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
+
 # ---- Processes: how engines begin, and that they end with the process that started them.
 
 

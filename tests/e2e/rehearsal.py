@@ -60,8 +60,12 @@ def rehearsed() -> dict[str, list[str]]:
     """The lines as printed, each once, with the words of the command that they come to."""
     recipe = PAGES[0].read_text().partition("\n## On real hardware\n")[2].partition("\n## ")[0]
     known = [words(" ".join(line.split())) for line in recipe.splitlines()]
-    found = {line: words(line) for page in PAGES for line in lines(page)}
-    return {line: of for line, of in found.items() if of and of not in known and not known.append(of)}
+    found: dict[str, list[str]] = {}
+    for line in (line for page in PAGES for line in lines(page)):
+        of = words(line)
+        if of and of not in [*known, *found.values()]:
+            found[line] = of
+    return found
 
 
 def words(line: str) -> list[str]:
