@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import read_metrics, run_command
+from tests.conftest import ROOT, read_metrics, run_command
+from tests.unit.test_command_blocks import lines
 
 pytestmark = pytest.mark.e2e
 
@@ -75,3 +77,36 @@ def test_both_training_curves_and_the_report_are_there(run: Path):
         assert word in html
     loads = re.findall(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//|url\(\s*["']?https?:|@import""", html)
     assert loads == [], "the report must open without a network"
+
+
+def test_the_benchmarks_of_the_performance_page_run_as_printed(run: Path, tmp_path: Path):
+    """Each line with its blanks filled in, and small."""
+    world, trace = run / "world", tmp_path / "trace.json"
+    fill = {"MODEL": run / "distill" / "model", "QUESTIONS.parquet": world / "data" / "test.parquet"}
+    fill["FOLDER"] = run / "indexes"
+    small = {
+        "step.py": ["--steps", "2", "--folder", str(run), "--trace", str(trace), "train.batch_size=16"],
+        "rollout.py": ["--rounds", "1", "--num-episodes", "16"],
+        "evaluation.py": ["--repeat", "1", "--num-questions", "16"],
+    }
+    said = {}
+    for line in lines(ROOT / "docs" / "performance.md"):
+        python, script, *words = shlex.split(re.sub(r"\[[^]]*\]", "", line), comments=True)
+        assert python == "python"
+        name = Path(script).name
+        result = run_command(script, *(str(fill.get(word, word)) for word in words), *small[name], timeout_s=300)
+        assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+        said[name] = result.stdout.splitlines()
+    assert set(said) == set(small)
+    step = {line.split("  ")[0]: line.split()[-2:] for line in said["step.py"]}
+    assert step["step"][1] == "100.0%"
+    assert float(step["update actor"][0]) > 0
+    assert {"gen", "update_actor"} <= {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    ratios = re.fullmatch(
+        r"median ratio, ours to lock-step: wall time ([\d.]+), generated tokens ([\d.]+)", said["rollout.py"][-1]
+    )
+    assert ratios
+    assert float(ratios[2]) < 1, "only what is kept is written"
+    measured = json.loads(said["evaluation.py"][-1])
+    assert measured["ours"]["episodes"] == 16
+    assert measured["ratio"] > 0
