@@ -91,8 +91,8 @@ def twin(student: Path, folder: Path) -> Path:
     return folder
 
 
-def measure(stages: Stages, folder: Path, stage: str, overrides: list[str], *, dry_run: bool) -> None:
-    """Runs the stage, and prints its peak beside what its plan said."""
+def plan(stage: str, overrides: list[str]) -> int:
+    """The bytes that the plan of a stage comes to, which it prints by part."""
     config = load_config(overrides)
     models, unknown = stage_models(config, stage)
     if models is None:
@@ -103,13 +103,18 @@ def measure(stages: Stages, folder: Path, stage: str, overrides: list[str], *, d
     print(f"plan: {total / GIB:.2f} GiB ({phase} {planned / GIB:.2f}, beside it {sum(budget.host.values()) / GIB:.2f})")
     for part, size in sorted(budget.phases[phase].items(), key=lambda item: -item[1]):
         print(f"  {part:<18} {size / GIB:6.2f}")
-    if dry_run:
-        return
-    shutil.rmtree(folder / stage, ignore_errors=True)
+    return round(total)
+
+
+def measure(stages: Stages, name: str, stage: str, overrides: list[str], *, planned: int) -> dict[str, float]:
+    """Runs the stage. Returns, and prints, its seconds and its peak beside the plan's, in GiB."""
     with PeakMemory() as memory:
-        stages.run(**{stage: [*python_module("dgpo"), stage, *overrides]})
-    print(f"peak PSS of all processes {memory.peak_bytes / GIB:.2f} GiB, {memory.peak_bytes / total:.2f} of the plan")
-    print(f"{stage} took {stages.wall_s[stage]:.0f} s, start included")
+        stages.run(**{name: [*python_module("dgpo"), stage, *overrides]})
+    measured = {"seconds": stages.wall_s[name], "peak": memory.peak_bytes / GIB, "plan": planned / GIB}
+    share = memory.peak_bytes / planned
+    print(f"peak PSS of all processes {measured['peak']:.2f} GiB, {share:.2f} of the plan")
+    print(f"{name} took {measured['seconds']:.0f} s, start included")
+    return measured
 
 
 def main() -> None:
@@ -134,8 +139,8 @@ def main() -> None:
             shutil.rmtree(folder / "source", ignore_errors=True)
             write_source(folder / "source")
             prepare_own(folder / "source", folder / "data", config=load_config(common))
+        planned = plan(stage, common)
         if options.dry_run:
-            measure(stages, folder, stage, common, dry_run=True)
             return
         index = folder / "indexes" / "own"
         if not index.exists():
@@ -145,7 +150,8 @@ def main() -> None:
             served = [*common, f"retriever.url={url}"]
             if stage == "distill" and not (folder / "collect").exists():
                 stages.run(collect=[*python_module("dgpo"), "collect", *served])
-            measure(stages, folder, stage, served, dry_run=False)
+            shutil.rmtree(folder / stage, ignore_errors=True)
+            measure(stages, stage, stage, served, planned=planned)
 
 
 if __name__ == "__main__":
