@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dgpo.evaluation.charts import dot_chart
 from dgpo.evaluation.paper import CONTRASTS, EQUIVALENCE_MARGINS, LABELS
 from dgpo.files import atomic_write_text
 from dgpo.metrics.seeds import contrast, equivalence_p, holm
@@ -19,12 +20,15 @@ Values = Mapping[str, Mapping[int, float]]  # row -> seed -> exact match
 
 
 def write_over_seeds(folder: Path, table: str, seeds: Sequence[int]) -> Path:
-    """Reads `seed_N/table_<table>.json` of every seed; writes `table_<table>_seeds.json` and `.md`, and prints it."""
+    """Reads `seed_N/table_<table>.json` of every seed; prints the table, and writes it, its numbers and a chart."""
     last, best = (_read(folder, table, seeds, column) for column in ("last", "best"))
     contrasts = primary_contrasts(last)
     record = {"seeds": list(seeds), "last": last, "best": best, "contrasts": contrasts}
     atomic_write_text(folder / f"table_{table}_seeds.json", json.dumps(record, indent=1) + "\n")
     text = render(last, best, contrasts)
+    points = {LABELS[row]: {"last step": list(by_seed.values())} for row, by_seed in last.items()}
+    chart = dot_chart(points, x_label="exact match, a point per seed, a bar at the mean")
+    atomic_write_text(folder / f"table_{table}_seeds.svg", chart)
     path = folder / f"table_{table}_seeds.md"
     atomic_write_text(path, text)
     print(text)

@@ -384,6 +384,7 @@ def test_a_table_of_several_seeds_shows_means_and_contrasts_paired_by_seed(tmp_p
     text = path.read_text()
     assert text in capsys.readouterr().out
     assert "| KD | 4 | 0.413 | 0.085 | 0.300, 0.500 | - |" in text
+    assert path.with_suffix(".svg").read_text().count("<circle") == 1 + 4 * 4, "a legend, and a point per row and seed"
     first, second, third = json.loads(path.with_suffix(".json").read_text())["contrasts"]
     assert first["mean"] == pytest.approx(0.1025)
     assert first["p_holm"] == pytest.approx(3 * first["p"])
