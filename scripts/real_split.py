@@ -86,16 +86,27 @@ def read(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
+def source() -> Path:
+    """The folder that DGPO_REALDATA names."""
+    folder = Path(os.environ.get("DGPO_REALDATA", ""))
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        sys.exit(f"DGPO_REALDATA={folder}: no {missing[0]} there; expected the folder of docs/results/real-cpu.md")
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the unpacked files."""
+    return {name: hashlib.sha256(gzip.decompress((folder / name).read_bytes())).hexdigest() for name in FILES}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    folder = Path(os.environ.get("DGPO_REALDATA", ""))
-    if missing := [name for name in FILES if not (folder / name).is_file()]:
-        sys.exit(f"DGPO_REALDATA={folder}: no {missing[0]} there; expected the folder of docs/results/real-cpu.md")
+    folder = source()
     parts = split(read(folder / FILES[0]), read(folder / FILES[1]))
     record = {
-        "files": {name: hashlib.sha256(gzip.decompress((folder / name).read_bytes())).hexdigest() for name in FILES},
+        "files": digests(folder),
         "sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
         "counts": {name: len(ids) for name, ids in parts.items()},
         "parts": parts,

@@ -106,17 +106,6 @@ def plan(stage: str, overrides: list[str]) -> int:
     return round(total)
 
 
-def measure(stages: Stages, name: str, stage: str, overrides: list[str], *, planned: int) -> dict[str, float]:
-    """Runs the stage. Returns, and prints, its seconds and its peak beside the plan's, in GiB."""
-    with PeakMemory() as memory:
-        stages.run(**{name: [*python_module("dgpo"), stage, *overrides]})
-    measured = {"seconds": stages.wall_s[name], "peak": memory.peak_bytes / GIB, "plan": planned / GIB}
-    share = memory.peak_bytes / planned
-    print(f"peak PSS of all processes {measured['peak']:.2f} GiB, {share:.2f} of the plan")
-    print(f"{name} took {measured['seconds']:.0f} s, start included")
-    return measured
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
@@ -151,7 +140,11 @@ def main() -> None:
             if stage == "distill" and not (folder / "collect").exists():
                 stages.run(collect=[*python_module("dgpo"), "collect", *served])
             shutil.rmtree(folder / stage, ignore_errors=True)
-            measure(stages, stage, stage, served, planned=planned)
+            with PeakMemory() as memory:
+                stages.run(**{stage: [*python_module("dgpo"), stage, *served]})
+            peak = memory.peak_bytes
+            print(f"peak PSS of all processes {peak / GIB:.2f} GiB, {peak / planned:.2f} of the plan")
+            print(f"{stage} took {stages.wall_s[stage]:.0f} s, start included")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ steps say nothing of exact match. The units, each a command of `dgpo`:
 | reward, token, exact | GRPO in each form of the teacher term: three steps of 4 questions, two samples each |
 | resume | one more step of the last of these |
 | ppo | one step with a critic, where the plan fits into this machine's memory |
-| test | the student before, after the cold start and after RL, 8 questions |
+| test | the student before, after the cold start and after RL, 8 questions of each set |
 | export | the model with its card |
 
-A unit that is finished (`units.json`) is not run again; one that was cut goes on. Further overrides are those of
+A unit that is finished (`units.json`) is not run again; one that was cut is made anew. Further overrides are those of
 `dgpo`.
 """
 
@@ -25,26 +25,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from real_memory import COMMON, MOST_FRUGAL, SHORT, measure, plan
+from real_memory import COMMON, MOST_FRUGAL, SHORT, plan
 
 from dgpo.algorithms.selective_kl import TEACHER_FORMS
 from dgpo.config.load import load_config
 from dgpo.data.own import prepare_own
+from dgpo.errors import DgpoError
 from dgpo.files import atomic_write_text, read_jsonl
 from dgpo.hardware.known_gpus import GIB
 from dgpo.hardware.machine import memory_limit
 from dgpo.pipeline.own import sized_for_cpu, test_files
 from dgpo.pipeline.processes import PeakMemory, Stages, python_module, retrieval_server
+from dgpo.runs.artifacts import MANIFEST
 
 TEST_QUESTIONS = 8
-SHOWN = {  # metrics of RL, means over its steps
-    "rollout/log_prob_diff_mean": "log-prob difference, mean",
-    "rollout/log_prob_diff_max": "largest",
-    "teacher/kl_failed": "KL to the teacher, failed",
-    "timing_s/step": "s a step",
+UNPLANNED = ("oracle", "export")  # no model plays there, though the plan of `collect` counts one
+SHOWN: dict[
+    str, tuple[str, Callable[[Iterable[float]], float]]
+] = {  # metrics of RL -> their name here, and how the steps are put together
+    "rollout/log_prob_diff_mean": ("log-prob difference, mean", mean),
+    "rollout/log_prob_diff_max": ("largest", max),
+    "teacher/kl_failed": ("KL to the teacher, failed", mean),
+    "timing_s/step": ("s a step", mean),
 }
 
 
@@ -93,13 +101,13 @@ def facts(folder: Path, name: str) -> dict[str, Any]:
     if name == "distill":
         return {"loss": [round(record["loss"], 4) for record in read_jsonl(folder / "distill" / "metrics.jsonl")]}
     run = folder / (list(TEACHER_FORMS)[-1] if name == "resume" else name)
-    records = read_jsonl(run / "train" / "metrics.jsonl") if name != "export" else []
-    means = {
-        label: sum(record[key] for record in records) / len(records)
-        for key, label in SHOWN.items()
-        if records and all(key in record for record in records)
+    records = read_jsonl(run / "train" / "metrics.jsonl")[-1 if name == "resume" else 0 :]
+    found = {
+        label: over(record[key] for record in records)
+        for key, (label, over) in SHOWN.items()
+        if all(key in record for record in records)
     }
-    return {"steps": len(records), **means} if records else {}
+    return {"steps": len(records), **found}
 
 
 def render(done: dict[str, dict[str, Any]]) -> str:
@@ -118,17 +126,27 @@ def render(done: dict[str, dict[str, Any]]) -> str:
 
 def run_unit(stages: Stages, folder: Path, name: str, stage: str, overrides: list[str]) -> dict[str, Any]:
     run_dir = Path(load_config(overrides).run_dir)
-    if stage == "export":
-        with PeakMemory() as memory:
-            stages.run(**{name: [*python_module("dgpo"), stage, *overrides]})
-        return {"seconds": stages.wall_s[name], "peak": memory.peak_bytes / GIB, "facts": {}}
-    planned = plan(stage, overrides)
+    planned = 0 if name in UNPLANNED else plan(stage, overrides)
     if name == "ppo" and planned > memory_limit():
         left_out = f"left out: {planned / GIB:.1f} GiB planned, {memory_limit() / GIB:.1f} here"
         return {"plan": planned / GIB, "facts": {"": left_out}}
-    resume = ["resume=true"] if (run_dir / stage).is_dir() else []
-    measured = measure(stages, name, stage, [*overrides, *resume], planned=planned)
-    return {**measured, "facts": facts(folder, name)}
+    if name == "resume":
+        overrides = [*overrides, "resume=true"]
+    else:
+        shutil.rmtree(run_dir / stage, ignore_errors=True)
+    with PeakMemory() as memory:
+        try:
+            stages.run(**{name: [*python_module("dgpo"), stage, *overrides]})
+        except DgpoError:
+            if name != "collect" or not kept_nothing(folder):
+                raise
+    found = {} if name == "export" else facts(folder, name)
+    return {"seconds": stages.wall_s[name], "peak": memory.peak_bytes / GIB, "plan": planned / GIB, "facts": found}
+
+
+def kept_nothing(folder: Path) -> bool:
+    """Whether the collection ended, and with no correct episode: a finding about an untrained teacher, and no fault."""
+    return (folder / "collect" / MANIFEST).exists() and not facts(folder, "collect")["kept"]
 
 
 def main() -> None:
@@ -148,7 +166,7 @@ def main() -> None:
         f"data.collect_file={data}/train.parquet",
     ]
     if not data.exists():
-        prepare_own(options.source, data, config=load_config(common))
+        prepare_own(options.source, data, config=load_config([*common, *options.overrides]))
     common += [f"data.test_files.{file.name.removesuffix('_test.parquet')}={file}" for file in test_files(folder)]
     planned = {
         name: (stage, [*common, *own, *options.overrides])
@@ -156,7 +174,7 @@ def main() -> None:
     }
     if options.dry_run:
         for name, (stage, overrides) in planned.items():
-            if stage != "export":
+            if name not in UNPLANNED:
                 print(f"== {name}")
                 plan(stage, overrides)
         return
