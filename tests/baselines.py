@@ -41,7 +41,7 @@ STEPS = [
     *("train.num_steps=6", "train.batch_size=16", "train.mini_batch_size=8", "train.save_every=3"),
     *("train.log_episodes_every=1", "train.num_logged_episodes=16"),
 ]
-FEWER_QUESTIONS = ["train.batch_size=4", "train.mini_batch_size=2", "train.samples_per_question=4"]
+FEWER_QUESTIONS = ["train.batch_size=4", "train.mini_batch_size=8", "train.samples_per_question=4"]
 VALIDATED = ["data.validation_file={data}/validation_32.parquet", "train.validate_every=3"]
 TESTED = ["data.test_files.real={data}/test.parquet", "test.max_questions=100"]
 UNITS: dict[str, tuple[str, list[str]]] = {  # name -> (command, overrides)

@@ -85,7 +85,7 @@ def test_the_benchmarks_of_the_performance_page_run_as_printed(run: Path, tmp_pa
     fill = {"MODEL": run / "distill" / "model", "QUESTIONS.parquet": world / "data" / "test.parquet"}
     fill["FOLDER"] = run / "indexes"
     small = {
-        "step.py": ["--steps", "2", "--folder", str(run), "--trace", str(trace), "train.batch_size=16"],
+        "step.py": ["--steps", "2", "--folder", str(run), "--trace", str(trace), "train.batch_size=32"],
         "rollout.py": ["--rounds", "1", "--num-episodes", "16"],
         "evaluation.py": ["--repeat", "1", "--num-questions", "16"],
     }

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.baselines import UNITS, compare, read_run
+from dgpo.checks.settings import check_settings
+from dgpo.config.load import load_config
+from tests.baselines import UNITS, arguments, compare, read_run
 
 WEIGHTS = torch.tensor([1.0, 2.0])
 FLIPPED = torch.tensor([1.0, 2.0]).nextafter(torch.tensor([1.0, 3.0]))
@@ -77,3 +79,9 @@ def test_every_unit_is_a_command_that_exists():
     from dgpo.__main__ import COMMANDS
 
     assert {command for command, _ in UNITS.values()} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_every_unit_is_a_command_with_settings_that_go_together(name: str, tmp_path: Path):
+    stage, *overrides = arguments(name, world=tmp_path, out=tmp_path, url="http://node0:8000")
+    check_settings(load_config(overrides), [stage])
