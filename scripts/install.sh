@@ -42,7 +42,8 @@ stamp="$prefix/dgpo-installed-$kind-$content"
 
 check_driver() {
   local version
-  version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || version=''
+  version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || version=''
+  version="${version%%$'\n'*}" # a line per GPU; a pipe that is read to its first line alone may fail
   if [ -z "$version" ]; then
     say "note: no NVIDIA driver here; where it runs, the driver must be $LEAST_DRIVER or newer (CUDA 13)"
   elif [ "${version%%.*}" -lt "$LEAST_DRIVER" ]; then
