@@ -46,9 +46,8 @@ from dgpo.runs.artifacts import MANIFEST
 
 TEST_QUESTIONS = 8
 UNPLANNED = ("oracle", "export")  # no model plays there, though the plan of `collect` counts one
-SHOWN: dict[
-    str, tuple[str, Callable[[Iterable[float]], float]]
-] = {  # metrics of RL -> their name here, and how the steps are put together
+# Metrics of RL -> their name here, and how the steps are put together
+SHOWN: dict[str, tuple[str, Callable[[Iterable[float]], float]]] = {
     "rollout/log_prob_diff_mean": ("log-prob difference, mean", mean),
     "rollout/log_prob_diff_max": ("largest", max),
     "teacher/kl_failed": ("KL to the teacher, failed", mean),
@@ -94,7 +93,7 @@ def facts(folder: Path, name: str) -> dict[str, Any]:
     """What a finished unit left, beside its seconds and its memory."""
     if name in ("collect", "oracle"):
         stage = folder / "collect" if name == "collect" else folder / "oracle" / "collect"
-        return dict(json.loads((stage / "manifest.json").read_text())["counts"])
+        return dict(json.loads((stage / MANIFEST).read_text())["counts"])
     if name == "test":
         results = json.loads((folder / "test" / "results.json").read_text())["models"]
         return {model: f"{row['average']['answered']:.0%} answered" for model, row in results.items()}
