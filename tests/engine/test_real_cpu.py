@@ -1,4 +1,4 @@
-"""scripts/real_cpu.py on invented passages, questions and transcripts: data and statistics, and (slow) its whole path."""
+"""scripts/real_cpu.py on invented passages, questions, transcripts: data and statistics, and (slow) its whole path."""
 
 from __future__ import annotations
 
