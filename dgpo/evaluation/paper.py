@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from dgpo.evaluation import gate
+from dgpo.evaluation import gate, rates
 
 SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 
@@ -23,7 +23,10 @@ ROWS = {
     "figures": ("ppo", "grpo", "dgpo", "dgpo_grpo", "no_cold_start", "gkd", "kd_gkd"),
     "teacher_time": ("dgpo",),
     **gate.ROWS,
+    **rates.ROWS,
 }  # fmt: skip
+ARMS = {**gate.ARMS, **rates.ARMS}  # rows that are a preset with overrides of their own
+TINY_TABLES = (*gate.TABLES, rates.TABLE)  # of the tiny world, over seeds that their pages name
 FIGURES = {"4": ("ppo", "grpo"), "6": ("dgpo", "dgpo_grpo", "no_cold_start", "gkd", "kd_gkd")}  # curves of reward
 TEACHER_TIME = 0.095  # by which the 3B teacher makes the whole training longer
 TEACHERLESS = ("untrained", "ppo", "grpo", "closed_book", "rag")  # rows that are the same whoever teaches
@@ -66,7 +69,7 @@ LABELS = {
     "rag": "one retrieval, prompted",
     "closed_book_seqkd": "closed book, SeqKD",
     "rag_seqkd": "one retrieval, SeqKD",
-    **{row: arm.label for row, arm in gate.ARMS.items()},
+    **{row: arm.label for row, arm in ARMS.items()},
 }
 
 # By set in the order of SETS, then the average. `dgpo_grpo` and `kd_gkd` are curves in figure 6, without numbers.

@@ -1,9 +1,8 @@
-"""What the tables `gate` and `gate_tuning` add to `reproduce`: the check of the cold start, and the seeds together."""
+"""What the table `gate` adds to `reproduce`: the check of the cold start, and the seeds together."""
 
 from __future__ import annotations
 
 import json
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +13,10 @@ from dgpo.evaluation.charts import dot_chart
 from dgpo.evaluation.gate import (
     ARMS,
     CONTRASTS,
-    FACTORS,
     MIN_START_EM,
     RELATION,
     ROWS,
-    TEST_SEEDS,
     TUNED,
-    best_factors,
-    coefficient,
 )
 from dgpo.files import atomic_write_text, read_jsonl
 from dgpo.pipeline.over_seeds import ALPHA, Values, primary_contrasts, render_contrasts
@@ -37,34 +32,6 @@ def check_cold_start(run_dir: Path) -> None:
             f"the cold start's exact match at temperature 1 is {em:.3f}, expected at least {MIN_START_EM:g}: make it "
             "longer for all arms, distill.epochs=.., in another run_dir; no arm of RL was run"
         )
-
-
-def write_tuning(folder: Path, seeds: Sequence[int], overrides: Sequence[str]) -> Path:
-    """Writes and prints every coefficient's validation score, and the command of `table=gate` with the best ones."""
-    values = {
-        row: {seed: _metrics(folder, seed, row)[-1]["validation/em"] for seed in seeds}
-        for row in ROWS["gate_tuning"][1:]
-    }
-    best = best_factors(values)
-    text = f"{_render_tuning(values, best)}\nNext:\n\n    {gate_command(overrides, best)}\n"
-    return _write(folder / "table_gate_tuning_seeds", {"seeds": list(seeds), "values": values, "best": best}, text)
-
-
-def gate_command(overrides: Sequence[str], best: Mapping[str, str]) -> str:
-    """The line that makes the table with the chosen coefficients and whatever else the tuning was given."""
-    kept = [each for each in overrides if not each.startswith(("table=", "seeds=", "seed=", "rows."))]
-    rows = [f'rows.{arm}=["{coefficient(arm, factor)}"]' for arm, factor in best.items()]
-    seeds = f"seeds=[{','.join(map(str, TEST_SEEDS))}]"
-    return shlex.join(["python", "-m", "dgpo", "reproduce", "table=gate", *kept, seeds, *rows])
-
-
-def _render_tuning(values: Values, best: Mapping[str, str]) -> str:
-    lines = ["| arm | 1/3 of the default | default | 3 times | best |", "|---|---|---|---|---|"]
-    for arm in TUNED:
-        tried = [values[f"{arm}_{factor}"].values() for factor in FACTORS]
-        cells = [f"{statistics.mean(each):.3f} ({', '.join(f'{em:.3f}' for em in each)})" for each in tried]
-        lines.append(f"| {LABELS[arm]} | {' | '.join(cells)} | `{coefficient(arm, best[arm])}` |")
-    return "Exact match on validation questions at the last step, mean (by seed).\n\n" + "\n".join(lines) + "\n"
 
 
 def write_gate(folder: Path, seeds: Sequence[int]) -> Path:
@@ -88,7 +55,11 @@ def write_gate(folder: Path, seeds: Sequence[int]) -> Path:
     measures = {"all questions": overall, f"relation {RELATION}": relation}
     points = {LABELS[row]: {name: list(each[row].values()) for name, each in measures.items()} for row in ROWS["gate"]}
     atomic_write_text(folder / "table_gate_seeds.svg", dot_chart(points, x_label="exact match, a point per seed"))
-    return _write(folder / "table_gate_seeds", {**record, "contrasts": contrasts}, text)
+    atomic_write_text(folder / "table_gate_seeds.json", json.dumps({**record, "contrasts": contrasts}, indent=1) + "\n")
+    path = folder / "table_gate_seeds.md"
+    atomic_write_text(path, text)
+    print(text)
+    return path
 
 
 def render_arms(overall: Values, relation: Values, share: Values) -> str:
@@ -126,10 +97,3 @@ def _run(folder: Path, seed: int, row: str) -> Path:
 
 def _metrics(folder: Path, seed: int, row: str) -> list[dict[str, Any]]:
     return read_jsonl(_run(folder, seed, row) / "train" / "metrics.jsonl")
-
-
-def _write(path: Path, record: Mapping[str, Any], text: str) -> Path:
-    atomic_write_text(path.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
-    atomic_write_text(path.with_suffix(".md"), text)
-    print(text)
-    return path.with_suffix(".md")

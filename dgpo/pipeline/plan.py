@@ -11,7 +11,7 @@ from dgpo.config.load import load_config
 from dgpo.config.schema import Config
 from dgpo.config.stages import MODEL_STEPS, reported_model, stage_model
 from dgpo.evaluation import gate
-from dgpo.evaluation.paper import BASELINES, ROWS, RULES, TEACHERLESS, UNTRAINED
+from dgpo.evaluation.paper import ARMS, BASELINES, ROWS, RULES, TEACHERLESS, UNTRAINED
 from dgpo.runs.artifacts import MANIFEST
 
 # The folder that shows a stage to be complete, below its run folder.
@@ -136,7 +136,7 @@ def plan_table(
     """
     plan = Plan()
     config = load_config([*inputs, *overrides])
-    own_settings = {row: arm.own(config.teacher.path) for row, arm in gate.ARMS.items()}
+    own_settings = {row: arm.own(config.teacher.path) for row, arm in ARMS.items()}
     rows = {row: [*own_settings.get(row, ()), *(rows or {}).get(row, ())] for row in ROWS[table]}
     tested = table in ("main", "ablation", "contrasts", "pairs", "gate")
 
@@ -161,7 +161,7 @@ def plan_table(
     _plan_teacher(plan, config, inputs, overrides)
     reported: dict[str, str] = {}
     for row in ROWS[table]:
-        preset = gate.ARMS[row].preset if row in gate.ARMS else row
+        preset = ARMS[row].preset if row in ARMS else row
         if preset in UNTRAINED:
             models_of_row = load_config([*inputs, *overrides, *rows[row]])
             models = {row: (models_of_row.teacher if preset == "teacher" else models_of_row.student).path or ""}

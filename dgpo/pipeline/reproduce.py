@@ -34,6 +34,7 @@ from dgpo.evaluation.paper import (
     RULES,
     TABLES,
     TEACHER_TIME,
+    TINY_TABLES,
     paper_value,
     protocol_note,
 )
@@ -46,12 +47,13 @@ from dgpo.hardware.machine import check_start
 from dgpo.hardware.report import besides
 from dgpo.hardware.stages import hours_and_disk
 from dgpo.pipeline import tiny
-from dgpo.pipeline.gate import check_cold_start, write_gate, write_tuning
+from dgpo.pipeline.gate import check_cold_start, write_gate
 from dgpo.pipeline.missing import missing
 from dgpo.pipeline.over_seeds import write_over_seeds
 from dgpo.pipeline.plan import START, Plan, PlannedStage, distinct, plan_table
 from dgpo.pipeline.processes import Stages, python_module
 from dgpo.pipeline.reuse import is_current
+from dgpo.pipeline.tuning import GRIDS, write_tuning
 from dgpo.runs.alarms import ALARMS
 from dgpo.runs.owner import owned
 from dgpo.runs.settings import record_or_check_command
@@ -80,8 +82,8 @@ def reproduce(overrides: Sequence[str]) -> Path | None:
     config = load_config(overrides)
     if config.seeds:
         return _over_seeds(config, overrides)
-    if config.table in gate.TABLES:
-        raise ConfigError(f"table={config.table} without seeds: its page, docs/results/gate.md, names them")
+    if config.table in TINY_TABLES:
+        raise ConfigError(f"table={config.table} without seeds: its page in docs/results names them")
     return _one_seed(config, overrides)
 
 
@@ -121,7 +123,7 @@ def _one_seed(config: Config, overrides: Sequence[str], *, only_start: bool = Fa
 def _over_seeds(config: Config, overrides: Sequence[str]) -> Path | None:
     """The whole table with every seed, in a folder of its own, then their means and contrasts."""
     _pairs(config, overrides)
-    of_seeds = dict.fromkeys((*BASELINE, *gate.TABLES))
+    of_seeds = dict.fromkeys((*BASELINE, *TINY_TABLES))
     if config.table not in of_seeds:
         raise ConfigError(f"seeds={config.seeds} with table={config.table}: expected one of {', '.join(of_seeds)}")
     if len(set(config.seeds)) < len(config.seeds):
@@ -135,8 +137,8 @@ def _over_seeds(config: Config, overrides: Sequence[str]) -> Path | None:
     folder = Path(config.run_dir)
     if config.dry_run:
         return None
-    if config.table == "gate_tuning":
-        return write_tuning(folder, config.seeds, overrides)
+    if config.table in GRIDS:
+        return write_tuning(folder, config.table, config.seeds, overrides)
     if config.table == "gate":
         return write_gate(folder, config.seeds)
     return write_over_seeds(folder, config.table, config.seeds)
@@ -195,7 +197,7 @@ def _pairs(config: Config, overrides: Sequence[str]) -> list[str]:
         if config.table == "pairs":
             raise ConfigError("table=pairs with world=tiny: the tiny world has one pair; take table=main or ablation")
         return ["tiny"]
-    if config.table in gate.TABLES:
+    if config.table in TINY_TABLES:
         raise ConfigError(f"table={config.table} is of the tiny world: add world=tiny hardware=cpu")
     return group_choices("pair") if config.table == "pairs" else [chosen("pair", overrides) or MAIN_PAIR]
 
@@ -257,7 +259,7 @@ def _print_plan(pair: str, plan: Plan) -> dict[str, Cost]:
 
 
 def _write(folder: Path, table: str, plans: Mapping[str, Plan]) -> Path:
-    if table == "gate_tuning":
+    if table in GRIDS:
         return folder  # the seeds together choose
     if table == "figures":
         return [_write_figure(folder, pair, plan, number) for pair, plan in plans.items() for number in FIGURES][-1]

@@ -85,16 +85,16 @@ def source(scripts: tuple[Any, Any], tmp_path: Path) -> Path:
     return folder
 
 
-def start(source: Path, *, lead: float) -> subprocess.CompletedProcess[str]:
+def start(source: Path, *more: str) -> subprocess.CompletedProcess[str]:
     folder = source.parent
-    options = ["--student", str(folder / "student"), "--out", str(folder / "run"), f"--lead={lead}"]
+    options = ["--student", str(folder / "student"), "--out", str(folder / "run"), *more]
     command = [sys.executable, "scripts/real_cpu.py", *options, "--split", str(folder / "split.json"), *SMALL]
     environment = {**os.environ, "DGPO_REALDATA": str(source)}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def run(source: Path, *, lead: float) -> tuple[str, dict[str, Any]]:
-    result = start(source, lead=lead)
+def run(source: Path, *more: str) -> tuple[str, dict[str, Any]]:
+    result = start(source, *more)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     return result.stdout, json.loads((source.parent / "run" / "table.json").read_text())
 
@@ -121,14 +121,14 @@ def test_the_data_are_the_splits(scripts: tuple[Any, Any], source: Path, tmp_pat
 def test_files_that_the_split_was_not_made_of_are_refused(source: Path) -> None:
     with gzip.open(source / "passages.jsonl.gz", "at", encoding="utf-8") as file:
         file.write("\n")
-    result = start(source, lead=0.05)
+    result = start(source)
     assert result.returncode == 1
     assert "passages.jsonl.gz is not the file that" in result.stderr
 
 
 @pytest.mark.slow
 def test_a_teacher_that_does_not_lead_has_no_rl_and_what_is_finished_stays(source: Path) -> None:
-    said, record = run(source, lead=0.05)
+    said, record = run(source)
     assert "RL was not run." in said
     assert record["lead"] == 0.0, "random weights answer nothing"
     assert set(record["rows"]) == MODELS
@@ -140,19 +140,28 @@ def test_a_teacher_that_does_not_lead_has_no_rl_and_what_is_finished_stays(sourc
     }
     assert kept["teacher"] > kept["student"] > 0, "a quarter of them"
     begun = {path.name: path.stat().st_size for path in (out / "logs").glob("*.log") if path.name != "retriever.log"}
-    run(source, lead=0.05)
+    run(source)
     assert begun == {name: (out / "logs" / name).stat().st_size for name in begun}, "no stage began again"
 
 
 @pytest.mark.slow
 def test_the_table_has_every_model_and_contrast(source: Path) -> None:
-    said, record = run(source, lead=-1.0)
+    said, record = run(source, "--lead=-1")
     arms = {f"{arm}_{seed}" for seed in (51, 52) for arm in ("dgpo", "no_teacher")}
     assert set(record["rows"]) == {*MODELS, *arms}
     primary = [each["contrast"] for each in record["contrasts"] if each["primary"]]
     assert primary == ["dgpo_51 - student", "dgpo_52 - student"]
     assert all(len(rates) == 3 for rates in record["tuning"].values())
     assert "| dgpo_51 - no_teacher_51 |" in said
+
+
+@pytest.mark.slow
+def test_the_cold_start_alone_stands_beside_the_model_that_it_was(source: Path) -> None:
+    said, record = run(source, "--cold-start-only", "test.sets=[nq,popqa]", "test.max_questions=1")
+    assert set(record["rows"]) == {"untrained", "student"}
+    assert [each["contrast"] for each in record["contrasts"]] == ["student - untrained"]
+    assert "teacher" not in said
+    assert not (source.parent / "run" / "teacher").exists()
 
 
 def test_contrasts_are_paired_and_the_secondary_ones_corrected(scripts: tuple[Any, Any]) -> None:

@@ -12,12 +12,13 @@ import pytest
 from dgpo.__main__ import main
 from dgpo.config.load import load_config
 from dgpo.errors import DgpoError
-from dgpo.evaluation.gate import ARMS, FACTORS, RELATION, ROWS, TUNED, best_factors, coefficient
+from dgpo.evaluation.gate import ARMS, FACTORS, GRID, RELATION, ROWS, TUNED, coefficient
 from dgpo.evaluation.paper import ROWS as PLANNED_ROWS
 from dgpo.files import append_jsonl
 from dgpo.pipeline import reproduce as module
-from dgpo.pipeline.gate import answer, check_cold_start, gate_command, write_gate, write_tuning
+from dgpo.pipeline.gate import answer, check_cold_start, write_gate
 from dgpo.pipeline.plan import Plan, PlannedStage, plan_table
+from dgpo.pipeline.tuning import gate_command, write_tuning
 
 INPUTS = ["world=tiny", "hardware=cpu", "student.path=s", "teacher.path=w/teacher", "data.validation_file=v.parquet"]
 
@@ -129,7 +130,7 @@ def test_the_best_coefficient_has_the_highest_mean_and_of_equal_ones_is_the_smal
     values = {row: {911: 0.5, 912: 0.5} for row in ROWS["gate_tuning"][1:]}
     values["biased_failed_three"] = {911: 0.9, 912: 0.2}  # mean .55
     values["biased_all_one"] = {911: 0.9, 912: 0.0}  # .45
-    best = best_factors(values)
+    best = GRID.best(values)
     assert best["biased_failed"] == "three"
     assert best["biased_all"] == best["good_all"] == "third"
     assert set(best) == set(TUNED)
@@ -149,11 +150,11 @@ def test_tuning_shows_all_and_prints_the_command_with_the_best(tmp_path, capsys)
                 tmp_path, seed, row, [{"step": 10, "validation/em": 0.9}, {"step": 60, "validation/em": last}]
             )
     given = ["table=gate_tuning", "world=tiny", "hardware=cpu", f"run_dir={tmp_path}", "seeds=[911,912]"]
-    text = write_tuning(tmp_path, [911, 912], [*given, "distill.epochs=12"]).read_text()
+    text = write_tuning(tmp_path, "gate_tuning", [911, 912], [*given, "distill.epochs=12"]).read_text()
     assert text in capsys.readouterr().out
     assert "| good teacher, all | 0.450 (0.400, 0.500) | 0.600 (0.600, 0.600) | 0.450 (0.400, 0.500) | " in text
     assert "'rows.biased_failed_reward=[\"train.teacher_term.coef=0.001\"]'" in text
-    command = gate_command([*given, "distill.epochs=12"], {"good_all": "three"})
+    command = gate_command([*given, "distill.epochs=12"], {"good_all": coefficient("good_all", "three")})
     assert command == (
         f"python -m dgpo reproduce table=gate world=tiny hardware=cpu run_dir={tmp_path} distill.epochs=12 "
         "'seeds=[41,42,43,44,45]' 'rows.good_all=[\"train.teacher_term.coef=3\"]'"

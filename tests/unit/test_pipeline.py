@@ -17,8 +17,7 @@ from dgpo.__main__ import main
 from dgpo.config.load import group_choices, load_config
 from dgpo.errors import ConfigError
 from dgpo.evaluation.evaluate import evaluate
-from dgpo.evaluation.gate import ARMS
-from dgpo.evaluation.paper import EXACT_MATCH, LABELS, ROWS, RULES, SETS, UNTRAINED, paper_value
+from dgpo.evaluation.paper import ARMS, EXACT_MATCH, LABELS, ROWS, RULES, SETS, UNTRAINED, paper_value
 from dgpo.files import append_jsonl, write_jsonl
 from dgpo.hardware.gpu_hours import PAPER_GPU_HOURS, gpu_hours_range, paper_gpu_hours
 from dgpo.pipeline.over_seeds import write_over_seeds
@@ -409,7 +408,7 @@ def test_settings_of_a_row_are_of_that_row_alone(tmp_path):
     ("overrides", "message"),
     [
         (["seeds=[1,1]"], "a seed is named twice"),
-        (["seeds=[1,2]", "table=figures"], "expected one of main, ablation, contrasts, pairs, gate, gate_tuning"),
+        (["seeds=[1,2]", "table=figures"], "expected one of main, ablation, contrasts, pairs, gate, gate_tuning, tun"),
         (['rows.inverted=["seed=1"]'], "rows.inverted: no row of table=main"),
     ],
 )
