@@ -13,6 +13,7 @@ from dgpo import __version__
 from dgpo.config.help import describe
 from dgpo.config.load import load_config
 from dgpo.config.release import with_positions
+from dgpo.engines.environment import restart_with_environment
 from dgpo.errors import exit_code
 
 USAGE = """usage: python -m dgpo COMMAND [key=value ...]
@@ -150,18 +151,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(rest):
         _show(_help(name))
         return 0
-    return exit_code(f"dgpo {name}", lambda: _run(name, rest), resumes=COMMANDS[name].resumes)
+    is_own_process = arguments == sys.argv[1:]
+    return exit_code(f"dgpo {name}", lambda: _run(name, rest, is_own_process), resumes=COMMANDS[name].resumes)
 
 
-def _run(name: str, arguments: Sequence[str]) -> None:
+def _run(name: str, arguments: Sequence[str], is_own_process: bool) -> None:
     from dgpo.runs.stopping import raise_on_signal, stopped_by_sigterm
 
     command = COMMANDS[name]
-    given = load_config(with_positions(name, arguments)) if command.takes_config else arguments
+    config = load_config(with_positions(name, arguments)) if command.takes_config else None
+    if config is not None and is_own_process:
+        restart_with_environment(config.hardware)
     module, _, function = command.work.partition(":")
     work = getattr(import_module(module), function)
     with raise_on_signal() if command.resumes else stopped_by_sigterm():
-        work(given)
+        work(arguments if config is None else config)
 
 
 def _show(text: str) -> None:

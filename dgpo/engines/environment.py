@@ -1,4 +1,4 @@
-"""Environment variables that an engine reads when it is imported, so they must be set before."""
+"""Environment variables that must be set before: before an engine is imported, or before the process starts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,22 @@ DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "VLLM_DISABLE_COMPILE_CACHE": "1",
 }
+# What glibc and the loader read before the first line of Python.
+READ_AT_START = ("MALLOC_", "GLIBC_TUNABLES", "LD_")
+
+
+def restart_with_environment(hardware: HardwareConfig) -> None:
+    """Starts this process's command again, with the same PID, where `hardware.env` has what is read at a start alone.
+
+    For the command line, before anything else is done; a worker has the variables from the process that starts it.
+    """
+    late = {
+        name: str(value)
+        for name, value in hardware.env.items()
+        if name.startswith(READ_AT_START) and os.environ.get(name) != str(value)
+    }
+    if late:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **late})
 
 
 def export_environment(hardware: HardwareConfig) -> None:
