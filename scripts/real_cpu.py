@@ -136,8 +136,8 @@ class Experiment:
             self.stages.run(**{"index/hnsw": [*python_module("retriever.convert"), *made]})
 
     def collect(self, name: str, origin: str, file: str) -> None:
-        source = f"data.collect_file={self.folder / 'data' / file}"
-        self.run(self.stage(name, "collect", f"collect.source={origin}", source))
+        file_of = f"data.collect_file={self.folder / 'data' / file}"
+        self.run(self.stage(name, "collect", f"collect.source={origin}", file_of))
 
     def student_start(self) -> None:
         self.collect("student", "transcripts", "quarter.jsonl")
