@@ -16,7 +16,9 @@ MAX_STEPS = 5  # between the ticks of an axis
 MAX_POINTS = 300  # a line with more would be finer than the screen
 SMOOTH_FROM = 60  # points from which a line is drawn as a moving average, with the points themselves behind it
 RADIUS = 120.0  # a radar's
-FILE_COLOURS = ("#2f6fde", "#e07b1a")  # of a chart that no page's style sheet reaches
+# Of a chart that no page's style sheet reaches: --line-1 .. of the light scheme
+FILE_COLOURS = ("#2f6fde", "#e07b1a", "#1b8a4b", "#9a4fc7", "#0f8a8a", "#c2417a")
+FILE_STYLE = ".grid{stroke:#dfe4ea}.tick{fill:#5b6675;font-size:11px}"
 
 
 def line_chart(
@@ -233,6 +235,25 @@ def dot_chart(rows: Mapping[str, Mapping[str, Sequence[float]]], *, x_label: str
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 42}" font-family="sans-serif" '
         f'font-size="13"><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def line_file(lines: Mapping[str, Points], *, x_label: str, y_label: str) -> str:
+    """`line_chart` as a file of its own, with the legend below it."""
+    drawing = line_chart(lines, x_label=x_label, y_label=y_label)
+    inside = drawing[drawing.index("<svg") : drawing.index("</svg>")].partition(">")[2]
+    height = HEIGHT + 18 * math.ceil(len(lines) / 2) + 8
+    for number, (name, colour) in enumerate(_colours(lines).items()):
+        x, y = LEFT + 235 * (number % 2), HEIGHT + 14 + 18 * (number // 2)
+        inside += f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="{colour}"/>'
+        inside += f'<text x="{x + 16}" y="{y}" font-size="12">{escape(name)}</text>'
+    for number, colour in enumerate(FILE_COLOURS, start=1):
+        inside = inside.replace(f"var(--line-{number})", colour)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -22 {WIDTH} {height + 22}" font-family="sans-serif" '
+        f"><style>{FILE_STYLE}</style>"
+        f'<rect y="-22" width="100%" height="100%" fill="#fff"/>'
+        f'<text x="{LEFT}" y="-6" font-size="13">{escape(y_label)}</text>{inside}</svg>\n'
     )
 
 

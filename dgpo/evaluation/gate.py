@@ -13,7 +13,6 @@ RELATION = "code"  # of which the biased teacher answers 80% wrongly
 MIN_START_EM = 0.5  # exact match of the cold start, sampled at temperature 1
 FACTORS = {"third": 1 / 3, "one": 1.0, "three": 3.0}  # of the form's default coefficient
 
-
 _PATHS = {"good": (), "biased": ("teacher.path={teacher}_biased",)}
 
 

@@ -26,6 +26,7 @@ from dgpo.config.stages import MODEL_STEPS
 from dgpo.errors import ConfigError
 from dgpo.evaluation import gate
 from dgpo.evaluation.arcap_chart import ARCAP_FILE
+from dgpo.evaluation.charts import line_file
 from dgpo.evaluation.paper import (
     FIGURES,
     LABELS,
@@ -269,11 +270,15 @@ def _write(folder: Path, table: str, plans: Mapping[str, Plan]) -> Path:
 
 
 def _write_figure(folder: Path, pair: str, plan: Plan, number: str) -> Path:
-    """The curves of a figure's runs on one page."""
+    """The curves of a figure's runs on one page, and those of exact match as a drawing."""
     first, *others = (plan.runs[row] for row in FIGURES[number])
     path = folder / f"figure_{number}_{pair}.html"
     shutil.move(write_report(first, others), path)
-    print(f"figure {number}, curves of {', '.join(FIGURES[number])}: {path}")
+    records = {row: read_jsonl(plan.runs[row] / "train" / "metrics.jsonl") for row in FIGURES[number]}
+    lines = {LABELS[row]: [(each["step"], each["episode/em"]) for each in records[row]] for row in records}
+    drawing = line_file(lines, x_label="step", y_label="Exact match of the training episodes")
+    atomic_write_text(path.with_suffix(".svg"), drawing)
+    print(f"figure {number}, curves of {', '.join(FIGURES[number])}: {path}, {path.with_suffix('.svg').name}")
     return path
 
 

@@ -2,17 +2,32 @@
 
 import json
 import re
+from xml.etree import ElementTree
 
 import pytest
 
 from dgpo.evaluation.arcap_chart import arcap_section
-from dgpo.evaluation.charts import line_chart, radar_chart
+from dgpo.evaluation.charts import line_chart, line_file, radar_chart
 from dgpo.evaluation.curves import RunCurves, curves_section, read_curves
 from dgpo.files import read_jsonl
 
 
 def polylines(svg):
     return [path.split() for path in re.findall(r'<polyline points="([^"]*)"', svg)]
+
+
+def test_a_drawing_in_a_file_needs_no_page():
+    names = [f"run {number} < {number + 1}" for number in range(7)]
+    text = line_file({name: [(1, 0.1), (2, 0.5)] for name in names}, x_label="step", y_label="EM")
+    drawing = ElementTree.fromstring(text)
+    assert "var(" not in text
+    spaced = {each.tag.partition("}")[2] for each in drawing.iter()}
+    assert {"polyline", "text", "style"} <= spaced
+    strokes = [each.get("stroke") for each in drawing.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert strokes[0] == strokes[6] == "#2f6fde", "the seventh begins again"
+    said = [each.text for each in drawing.iter("{http://www.w3.org/2000/svg}text")]
+    assert said[-7:] == names
+    assert {"EM", "step"} <= set(said)
 
 
 def test_values_that_are_not_finite_are_left_out_of_a_line():

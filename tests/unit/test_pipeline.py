@@ -17,12 +17,12 @@ from dgpo.__main__ import main
 from dgpo.config.load import group_choices, load_config
 from dgpo.errors import ConfigError
 from dgpo.evaluation.evaluate import evaluate
-from dgpo.evaluation.paper import ARMS, EXACT_MATCH, LABELS, ROWS, RULES, SETS, UNTRAINED, paper_value
+from dgpo.evaluation.paper import ARMS, EXACT_MATCH, FIGURES, LABELS, ROWS, RULES, SETS, UNTRAINED, paper_value
 from dgpo.files import append_jsonl, write_jsonl
 from dgpo.hardware.gpu_hours import PAPER_GPU_HOURS, gpu_hours_range, paper_gpu_hours
 from dgpo.pipeline.over_seeds import write_over_seeds
 from dgpo.pipeline.plan import Plan, PlannedStage, distinct, plan_table
-from dgpo.pipeline.reproduce import _rule, _write_teacher_time, collect_rows, render_markdown
+from dgpo.pipeline.reproduce import _rule, _write_figure, _write_teacher_time, collect_rows, render_markdown
 from dgpo.pipeline.reuse import is_current
 from dgpo.runs.artifacts import write_manifest
 from tests.unit.fake_model import FakeModel, fake_config, make_question, use_model
@@ -440,3 +440,17 @@ def test_what_the_teacher_adds_is_of_the_steps_without_it(tmp_path, capsys):
     assert "| qwen3b_05b DGPO | 2 | 11.0 | 1.00 | 10.0% | 9.5% |" in table
     assert "| tiny DGPO | 2 | 11.0 | 1.00 | 10.0% | - |" in table
     assert capsys.readouterr().out.strip() == table.strip()
+
+
+def test_a_figure_has_a_page_and_a_drawing_of_each_runs_exact_match(tmp_path):
+    runs = {row: tmp_path / row for row in FIGURES["6"]}
+    for number, run in enumerate(runs.values()):
+        (run / "train").mkdir(parents=True)
+        records = [{"step": step, "episode/em": number / 10, "episode/reward": 0.1} for step in (1, 2)]
+        append_jsonl(run / "train" / "metrics.jsonl", records)
+    page = _write_figure(tmp_path, "tiny", Plan(runs=runs), "6")
+    assert page == tmp_path / "figure_6_tiny.html"
+    assert "kd_gkd" in page.read_text()
+    drawing = page.with_suffix(".svg").read_text()
+    assert drawing.count("<polyline") == len(runs)
+    assert all(f">{LABELS[row].replace('>', '&gt;')}</text>" in drawing for row in runs)
