@@ -100,9 +100,7 @@ def _one_seed(config: Config, overrides: Sequence[str], *, only_start: bool = Fa
         _dry_run(pairs, folder, config, own)
         return None
     with owned(folder / "reproduce"):
-        record_or_check_command(
-            folder / SETTINGS, [*own, *(f"rows.{row}={given}" for row, given in config.rows.items())]
-        )
+        record_or_check_command(folder / SETTINGS, own)  # rows.NAME: each stage compares its own settings
         check_start(config, "train")
         stages = Stages(folder)
         plans: dict[str, Plan] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -20,6 +21,7 @@ from dgpo.evaluation.evaluate import evaluate
 from dgpo.evaluation.paper import ARMS, EXACT_MATCH, FIGURES, LABELS, ROWS, RULES, SETS, UNTRAINED, paper_value
 from dgpo.files import append_jsonl, write_jsonl
 from dgpo.hardware.gpu_hours import PAPER_GPU_HOURS, gpu_hours_range, paper_gpu_hours
+from dgpo.pipeline import reproduce as module
 from dgpo.pipeline.over_seeds import write_over_seeds
 from dgpo.pipeline.plan import Plan, PlannedStage, distinct, plan_table
 from dgpo.pipeline.reproduce import _rule, _write_figure, _write_teacher_time, collect_rows, render_markdown
@@ -454,3 +456,15 @@ def test_a_figure_has_a_page_and_a_drawing_of_each_runs_exact_match(tmp_path):
     drawing = page.with_suffix(".svg").read_text()
     assert drawing.count("<polyline") == len(runs)
     assert all(f">{LABELS[row].replace('>', '&gt;')}</text>" in drawing for row in runs)
+
+
+def test_a_folder_is_of_one_setting_but_a_rows_own_may_follow_its_tuning(tmp_path, monkeypatch):
+    """What was made with another value of a row is refused by the stage's own record (`is_current`)."""
+    monkeypatch.setattr(module, "_inputs", lambda *_: contextlib.nullcontext([]))
+    monkeypatch.setattr(module, "_plan", lambda *_: Plan())
+    monkeypatch.setattr(module, "_write", lambda folder, *_: folder)
+    given = ["table=contrasts", "world=tiny", "hardware=cpu", f"run_dir={tmp_path}"]
+    module.reproduce(given)
+    module.reproduce([*given, 'rows.no_teacher=["train.actor_learning_rate=3e-4"]'])
+    with pytest.raises(ConfigError, match=r"was made with other settings \(train\.num_steps"):
+        module.reproduce([*given, "train.num_steps=2"])
