@@ -249,6 +249,7 @@ def line_file(lines: Mapping[str, Points], *, x_label: str, y_label: str) -> str
         inside += f'<text x="{x + 16}" y="{y}" font-size="12">{escape(name)}</text>'
     for number, colour in enumerate(FILE_COLOURS, start=1):
         inside = inside.replace(f"var(--line-{number})", colour)
+    inside = inside.replace("var(--card)", "#fff")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -22 {WIDTH} {height + 22}" font-family="sans-serif" '
         f"><style>{FILE_STYLE}</style>"

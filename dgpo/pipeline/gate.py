@@ -10,14 +10,7 @@ from typing import Any
 
 from dgpo.errors import DgpoError
 from dgpo.evaluation.charts import dot_chart
-from dgpo.evaluation.gate import (
-    ARMS,
-    CONTRASTS,
-    MIN_START_EM,
-    RELATION,
-    ROWS,
-    TUNED,
-)
+from dgpo.evaluation.gate import ARMS, CONTRASTS, MIN_START_EM, RELATION, ROWS, TUNED
 from dgpo.files import atomic_write_text, read_jsonl
 from dgpo.pipeline.over_seeds import ALPHA, Values, primary_contrasts, render_contrasts
 

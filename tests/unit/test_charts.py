@@ -7,9 +7,10 @@ from xml.etree import ElementTree
 import pytest
 
 from dgpo.evaluation.arcap_chart import arcap_section
-from dgpo.evaluation.charts import line_chart, line_file, radar_chart
+from dgpo.evaluation.charts import FILE_COLOURS, line_chart, line_file, radar_chart
 from dgpo.evaluation.curves import RunCurves, curves_section, read_curves
 from dgpo.files import read_jsonl
+from tests.conftest import ROOT
 
 
 def polylines(svg):
@@ -25,6 +26,9 @@ def test_a_drawing_in_a_file_needs_no_page():
     assert {"polyline", "text", "style"} <= spaced
     strokes = [each.get("stroke") for each in drawing.iter("{http://www.w3.org/2000/svg}polyline")]
     assert strokes[0] == strokes[6] == "#2f6fde", "the seventh begins again"
+    sheet = (ROOT / "dgpo" / "evaluation" / "page" / "style.css").read_text()
+    assert " ".join(f"--line-{n}: {colour};" for n, colour in enumerate(FILE_COLOURS, start=1)) in sheet
+    assert "var(" not in line_file({"a point": [(1, 0.1)]}, x_label="step", y_label="EM")
     said = [each.text for each in drawing.iter("{http://www.w3.org/2000/svg}text")]
     assert said[-7:] == names
     assert {"EM", "step"} <= set(said)
