@@ -42,7 +42,7 @@ from dgpo.pipeline.plan import PlannedStage
 from dgpo.pipeline.processes import Stages, python_module, retrieval_server
 from dgpo.runs.checkpoints import writing
 
-SEEDS, TUNING_SEED = (51, 52), 921
+SEEDS, TUNING_SEED, TUNING_STEPS = (51, 52), 921, 10
 ARMS, RATES = ("dgpo", "no_teacher"), ("1e-6", "3e-6", "1e-5")
 QUARTER = 4
 MODES = ("closed_book", "rag")  # of the untrained model
@@ -146,8 +146,8 @@ class Experiment:
     def cold_starts(self) -> None:
         """Teacher, student, and the student of the script's episodes at as many tokens."""
         self.collect("teacher", "transcripts", "transcripts.jsonl")
-        often = ("distill.evaluate_every=null", "distill.evaluations_per_epoch=4", "distill.patience=12")
-        self.run(self.stage("teacher", "distill", "experiment=seqkd", "distill.epochs=20", *often))
+        often = ("distill.evaluate_every=null", "distill.evaluations_per_epoch=4", "distill.patience=4")
+        self.run(self.stage("teacher", "distill", "experiment=seqkd", "distill.epochs=3", *often))
         self.student_start()
         self.collect("oracle", "oracle", "train.parquet")
         tokens = {name: self.tokens(name) for name in ("student", "oracle")}
@@ -171,9 +171,9 @@ class Experiment:
         }
         return float(mean(tested["teacher"]) - mean(tested["student"]))
 
-    def train(self, name: str, arm: str, rate: str, seed: int) -> float:
+    def train(self, name: str, arm: str, rate: str, seed: int, *more: str) -> float:
         """Trains an arm. Returns its last validation score."""
-        own = [f"experiment={arm}", f"train.actor_learning_rate={rate}", f"seed={seed}"]
+        own = [f"experiment={arm}", f"train.actor_learning_rate={rate}", f"seed={seed}", *more]
         own.append(f"train.init={self.model('student', 'distill')}")
         num_steps = self.stage(name, "train", *own).config.train.num_steps
         self.run(self.stage(name, "train", *own, f"train.validate_every={num_steps}"))
@@ -181,8 +181,10 @@ class Experiment:
 
     def tune(self) -> dict[str, dict[str, float]]:
         """Arm -> rate -> its validation score."""
+        short = f"train.num_steps={TUNING_STEPS}"
         return {
-            arm: {rate: self.train(f"tuning_{arm}_{rate}", arm, rate, TUNING_SEED) for rate in RATES} for arm in ARMS
+            arm: {rate: self.train(f"tuning_{arm}_{rate}", arm, rate, TUNING_SEED, short) for rate in RATES}
+            for arm in ARMS
         }
 
     def test(self, name: str, model: str) -> list[Score]:
