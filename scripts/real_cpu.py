@@ -42,6 +42,7 @@ from dgpo.pipeline.own import sized_for_cpu
 from dgpo.pipeline.plan import PlannedStage
 from dgpo.pipeline.processes import Stages, python_module, retrieval_server
 from dgpo.runs.checkpoints import writing
+from dgpo.runs.stopping import stopped_by_sigterm
 
 SEEDS, TUNING_SEED, TUNING_STEPS = (51, 52), 921, 10
 ARMS, RATES = ("dgpo", "no_teacher"), ("1e-6", "3e-6", "1e-5")
@@ -379,4 +380,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with stopped_by_sigterm():
+        sys.exit(main())

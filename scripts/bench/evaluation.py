@@ -31,6 +31,7 @@ from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes, play_epis
 from dgpo.engines.play import load_tokenizer, make_policy
 from dgpo.engines.vllm_policy import VllmPolicy
 from dgpo.pipeline.processes import Stages, retrieval_server
+from dgpo.runs.stopping import stopped_by_sigterm
 
 WARM_UP_PROMPT, WARM_UP_TOKENS, WARM_UP_REQUESTS = list(range(5, 45)), 8, 64
 
@@ -153,4 +154,5 @@ def rounded(value: float | dict[str, float]) -> float | dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with stopped_by_sigterm():
+        main()

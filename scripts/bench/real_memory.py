@@ -29,6 +29,7 @@ from dgpo.hardware.known_gpus import GIB
 from dgpo.hardware.stages import stage_budget, stage_models
 from dgpo.pipeline.own import sized_for_cpu
 from dgpo.pipeline.processes import PeakMemory, Stages, python_module, retrieval_server
+from dgpo.runs.stopping import stopped_by_sigterm
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = ("world=own", "hardware=cpu")
@@ -148,4 +149,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stopped_by_sigterm():
+        main()

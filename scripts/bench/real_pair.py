@@ -43,6 +43,7 @@ from dgpo.hardware.machine import memory_limit
 from dgpo.pipeline.own import sized_for_cpu, test_files
 from dgpo.pipeline.processes import PeakMemory, Stages, python_module, retrieval_server
 from dgpo.runs.artifacts import MANIFEST
+from dgpo.runs.stopping import stopped_by_sigterm
 
 TEST_QUESTIONS = 8
 UNPLANNED = ("oracle", "export")  # no model plays there, though the plan of `collect` counts one
@@ -195,4 +196,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stopped_by_sigterm():
+        main()

@@ -30,6 +30,7 @@ from dgpo.files import read_jsonl
 from dgpo.pipeline import tiny
 from dgpo.pipeline.processes import Stages, python_module
 from dgpo.rl.timeline import TRAINER, Span, chrome_trace, read_spans
+from dgpo.runs.stopping import stopped_by_sigterm
 
 # What the trainer calls a part -> its name in the table. What a step is, is in `parts_of_step`.
 TRAINER_PARTS = {
@@ -196,4 +197,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stopped_by_sigterm():
+        main()

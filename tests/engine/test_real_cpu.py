@@ -6,11 +6,13 @@ import gzip
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dgpo.data.rows import read_rows
@@ -85,12 +87,19 @@ def source(scripts: tuple[Any, Any], tmp_path: Path) -> Path:
     return folder
 
 
-def start(source: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def begin(source: Path, *more: str) -> subprocess.Popen[str]:
     folder = source.parent
     options = ["--student", str(folder / "student"), "--out", str(folder / "run"), *more]
     command = [sys.executable, "scripts/real_cpu.py", *options, "--split", str(folder / "split.json"), *SMALL]
     environment = {**os.environ, "DGPO_REALDATA": str(source)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def start(source: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    script = begin(source, *more)
+    output = script.communicate()
+    return subprocess.CompletedProcess(script.args, script.returncode, *output)
 
 
 def run(source: Path, *more: str) -> tuple[str, dict[str, Any]]:
@@ -124,6 +133,17 @@ def test_files_that_the_split_was_not_made_of_are_refused(source: Path) -> None:
     result = start(source)
     assert result.returncode == 1
     assert "passages.jsonl.gz is not the file that" in result.stderr
+
+
+def test_a_stage_ends_with_the_script(source: Path) -> None:
+    script = begin(source)
+    assert script.stdout is not None
+    assert "index/minilm ..." in script.stdout.readline()
+    (stage,) = psutil.Process(script.pid).children()
+    script.terminate()
+    script.communicate()
+    assert script.returncode == 128 + signal.SIGTERM
+    assert not stage.is_running()
 
 
 @pytest.mark.slow
