@@ -155,12 +155,13 @@ class Experiment:
         self.collect("student", "transcripts", "quarter.jsonl")
         self.run(self.stage("student", "distill", *WHOLE, "distill.epochs=1"))
 
-    def cold_starts(self) -> None:
-        """Teacher, student, and the student of the script's episodes at as many tokens."""
+    def teacher_start(self) -> None:
         self.collect("teacher", "transcripts", "transcripts.jsonl")
         often = ("distill.evaluate_every=null", "distill.evaluations_per_epoch=4", "distill.patience=4")
         self.run(self.stage("teacher", "distill", "experiment=seqkd", "distill.epochs=3", *often))
-        self.student_start()
+
+    def oracle_start(self) -> None:
+        """The student of the script's episodes, at as many tokens."""
         self.collect("oracle", "oracle", "train.parquet")
         tokens = {name: self.tokens(name) for name in ("student", "oracle")}
         batch = self.stage("oracle", "distill").config.distill.batch_size
@@ -323,7 +324,8 @@ class Tables:
 
 def run(experiment: Experiment, tables: Tables, *, lead: float) -> None:
     """The experiment's parts, what the primary contrast needs first."""
-    experiment.cold_starts()
+    experiment.teacher_start()
+    experiment.student_start()
     tables.note(lead=experiment.lead())
     for name in ("student", "teacher"):
         tables.test(name, experiment.model(name, "distill"))
@@ -335,6 +337,7 @@ def run(experiment: Experiment, tables: Tables, *, lead: float) -> None:
             tables.test(f"{arm}_{seed}", experiment.model(f"{arm}_{seed}", "train"))
     for name in ("untrained", *MODES):
         tables.test(name, str(experiment.student))
+    experiment.oracle_start()
     tables.test("oracle", experiment.model("oracle", "distill"))
 
 
