@@ -1,4 +1,4 @@
-"""What a distillation tells while it runs: metrics.jsonl, and a line on the console now and then."""
+"""What a distillation tells while it runs: metrics.jsonl, and lines on the console."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from dgpo.engines.episode_runner import REPORT_EVERY_S
 from dgpo.files import append_jsonl, drop_records_after
-
-NUM_LINES = 8
 
 
 class StepClock:
@@ -36,11 +35,17 @@ class StepClock:
 
 
 class MetricsFile(TrainerCallback):
-    """Appends losses and speed to a jsonl file and prints a line now and then, on the first rank."""
+    """Appends losses and speed to a jsonl file, and prints a line every `REPORT_EVERY_S`, on the first rank.
+
+    Speed and time left on a line are of all steps since the one before.
+    """
 
     def __init__(self, path: Path, *, name: str, num_steps: int, steps_per_epoch: int):
         self.path, self.name, self.num_steps, self.steps_per_epoch = path, name, num_steps, steps_per_epoch
-        self._printed = 0
+        self._start_line()
+
+    def _start_line(self) -> None:
+        self._since, self._num_steps, self._seconds, self._tokens = time.monotonic(), 0, 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A run that continues keeps the lines up to its checkpoint: it will write the later ones again."""
@@ -56,11 +61,15 @@ class MetricsFile(TrainerCallback):
         append_jsonl(self.path, [line])
         if "held_out_loss" in logs:
             print(f"{self.name}: step {step}/{self.num_steps} held-out loss {logs['held_out_loss']:.3f}", flush=True)
-        elif (step - self._printed) * NUM_LINES >= self.num_steps:
-            self._printed = step
-            left = timedelta(seconds=round((self.num_steps - step) * logs["step_s"]))
+            return
+        self._num_steps += 1
+        self._seconds += logs["step_s"]
+        self._tokens += logs["step_s"] * logs["tokens_per_s"]
+        if step == self.num_steps or time.monotonic() - self._since >= REPORT_EVERY_S:
+            left = timedelta(seconds=round((self.num_steps - step) * self._seconds / self._num_steps))
             print(
                 f"{self.name}: step {step}/{self.num_steps} loss {logs['loss']:.3f}, "
-                f"{logs['tokens_per_s']:,.0f} tokens/s, {left} left",
+                f"{self._tokens / self._seconds:,.0f} tokens/s, {left} left",
                 flush=True,
             )
+            self._start_line()

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES
 from dgpo.coldstart.distill import distill
 from dgpo.coldstart.examples import StepBatches, TrainingExample, collate, split_held_out
+from dgpo.coldstart.metrics import MetricsFile
 from dgpo.coldstart.train import train_on_examples
 from dgpo.coldstart.trainer import DistillationTrainer
 from dgpo.config.schema import DistillConfig, HardwareConfig
@@ -270,6 +272,21 @@ def test_the_best_model_on_held_out_questions_is_kept_and_patience_ends_the_run(
     assert -values.mean().item() == pytest.approx(losses[best], rel=1e-4)
     assert not (tmp_path / "checkpoints").exists()
     assert "held-out loss" in capsys.readouterr().out
+
+
+def test_progress_is_told_by_time_and_over_all_steps_since_the_last_line(tmp_path, capsys, monkeypatch):
+    told = MetricsFile(tmp_path / "metrics.jsonl", name="t", num_steps=1000, steps_per_epoch=500)
+    now_s = told._since
+    monkeypatch.setattr("dgpo.coldstart.metrics.time.monotonic", lambda: now_s)
+    for step, (passed_s, step_s, tokens_per_s) in enumerate([(5, 2, 100), (6, 4, 400), (9, 9, 100), (30, 1, 100)], 1):
+        now_s += passed_s
+        state = SimpleNamespace(global_step=step, is_world_process_zero=True)
+        told.on_log(None, state, None, {"loss": 1.0, "step_s": step_s, "tokens_per_s": tokens_per_s})
+    assert capsys.readouterr().out.splitlines() == [
+        "t: step 2/1000 loss 1.000, 300 tokens/s, 0:49:54 left",  # 1,800 tokens in 6 s; 998 steps of 3 s
+        "t: step 4/1000 loss 1.000, 100 tokens/s, 1:23:00 left",
+    ]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tokenizer, tmp_path):
