@@ -23,7 +23,10 @@ class StepClock:
         self._started = time.perf_counter()
 
     def stop(self, num_tokens: float) -> None:
-        self._seconds += time.perf_counter() - self._started
+        self.add(time.perf_counter() - self._started, num_tokens)
+
+    def add(self, seconds: float, num_tokens: float) -> None:
+        self._seconds += seconds
         self._tokens += num_tokens
         self._num_steps += 1
 
@@ -42,10 +45,7 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, *, name: str, num_steps: int, steps_per_epoch: int):
         self.path, self.name, self.num_steps, self.steps_per_epoch = path, name, num_steps, steps_per_epoch
-        self._start_line()
-
-    def _start_line(self) -> None:
-        self._since, self._num_steps, self._seconds, self._tokens = time.monotonic(), 0, 0.0, 0.0
+        self._printed_s, self._clock = time.monotonic(), StepClock()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A run that continues keeps the lines up to its checkpoint: it will write the later ones again."""
@@ -62,14 +62,12 @@ class MetricsFile(TrainerCallback):
         if "held_out_loss" in logs:
             print(f"{self.name}: step {step}/{self.num_steps} held-out loss {logs['held_out_loss']:.3f}", flush=True)
             return
-        self._num_steps += 1
-        self._seconds += logs["step_s"]
-        self._tokens += logs["step_s"] * logs["tokens_per_s"]
-        if step == self.num_steps or time.monotonic() - self._since >= REPORT_EVERY_S:
-            left = timedelta(seconds=round((self.num_steps - step) * self._seconds / self._num_steps))
+        self._clock.add(logs["step_s"], logs["step_s"] * logs["tokens_per_s"])
+        if step == self.num_steps or time.monotonic() - self._printed_s >= REPORT_EVERY_S:
+            self._printed_s, speed = time.monotonic(), self._clock.read()
+            left = timedelta(seconds=round((self.num_steps - step) * speed["step_s"]))
             print(
                 f"{self.name}: step {step}/{self.num_steps} loss {logs['loss']:.3f}, "
-                f"{self._tokens / self._seconds:,.0f} tokens/s, {left} left",
+                f"{speed['tokens_per_s']:,.0f} tokens/s, {left} left",
                 flush=True,
             )
-            self._start_line()

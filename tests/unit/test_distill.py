@@ -276,7 +276,7 @@ def test_the_best_model_on_held_out_questions_is_kept_and_patience_ends_the_run(
 
 def test_progress_is_told_by_time_and_over_all_steps_since_the_last_line(tmp_path, capsys, monkeypatch):
     told = MetricsFile(tmp_path / "metrics.jsonl", name="t", num_steps=1000, steps_per_epoch=500)
-    now_s = told._since
+    now_s = told._printed_s
     monkeypatch.setattr("dgpo.coldstart.metrics.time.monotonic", lambda: now_s)
     for step, (passed_s, step_s, tokens_per_s) in enumerate([(5, 2, 100), (6, 4, 400), (9, 9, 100), (30, 1, 100)], 1):
         now_s += passed_s
