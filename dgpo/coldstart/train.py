@@ -23,6 +23,7 @@ from transformers import (
 from dgpo.algorithms.distillation import DISTILLATION_LOSSES
 from dgpo.coldstart.adapters import merged
 from dgpo.coldstart.examples import TrainingExample, num_micro_batches, split_held_out
+from dgpo.coldstart.heap import GiveBackHeap
 from dgpo.coldstart.metrics import MetricsFile
 from dgpo.coldstart.student_episodes import StudentEpisodes
 from dgpo.coldstart.trainer import DistillationTrainer
@@ -105,6 +106,7 @@ def train_on_examples(
         callbacks=[
             MetricsFile(metrics, name=name, num_steps=num_steps, steps_per_epoch=steps_per_epoch),
             *([EarlyStoppingCallback(settings.patience)] if settings.patience and watched else []),
+            *([GiveBackHeap()] if hardware.platform == "cpu" else []),
         ],
         student_episodes=student_episodes,
     )
