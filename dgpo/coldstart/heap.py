@@ -18,11 +18,7 @@ def give_back_heap() -> None:
 
 
 class GiveBackHeap(TrainerCallback):
-    """After a step, every `GIVE_BACK_EVERY_S`.
-
-    Without it the heap only grows: a cold start of SmolLM2-135M took 8.8 GiB after three minutes and 15.8 after an
-    hour; with it 7.5 in the middle and 9.9 at most over 45 minutes, at the same speed. A call takes 0.1 to 0.4 s.
-    """
+    """After a step, every `GIVE_BACK_EVERY_S`; a call takes 0.1 to 0.4 s of a heap of 7 GiB (docs/hardware.md)."""
 
     def __init__(self) -> None:
         self._given_back_s = time.monotonic()

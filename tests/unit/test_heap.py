@@ -17,7 +17,7 @@ def test_holes_between_blocks_in_use_go_back_to_the_system():
     assert all(block == b"x" * 2**16 for block in in_use)
 
 
-def test_a_cold_start_gives_back_every_ten_seconds(monkeypatch):
+def test_the_callback_gives_back_every_ten_seconds(monkeypatch):
     now, given_back = [0.0], []
     monkeypatch.setattr(heap.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(heap, "give_back_heap", lambda: given_back.append(now[0]))
