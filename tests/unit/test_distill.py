@@ -230,6 +230,14 @@ def test_gradient_accumulation_gives_the_same_weights(tokenizer, tmp_path):
     torch.testing.assert_close(whole, parts, rtol=1e-3, atol=1e-4)
 
 
+def test_on_a_cpu_freed_memory_is_given_back_after_steps(tokenizer, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("dgpo.coldstart.heap.GIVE_BACK_EVERY_S", 0.0)
+    monkeypatch.setattr("dgpo.coldstart.heap.give_back_heap", lambda: calls.append(None))
+    run(tokenizer, tmp_path, max_steps=3)
+    assert len(calls) == 3
+
+
 def test_bfloat16_trains_close_to_float32_and_keeps_float32_weights(tokenizer, tmp_path, monkeypatch):
     exact, _, lines = run(tokenizer, tmp_path, max_steps=3)
     monkeypatch.setattr("tests.unit.test_distill.CPU", replace(CPU, dtype="bfloat16"))
