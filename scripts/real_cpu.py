@@ -33,6 +33,7 @@ from dgpo.agent.trajectory import read_trajectories
 from dgpo.config.stages import stage_model
 from dgpo.data.questions import Question, contents, question_key, question_rows
 from dgpo.data.rows import read_rows, row_golds, row_question, write_rows
+from dgpo.evaluation.charts import dot_chart
 from dgpo.evaluation.scores import Score
 from dgpo.files import atomic_write_text, read_jsonl, write_jsonl
 from dgpo.metrics.hits import answer_in_passages
@@ -314,8 +315,19 @@ def render(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def figure(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Exact match by model, that of the primary questions with its interval."""
+    measures = {"NQ and PopQA": "primary", "multi-hop": "multi_hop"}
+    shown = {label: name for label, name in measures.items() if all(name in row for row in rows.values())}
+    return dot_chart(
+        {model: {label: [row[name]] for label, name in shown.items()} for model, row in rows.items()},
+        intervals={model: {"NQ and PopQA": row["primary_ci95"]} for model, row in rows.items()},
+        x_label="exact match; lines: 95% intervals over questions",
+    )
+
+
 class Tables:
-    """`table.json`, `table.md` and `right.json` of the experiment, written again with every part of it."""
+    """`table` as .json, .md and .svg, and `right.json` of the experiment, written again with every part of it."""
 
     def __init__(self, experiment: Experiment, new_answers: set[str], caption: str = CAPTION) -> None:
         self.experiment, self.new_answers = experiment, new_answers
@@ -327,6 +339,8 @@ class Tables:
         folder = self.experiment.folder
         atomic_write_text(folder / "table.json", json.dumps(self.record, indent=1) + "\n")
         atomic_write_text(folder / "table.md", render(self.record))
+        if "rows" in self.record:
+            atomic_write_text(folder / "table.svg", figure(self.record["rows"]))
 
     def test(self, name: str, model: str) -> None:
         self.scores[name] = self.experiment.test(name, model)

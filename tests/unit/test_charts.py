@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from dgpo.evaluation.arcap_chart import arcap_section
-from dgpo.evaluation.charts import FILE_COLOURS, line_chart, line_file, radar_chart
+from dgpo.evaluation.charts import FILE_COLOURS, dot_chart, line_chart, line_file, radar_chart
 from dgpo.evaluation.curves import RunCurves, curves_section, read_curves
 from dgpo.files import read_jsonl
 from tests.conftest import ROOT
@@ -152,3 +152,19 @@ def test_arcap_is_drawn_as_a_radar_beside_a_table_with_the_papers_numbers():
 
 def test_arcap_of_other_models_shows_no_number_of_the_paper():
     assert "paper" not in arcap_section(ARCAP, pair=None)
+
+
+def test_a_row_of_points_has_its_bar_and_an_interval_between_its_ends():
+    svg = dot_chart(
+        {"first": {"em": [0.2, 0.4], "f1": [0.5]}, "second": {"em": [0.1], "f1": [0.3]}},
+        x_label="x",
+        intervals={"first": {"f1": (0.4, 1.0)}},
+    )
+    x_of = {float(tick): float(x) for x, tick in re.findall(r'<text x="([\d.]+)"[^>]*>([\d.]+)</text>', svg)}
+    assert (min(x_of), max(x_of)) == (0.0, 1.0), "the axis holds the interval's end"
+    scale = x_of[1.0] - x_of[0.0]
+    bars = [(float(x) + 1.5 - x_of[0.0]) / scale for x in re.findall(r'<rect x="([\d.]+)"', svg)]
+    assert bars == pytest.approx([0.3, 0.5, 0.1, 0.3], abs=1e-3)
+    intervals = re.findall(rf'<line x1="([\d.]+)" x2="([\d.]+)"[^>]*stroke="{FILE_COLOURS[1]}"', svg)
+    assert [(float(end) - x_of[0.0]) / scale for end in intervals[0]] == pytest.approx([0.4, 1.0], abs=1e-3)
+    assert len(intervals) == 1
