@@ -46,7 +46,14 @@ from retriever.encoding import (
     write_texts,
 )
 from retriever.errors import RetrieverError
-from retriever.faiss_file import ReadRows, check_trainable, make_index, refuse_non_finite, write_index
+from retriever.faiss_file import (
+    ReadRows,
+    check_trainable,
+    default_search_params,
+    make_index,
+    refuse_non_finite,
+    write_index,
+)
 from retriever.manifest import (
     BM25_TYPE,
     NUM_PROBES,
@@ -192,9 +199,12 @@ def write_dense(
 ) -> None:
     """Writes index, probe and manifest of vectors into `folder`, which holds the corpus already.
 
-    `existing` is an index file of `index_type` with these very rows; it is linked, or copied, instead of written.
+    `existing` is an index file of `index_type` with these very rows; it is linked, or copied, instead of written, and
+    searched as it was made unless `search_params` says otherwise.
     """
     refuse_non_finite(read_rows, len(corpus), dimension, existing or folder.name, index_type)
+    if existing is None:
+        search_params = search_params or default_search_params(index_type)
     model = Path(encoder.spec.removeprefix("package:")).name
     index = f"{model}_{index_type.replace(',', '_')}.index"
     if existing:
@@ -293,7 +303,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="FAISS factory string: Flat (float32, exact), SQfp16, SQ8, HNSW32_SQ8, IVF4096,PQ64, .. "
         "(default: %(default)s)",
     )
-    parser.add_argument("--search-params", default="", help="recorded for searching, e.g. efSearch=128 or nprobe=32")
+    parser.add_argument(
+        "--search-params",
+        default="",
+        help="recorded for searching, e.g. efSearch=256 (default: of HNSW efSearch=128, of IVF nprobe=32)",
+    )
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
         "--num-threads", type=whole_number(1, MAX_THREADS), default=1, help="of each encoder (default: %(default)s)"

@@ -183,7 +183,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--to", help="FAISS factory string: Flat, SQfp16, SQ8, HNSW32_SQ8, .. (default: what the vectors are in now)"
     )
-    parser.add_argument("--search-params", default="", help="recorded for searching, e.g. efSearch=128 or nprobe=32")
+    parser.add_argument(
+        "--search-params",
+        default="",
+        help="recorded for searching, e.g. efSearch=256 (default: of HNSW efSearch=128, of IVF nprobe=32; of a file "
+        "that is taken as it is: its own)",
+    )
     parser.add_argument(
         "--num-threads",
         type=whole_number(1, MAX_THREADS),

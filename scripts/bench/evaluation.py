@@ -30,7 +30,7 @@ from dgpo.engines.environment import export_environment
 from dgpo.engines.episode_runner import PlannedEpisode, plan_episodes, play_episodes
 from dgpo.engines.play import load_tokenizer, make_policy
 from dgpo.engines.vllm_policy import VllmPolicy
-from dgpo.pipeline.processes import Stages, retrieval_server
+from dgpo.pipeline.processes import Stages, index_folders, retrieval_server
 from dgpo.runs.stopping import stopped_by_sigterm
 
 WARM_UP_PROMPT, WARM_UP_TOKENS, WARM_UP_REQUESTS = list(range(5, 45)), 8, 64
@@ -88,7 +88,7 @@ def served(indexes: Path | None, folder: Path) -> Iterator[str | None]:
     if indexes is None:
         yield None
         return
-    name = min(path.name for path in indexes.iterdir() if path.is_dir())
+    name = index_folders(indexes)[0].name
     with retrieval_server(Stages(folder), indexes, default=name) as url:
         yield url
 

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -118,6 +119,21 @@ def test_the_recall_report_is_a_table_and_a_file_beside_the_index(flat: Path) ->
     assert few["ms_per_query_alone"] > 0
     assert json.loads((approximate / RECALL_FILE).read_text()) == json.loads(json.dumps(report))
     load_collection({"ivf": approximate})  # the report does not disturb the seals
+
+
+@pytest.mark.parametrize(
+    ("index_type", "recorded"), [("SQ8", ""), ("HNSW8", "efSearch=128"), ("IVF4,Flat", "nprobe=32")]
+)
+def test_an_approximate_index_is_not_searched_with_faiss_own_values(
+    flat: Path, tmp_path: Path, index_type: str, recorded: str
+) -> None:
+    convert_folder(flat, tmp_path / "ours", index_type=index_type)
+    manifest = read_manifest(tmp_path / "ours")
+    assert manifest.search_params == recorded
+    index: Any = faiss.downcast_index(faiss.read_index(str(tmp_path / "ours" / manifest.index)))
+    if recorded:
+        name, _, value = recorded.partition("=")
+        assert getattr(index.hnsw if name == "efSearch" else index, name) == int(value), "in the file too"
 
 
 def test_recall_wants_the_same_corpus_and_an_exact_reference(flat: Path, tmp_path: Path) -> None:

@@ -107,6 +107,15 @@ def test_a_number_that_is_not_finite_is_found_within_a_graph(
         convert_file(published, corpus, tmp_path / "out", STUB)
 
 
+def test_a_graph_of_others_is_searched_as_it_was_made_unless_told(
+    tmp_path: Path, corpus: Path, word_hash_encoder: WordHashEncoder
+) -> None:
+    published = publish(tmp_path / "x.index", "HNSW8", corpus, word_hash_encoder)
+    for said in ("", "efSearch=64"):
+        convert_file(published, corpus, tmp_path / "out", STUB, search_params=said, overwrite=True)
+        assert read_manifest(tmp_path / "out").search_params == said
+
+
 def test_a_graph_is_not_turned_into_rows(tmp_path: Path, corpus: Path, word_hash_encoder: WordHashEncoder) -> None:
     published = publish(tmp_path / "x.index", "HNSW8", corpus, word_hash_encoder)
     with pytest.raises(RetrieverError, match=r"is a HNSW8 index, which does not hold the vectors .*leave out --to"):

@@ -24,6 +24,7 @@ from dgpo.hardware.gpu_hours import PAPER_GPU_HOURS, gpu_hours_range, paper_gpu_
 from dgpo.pipeline import reproduce as module
 from dgpo.pipeline.over_seeds import write_over_seeds
 from dgpo.pipeline.plan import Plan, PlannedStage, distinct, plan_table
+from dgpo.pipeline.processes import index_folders
 from dgpo.pipeline.reproduce import _rule, _write_figure, _write_teacher_time, collect_rows, render_markdown
 from dgpo.pipeline.reuse import is_current
 from dgpo.runs.artifacts import write_manifest
@@ -316,6 +317,13 @@ def test_a_stopped_pipeline_takes_its_stages_with_it(tmp_path):
     driver.terminate()
     assert driver.wait(timeout=30) == 143
     assert not psutil.pid_exists(stage)
+
+
+def test_an_index_that_is_being_built_is_not_served(tmp_path):
+    for name in ("wiki", ".bm25.building", "facts"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes.txt").touch()
+    assert [path.name for path in index_folders(tmp_path)] == ["facts", "wiki"]
 
 
 @pytest.fixture
