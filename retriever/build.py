@@ -94,6 +94,9 @@ def build_indexes(
     A text that occurs in several corpora (permuted worlds share passages) is encoded once. A folder appears when it
     is complete; until then the work lies beside it, and the same call goes on with it. Raises `RetrieverError` for a
     malformed row, `RetrieverError` for a folder that exists, and `RetrieverError` for settings that cannot work.
+
+    Args:
+        search_params: FAISS's notation, recorded for searching; empty = `default_search_params`.
     """
     sources = {name: [Path(files)] if isinstance(files, str | Path) else files for name, files in corpora.items()}
     plan: dict[str, Any] = {
@@ -306,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--search-params",
         default="",
-        help="recorded for searching, e.g. efSearch=256 (default: of HNSW efSearch=128, of IVF nprobe=32)",
+        help="recorded for searching, e.g. efSearch=256 or nprobe=32 (default: of HNSW efSearch=128)",
     )
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(

@@ -45,6 +45,7 @@ def convert_folder(
 
     Args:
         index_type: FAISS's factory string; None = that of `source`.
+        search_params: FAISS's notation, recorded for searching; empty = `default_search_params`.
 
     Raises:
         RetrieverError: `source` is of another type, `out` may not be replaced, or FAISS refuses the index type.
@@ -98,6 +99,8 @@ def convert_file(
     Args:
         from_type: what the file must be; None = what its header says.
         index_type: FAISS's factory string; None = the file's, which is linked, or copied, as it is.
+        search_params: FAISS's notation, recorded for searching; empty = the file's own, of one that is converted
+            `default_search_params`.
 
     Raises:
         RetrieverError: the two have different numbers of rows, or the file cannot become that, before anything is
@@ -186,8 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--search-params",
         default="",
-        help="recorded for searching, e.g. efSearch=256 (default: of HNSW efSearch=128, of IVF nprobe=32; of a file "
-        "that is taken as it is: its own)",
+        help="recorded for searching, e.g. efSearch=256 or nprobe=32 (default: of HNSW efSearch=128; of a file that is "
+        "taken as it is: its own)",
     )
     parser.add_argument(
         "--num-threads",

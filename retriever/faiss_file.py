@@ -262,11 +262,9 @@ def check_trainable(index_type: str, dimension: int, num_rows: int) -> None:
 
 
 def default_search_params(index_type: str) -> str:
-    """What an approximate index of ours is searched with where nothing is said: FAISS's own efSearch=16 and nprobe=1
-    lose answers (docs/retrieval-at-scale.md)."""
-    if "IVF" in index_type:
-        return "nprobe=32"
-    return "efSearch=128" if "HNSW" in index_type else ""
+    """What a graph of ours is searched with where nothing is said: FAISS's own efSearch=16 loses answers
+    (docs/retrieval-at-scale.md). Of lists it depends on their number, and FAISS's nprobe=1 stays."""
+    return "efSearch=128" if "HNSW" in index_type and "IVF" not in index_type else ""
 
 
 def set_search_params(index: Any, search_params: str) -> None:

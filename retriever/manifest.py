@@ -51,7 +51,7 @@ class Manifest:
     index_type: str  # `BM25`, or a FAISS factory string: `Flat` (float32), `SQfp16`, `SQ8`, `HNSW32_SQ8`, ..
     num_passages: int
     files: Mapping[str, Seal]  # seals by file name, relative to the manifest
-    search_params: str = ""  # FAISS's notation, such as `efSearch=128`, for the types that have such parameters
+    search_params: str = ""  # FAISS's notation, such as `efSearch=128`; empty: as the index file has it
     encoder: EncoderConfig | None = None
     dimension: int | None = None
     # Whether all vectors were seen to be finite when the folder was made; where not, they are looked at on loading

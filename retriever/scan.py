@@ -55,8 +55,8 @@ class FaissScan:
         faiss.omp_set_num_threads(num_threads)
         index = open_index(path, is_ivf="IVF" in index_type)
         self._mapped, self._dtype = index, ROW_DTYPES.get(index_type)
+        set_search_params(index, search_params)  # a copy on a GPU, which knows other parameters, takes its own over
         self._index = index if gpu is None else _on_gpu(index, path, gpu)
-        set_search_params(self._index, search_params)
 
     def rows(self) -> np.ndarray | None:
         """The rows `[num_rows, dimension]` of a Flat or SQfp16 index, None of other kinds.

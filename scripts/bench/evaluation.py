@@ -88,7 +88,9 @@ def served(indexes: Path | None, folder: Path) -> Iterator[str | None]:
     if indexes is None:
         yield None
         return
-    name = index_folders(indexes)[0].name
+    name = next((path.name for path in index_folders(indexes)), None)
+    if name is None:
+        sys.exit(f"{indexes} holds no index folder; make one: python -m retriever.build")
     with retrieval_server(Stages(folder), indexes, default=name) as url:
         yield url
 

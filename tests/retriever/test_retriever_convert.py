@@ -3,7 +3,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
@@ -122,18 +121,27 @@ def test_the_recall_report_is_a_table_and_a_file_beside_the_index(flat: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("index_type", "recorded"), [("SQ8", ""), ("HNSW8", "efSearch=128"), ("IVF4,Flat", "nprobe=32")]
+    ("index_type", "said", "recorded"),
+    [
+        ("SQ8", "", ""),
+        ("HNSW8", "", "efSearch=128"),
+        ("HNSW8", "efSearch=40", "efSearch=40"),
+        ("PCA16,HNSW8", "", "efSearch=128"),
+        ("HNSW8_SQ8,Refine(SQfp16)", "", "efSearch=128"),
+        ("IVF4_HNSW8,Flat", "", ""),
+    ],
 )
-def test_an_approximate_index_is_not_searched_with_faiss_own_values(
-    flat: Path, tmp_path: Path, index_type: str, recorded: str
+def test_a_graph_that_is_told_nothing_is_not_searched_with_faiss_own_value(
+    flat: Path, tmp_path: Path, index_type: str, said: str, recorded: str
 ) -> None:
-    convert_folder(flat, tmp_path / "ours", index_type=index_type)
-    manifest = read_manifest(tmp_path / "ours")
-    assert manifest.search_params == recorded
-    index: Any = faiss.downcast_index(faiss.read_index(str(tmp_path / "ours" / manifest.index)))
-    if recorded:
-        name, _, value = recorded.partition("=")
-        assert getattr(index.hnsw if name == "efSearch" else index, name) == int(value), "in the file too"
+    corpus, index = tmp_path / "facts.jsonl", flat / "stub_Flat.index"
+    convert_folder(flat, tmp_path / "folder", index_type=index_type, search_params=said)
+    convert_file(index, corpus, tmp_path / "file", STUB, index_type=index_type, search_params=said)
+    built = {"index_type": index_type, "search_params": said}
+    build_indexes({"built": corpus}, tmp_path, STUB, **built)
+    for name in ("folder", "file", "built"):
+        assert read_manifest(tmp_path / name).search_params == recorded
+    load_collection({name: tmp_path / name for name in ("folder", "file", "built")})
 
 
 def test_recall_wants_the_same_corpus_and_an_exact_reference(flat: Path, tmp_path: Path) -> None:
