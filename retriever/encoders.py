@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -24,6 +25,10 @@ from retriever.sub_batches import MAX_SHARED_WIDTH, sub_batches
 if TYPE_CHECKING:
     from retriever.unpadded import UnpaddedModel
 
+
+# With a CPU's matrix tiles (AMX) oneDNN sums bfloat16 in an order that depends on the number of rows, and a text's last
+# bits would depend on its batch. oneDNN reads this at its first use in a process; it caps nothing on other CPUs.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 logger = logging.getLogger(__name__)
 
