@@ -47,6 +47,7 @@ from retriever.encoding import (
 )
 from retriever.errors import RetrieverError
 from retriever.faiss_file import (
+    GRAPH_SEARCH_PARAMS,
     ReadRows,
     check_trainable,
     default_search_params,
@@ -309,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--search-params",
         default="",
-        help="recorded for searching, e.g. efSearch=256 or nprobe=32 (default: of HNSW efSearch=128)",
+        help=f"recorded for searching, e.g. efSearch=256 or nprobe=32 (default: of HNSW {GRAPH_SEARCH_PARAMS})",
     )
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(

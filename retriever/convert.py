@@ -23,7 +23,15 @@ from retriever.corpus import Corpus, read_offsets
 from retriever.encoder_config import EncoderConfig, resolve_config
 from retriever.encoding import Progress, ProgressPrinter
 from retriever.errors import RetrieverError
-from retriever.faiss_file import ROW_DTYPES, ReadRows, file_type, make_index, open_rows, read_header
+from retriever.faiss_file import (
+    GRAPH_SEARCH_PARAMS,
+    ROW_DTYPES,
+    ReadRows,
+    file_type,
+    make_index,
+    open_rows,
+    read_header,
+)
 from retriever.manifest import CORPUS_FILE, OFFSETS_FILE, read_manifest
 from retriever.options import MAX_THREADS
 from retriever.work_folder import import_once, link_or_copy, work_folder
@@ -189,8 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--search-params",
         default="",
-        help="recorded for searching, e.g. efSearch=256 or nprobe=32 (default: of HNSW efSearch=128; of a file that is "
-        "taken as it is: its own)",
+        help=f"recorded for searching, e.g. efSearch=256 or nprobe=32 (default: of HNSW {GRAPH_SEARCH_PARAMS}; of a "
+        "file that is taken as it is: its own)",
     )
     parser.add_argument(
         "--num-threads",

@@ -22,6 +22,7 @@ ROW_DTYPES: dict[str, type[np.floating]] = {"Flat": np.float32, "SQfp16": np.flo
 # Rows that a quantizer sees in training, and the least number per inverted list that FAISS's clustering wants.
 NUM_TRAINING_ROWS, NUM_TRAINING_ROWS_PER_LIST = 100_000, 64
 BLOCK_BYTES = 1 << 25
+GRAPH_SEARCH_PARAMS = "efSearch=128"  # of a graph made here, where nothing is said
 
 # fourcc, dimension, rows, two unused, is_trained, metric (faiss/impl/index_write.cpp: write_index_header)
 _HEADER = struct.Struct("<4siqqq?i")
@@ -264,7 +265,7 @@ def check_trainable(index_type: str, dimension: int, num_rows: int) -> None:
 def default_search_params(index_type: str) -> str:
     """What a graph of ours is searched with where nothing is said: FAISS's own efSearch=16 loses answers
     (docs/retrieval-at-scale.md). Of lists it depends on their number, and FAISS's nprobe=1 stays."""
-    return "efSearch=128" if "HNSW" in index_type and "IVF" not in index_type else ""
+    return GRAPH_SEARCH_PARAMS if "HNSW" in index_type and "IVF" not in index_type else ""
 
 
 def set_search_params(index: Any, search_params: str) -> None:
