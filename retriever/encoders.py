@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -26,17 +25,14 @@ if TYPE_CHECKING:
     from retriever.unpadded import UnpaddedModel
 
 
-# With a CPU's matrix tiles (AMX) oneDNN sums bfloat16 in an order that depends on the number of rows, and a text's last
-# bits would depend on its batch. oneDNN reads this at its first use in a process; it caps nothing on other CPUs.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
-
 logger = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
     """Turns texts into unit vectors; what a text is batched with matters to the last bits at most.
 
-    On a CPU, `TransformersEncoder` gives the same bits in any batch.
+    On a CPU, `TransformersEncoder` gives the same bits in any batch in bfloat16 without matrix tiles (AMX). With
+    them, and in float32, the libraries' order of summing depends on the number of rows (docs/retrieval-at-scale.md).
     """
 
     dimension: int

@@ -2,7 +2,7 @@
 
 Linear layers, nine tenths of the arithmetic of short texts, take every token once. Attention alone sees texts side by
 side: those of one width together, padded to that width, which follows from a text's own length. So a text's vector has
-the same bits in any batch.
+the same bits in any batch, where those of a linear layer do not depend on the number of rows.
 """
 
 from __future__ import annotations

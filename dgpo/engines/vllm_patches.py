@@ -5,6 +5,7 @@
 | `run_in_process` | `vllm.v1.engine.utils.get_mp_context` | a CPU engine is a fork of the process that starts it, and imports nothing again: 2 s instead of 11 | vLLM's CPU platform lets an engine be forked |
 | `tether_engine_cores` | `EngineCoreProc.run_engine_core` | an engine whose starter was killed would keep its GPU | engine processes watch their parent, as vLLM's workers do |
 | `keep_plain_linears` | `dispatch_cpu_unquantized_gemm` | packed CPU layers have no weight left to replace, so that a trained student cannot be loaded | vLLM replaces weights of packed layers |
+| `ask_for_matrix_tiles` | nothing: it acts before vLLM | vLLM's bfloat16 attention uses a CPU's AMX without asking the kernel, and is killed where oneDNN has not asked either | vLLM asks |
 
 `EngineWorker` and `ReloadableEngineWorker` carry them into vLLM's workers: vLLM takes the class by its dotted name
 (`worker_extension_cls`, its own extension point). RL's engines are veRL's, whose extension is
@@ -14,6 +15,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import functools
 import multiprocessing
 import os
@@ -27,6 +29,7 @@ if TYPE_CHECKING:  # whoever starts an engine need not have read torch
     import torch
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
+STDERR = 2
 
 # ---- Processes: how engines begin, and that they end with the process that started them.
 
@@ -100,17 +103,29 @@ def _stay_plain(layer: torch.nn.Module, remove_weight: bool) -> None:
     layer.cpu_linear = linear
 
 
+def ask_for_matrix_tiles() -> None:
+    """To be called in the worker's process: lets it use a CPU's matrix tiles (AMX), where there are any.
+
+    oneDNN asks the kernel for them as it starts, unless `ONEDNN_MAX_CPU_ISA` keeps it from using them.
+    """
+    import torch
+
+    torch.cpu._init_amx()  # False on a CPU without them
+
+
 # ---- Worker extensions, which vLLM mixes into its worker.
 
 
 class EngineWorker:
-    """A worker that dies with its parent."""
+    """A worker that dies with its parent, and says on stderr what signal it crashed of."""
 
     weights_change: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         die_with_parent()
+        faulthandler.enable(STDERR)
         if kwargs["vllm_config"].device_config.device_type == "cpu":
+            ask_for_matrix_tiles()
             if cls.weights_change:
                 keep_plain_linears()
             if num_threads := os.environ.get("OMP_NUM_THREADS"):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -190,30 +191,56 @@ def test_stopping_leaves_no_engine_behind(generations):
     assert not generations[3]
 
 
-START_AND_WAIT = """
-import asyncio, sys, time
+START = """
+import asyncio, signal, sys
 from dgpo.config.load import load_config
 from dgpo.engines.vllm_policy import VllmPolicy
 
 async def main():
-    hardware = load_config(["world=tiny", "hardware=cpu"]).hardware
-    async with VllmPolicy(sys.argv[1], hardware=hardware, max_model_len=128, temperature=1.0, seed=1):
-        print("ready", flush=True)
-        time.sleep(100)
+    hardware = load_config(["world=tiny", "hardware=cpu", "hardware.engine.dtype=bfloat16"]).hardware
+    async with VllmPolicy(sys.argv[1], hardware=hardware, max_model_len=128, temperature=1.0, seed=1) as policy:
+        turn = await policy.generate([5, 17, 42, 60, 7], max_tokens=12, stop=(), seed=1, request_id="first")
+        print("ready:", len(turn.token_ids), "tokens", flush=True)
+        signal.pause()
 
 if __name__ == "__main__":
     asyncio.run(main())
 """
 
 
+@contextlib.contextmanager
+def started_engine(model: Path, folder: Path, **environment: str):
+    """A process of its own and its engine, which has written a turn in bfloat16."""
+    script = folder / "start.py"
+    script.write_text(START)
+    with (
+        (folder / "stderr.txt").open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, str(script), str(model)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
+        ) as parent,
+    ):
+        try:
+            said = next((line for line in parent.stdout if "ready" in line), "nothing")
+            assert said == "ready: 12 tokens\n", (folder / "stderr.txt").read_text()[-2000:]
+            (engine,) = [p for p in psutil.Process(parent.pid).children(recursive=True) if "EngineCore" in p.name()]
+            yield parent, engine
+        finally:
+            parent.kill()
+
+
 def test_an_engine_dies_with_its_parent_even_when_that_is_killed(generations, tmp_path):
-    script = tmp_path / "start.py"
-    script.write_text(START_AND_WAIT)
-    command = [sys.executable, str(script), str(generations[0][0])]
-    root = str(Path(__file__).parents[2])
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}) as parent:
-        assert any("ready" in line for line in parent.stdout)
-        engines = [p for p in psutil.Process(parent.pid).children(recursive=True) if "EngineCore" in p.name()]
+    with started_engine(generations[0][0], tmp_path) as (parent, engine):
         parent.kill()
-    assert engines
-    assert psutil.wait_procs(engines, timeout=10)[1] == []
+        engine.wait(timeout=10)
+
+
+def test_an_engine_that_crashes_says_so_and_runs_where_onednn_leaves_the_tiles_alone(generations, tmp_path):
+    """On a CPU with AMX the first turn was an illegal instruction: nobody had asked the kernel for the tiles."""
+    with started_engine(generations[0][0], tmp_path, ONEDNN_MAX_CPU_ISA="AVX512_CORE_FP16") as (_, engine):
+        engine.send_signal(signal.SIGILL)
+        engine.wait(timeout=10)
+        assert "Fatal Python error: Illegal instruction" in (tmp_path / "stderr.txt").read_text()

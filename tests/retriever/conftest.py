@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import uvicorn
 
 from retriever.app import create_app
 from retriever.build import build_indexes
 from retriever.collection import Collection, Hits, SearchJob
+from retriever.encoder_config import resolve_dtype
 from retriever.options import ServerLimits
 from retriever.service import Service
 
@@ -50,6 +52,13 @@ QUESTIONS = {
     "how do plants make sugar": "Photosynthesis",
     "Australian animal with a pouch": "Kangaroo",
 }
+
+
+def last_bits(dtype: str = "auto") -> float:
+    """What the batch may change in a number of a unit vector: in bfloat16 nothing without matrix tiles (AMX)."""
+    if resolve_dtype(dtype, "cpu") == "float32":
+        return 1e-6
+    return 5e-3 if torch.cpu.get_capabilities().get("amx_bf16") else 0
 
 
 def write_corpus(path: Path, facts: dict[str, str]) -> Path:
