@@ -150,7 +150,7 @@ class Agent:
 
     @contextlib.asynccontextmanager
     async def _opened_with_policy(self, policy: Policy) -> AsyncIterator[Asker]:
-        config: Config = asked_config([each for each in self._overrides if not each.startswith("ask.model=")])[0]
+        config: Config = asked_config(self._overrides)[0]
         async with contextlib.AsyncExitStack() as stack:
             search: Any = self._search or await stack.enter_async_context(open_search(config.retriever))
             yield Asker(config, policy=policy, tokenizer=self._tokenizer, search=search)

@@ -12,6 +12,7 @@ import dgpo
 from dgpo import Agent, Answer
 from dgpo.ask.asker import QuestionError
 from dgpo.errors import ConfigError
+from dgpo.runs.asking import write_asking
 from tests.unit.fake_model import ChatTokenizer, FakeModel
 from tests.unit.scripted import RecordingSearch
 from tests.unit.stubs import make_model
@@ -79,6 +80,16 @@ def test_settings_hold_and_faults_are_told_as_on_the_command_line(tmp_path):
         pass
     with pytest.raises(ConfigError, match="no retrieval server answers"):
         Agent(make_model(tmp_path / "model"), settings=["hardware=cpu"], search="http://127.0.0.1:9").ask("who?")
+
+
+def test_a_policy_of_ones_own_takes_no_settings_of_the_latest_run(tmp_path, monkeypatch):
+    """As `bash scripts/quickstart.sh` leaves one: with the limits of its tiny world, an answer would not fit."""
+    write_asking(tmp_path / "runs" / "quickstart", overrides=["episode.topk=1"], model="m", corpus="wiki", examples=[])
+    monkeypatch.chdir(tmp_path)
+    agent, search = make_agent()
+    with agent:
+        agent.ask("Where is Lyon?")
+    assert search.queries == [("Lyon", 3, None)]
 
 
 def test_importing_dgpo_loads_nothing_until_the_agent_is_wanted():
